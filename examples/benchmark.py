@@ -1,0 +1,140 @@
+"""Measures on the demo model what MagCache gains in time and costs in quality, next to the plain alternatives.
+
+python examples/benchmark.py [--pairs 24] [--only speed|quality]
+
+Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls).
+The runs alternate, so a busy machine slows both sides. The random model is as large as a laptop bears, since on the
+demo model the sampler and the embeddings weigh more than they do on a real one.
+Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, of MagCache and
+of simply taking fewer sampler steps at the same number of computed calls.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import magcache
+import wan
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.utils.samplers import make_sampler
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "train_tiny"))
+from shapes import CAPTIONS  # noqa: E402
+
+STEPS = 50
+SETTINGS = ((0.12, 2), (0.12, 4), (0.24, 6))
+
+
+def schedule_of(thresh: float, K: int) -> magcache.Schedule:
+    return magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, thresh, K)
+
+
+@torch.no_grad()
+def denoise_seconds(model: WanModel, shape: tuple[int, ...], context: list, steps: int = STEPS) -> float:
+    latent, tokens = torch.randn(shape), math.prod(shape[1:]) // 4
+    sampler = make_sampler("unipc", steps, 5.0)
+    start = time.perf_counter()
+    for t in sampler.timesteps:
+        cond, uncond = (model([latent], t=t[None], context=[c], seq_len=tokens)[0] for c in context)
+        velocity = uncond + 5.0 * (cond - uncond)
+        latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
+    return time.perf_counter() - start
+
+
+def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, repeats: int) -> None:
+    for thresh, K in SETTINGS[:2]:
+        schedule, ratios = schedule_of(thresh, K), []
+        for repeat in range(repeats + 1):
+            magcache.remove_magcache(model)
+            plain = denoise_seconds(model, shape, context)
+            magcache.apply_magcache(model, schedule)
+            cached = denoise_seconds(model, shape, context)
+            if repeat:  # the first pair warms up
+                ratios.append(plain / cached)
+        magcache.remove_magcache(model)
+        ratio, bound = statistics.median(ratios), schedule.speedup_bound
+        print(
+            f"{name}, thresh {thresh}, K {K}: {schedule.computed} of {2 * STEPS} calls, {ratio:.2f}x of at most "
+            f"{bound:.2f}x, share {ratio / bound:.3f} (median of {repeats})",
+            flush=True,
+        )
+
+
+def random_model() -> tuple[WanModel, tuple[int, ...], list]:
+    """8 blocks, width 768, 1,000 tokens."""
+    torch.manual_seed(0)
+    model = WanModel(dim=768, ffn_dim=3072, num_heads=6, num_layers=8, text_dim=64, text_len=64).eval()
+    return model.requires_grad_(False), (16, 5, 20, 40), [torch.randn(20, 64), torch.randn(5, 64)]
+
+
+def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
+    """In dB, of values in [-1, 1]; 100 for equal videos."""
+    mse = (video - reference).square().mean().item()
+    return min(100.0, 10 * math.log10(4 / mse)) if mse else 100.0
+
+
+def benchmark_pairs(count: int) -> list[tuple[str, int]]:
+    """Random captions and seeds, none of which the calibration or the prompt check uses."""
+    rng = random.Random(2026)
+    return [(str(rng.choice(CAPTIONS)), 5000 + i) for i in range(count)]
+
+
+def quality(pipeline, pairs: list[tuple[str, int]]) -> None:
+    schedules = [schedule_of(*setting) for setting in SETTINGS]
+    scores = {}
+    for prompt, seed in tqdm(pairs, desc="quality"):
+
+        def run(schedule=None, steps=STEPS, prompt=prompt, seed=seed):
+            magcache.remove_magcache(pipeline.model)
+            if schedule:
+                magcache.apply_magcache(pipeline.model, schedule)
+            return pipeline.generate(prompt, (64, 64), 17, sampling_steps=steps, seed=seed)
+
+        reference = run()
+        for setting, schedule in zip(SETTINGS, schedules, strict=True):
+            fewer = schedule.computed // 2
+            scores.setdefault((setting, "MagCache"), []).append(psnr(run(schedule), reference))
+            scores.setdefault((setting, "fewer steps"), []).append(psnr(run(steps=fewer), reference))
+    print(
+        f"PSNR in dB against the uncached {STEPS}-step video, {len(pairs)} (prompt, seed) pairs, mean (standard error)"
+    )
+    print("| thresh, K | computed calls | MagCache | fewer steps, no cache | MagCache minus fewer |")
+    print("|---|---|---|---|---|")
+
+    def mean_and_error(values):
+        return f"{statistics.mean(values):.1f} ({statistics.stdev(values) / math.sqrt(len(values)):.1f})"
+
+    for (thresh, K), schedule in zip(SETTINGS, schedules, strict=True):
+        ours, fewer = (scores[(thresh, K), name] for name in ("MagCache", "fewer steps"))
+        paired = [a - b for a, b in zip(ours, fewer, strict=True)]
+        columns = [f"{thresh}, {K}", f"{schedule.computed} of {2 * STEPS}", *map(mean_and_error, (ours, fewer, paired))]
+        print("| " + " | ".join(columns) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", type=Path, default=HERE / "Wan2.1-T2V-tiny")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--only", choices=("speed", "quality"))
+    args = parser.parse_args()
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(args.ckpt_dir), rank=0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
+    if args.only != "quality":
+        context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
+        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=5)
+        speed("random model", *random_model(), repeats=2)
+    if args.only != "speed":
+        quality(pipeline, benchmark_pairs(args.pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up .venv and generates a video with the demo model, MagCache on. Can be run again: it reuses what is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/setup_venv.sh
+
+.venv/bin/python magcache_generate.py \
+    --task t2v-tiny --size '64*64' --ckpt_dir examples/Wan2.1-T2V-tiny \
+    --prompt "${1:-a red circle moves right on a white background}" --base_seed 1 \
+    --use_magcache --magcache_thresh 0.12 --magcache_K 4 --retention_ratio 0.2 \
+    --save_file examples/quickstart.mp4

@@ -1,0 +1,109 @@
+"""Does the demo model follow its prompts? Measures 24 generated videos, uncached and cached, and draws them.
+
+python examples/train_tiny/check_prompts.py [--ckpt_dir DIR] [--picture FILE.png]
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from shapes import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT, SHAPES, SIZE, TRAINABLE, Caption, signed_distance
+
+import magcache
+import wan
+from wan.configs import WAN_CONFIGS
+from wan.utils.utils import grid_rows, to_uint8
+
+HERE = Path(__file__).parent
+SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4": (0.12, 4)}
+
+
+def check_pairs() -> list[tuple[Caption, int]]:
+    """24 fixed (caption, seed) pairs: 12 captions held out of training, 12 that it saw, all directions alike often."""
+    rng = random.Random(24)
+    chosen = []
+    for pool in (sorted(HELD_OUT, key=str), sorted(TRAINABLE, key=str)):
+        for direction in DIRECTIONS:
+            chosen += rng.sample([caption for caption in pool if caption.direction == direction], 3)
+    return [(caption, 1000 + i) for i, caption in enumerate(chosen)]
+
+
+def nearest(color: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: (color - torch.tensor(palette[name]).float()).norm().item())
+
+
+def best_shape(mask: torch.Tensor) -> str:
+    """The shape whose outline, at equal area and centroid, overlaps the masks [F, 64, 64] most."""
+    axis = torch.arange(SIZE) + 0.5
+    scores = dict.fromkeys(SHAPES, 0.0)
+    for frame in mask.float():
+        area = frame.sum()
+        if area < 1:
+            continue
+        cx, cy = (frame.sum(0) * axis).sum() / area, (frame.sum(1) * axis).sum() / area
+        for shape in SHAPES:
+            best = 0.0
+            for radius in torch.arange(8, 16, 0.5):
+                centred = signed_distance(shape, axis[None] - 32, axis[:, None] - 32, radius) < 0
+                dx = (centred.sum(0) * axis).sum() / centred.sum() - 32  # a triangle's centroid is not its centre
+                dy = (centred.sum(1) * axis).sum() / centred.sum() - 32
+                template = signed_distance(shape, axis[None] - cx + dx, axis[:, None] - cy + dy, radius) < 0
+                overlap = (template & (frame > 0)).sum() / (template | (frame > 0)).sum()
+                best = max(best, overlap.item())
+            scores[shape] += best
+    return max(scores, key=scores.get)
+
+
+def see(video: torch.Tensor) -> Caption:
+    """Reads a caption off a video [3, F, 64, 64] in [-1, 1]; a direction of "none" means less than 5 pixels."""
+    pixels = (video.clamp(-1, 1) + 1) * 127.5
+    border = torch.cat([pixels[..., :2, :].flatten(1), pixels[..., -2:, :].flatten(1)], dim=1)
+    background = border.median(dim=1).values
+    distance = (pixels - background[:, None, None, None]).norm(dim=0)  # [F, 64, 64]
+    mask = distance > 0.5 * distance.quantile(0.97)
+    color = pixels[:, mask].median(dim=1).values
+    axis = torch.arange(SIZE).float()
+    weights = mask.float()
+    x = (weights.sum(1) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
+    y = (weights.sum(2) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
+    moved = torch.stack([x[-3:].mean() - x[:3].mean(), y[-3:].mean() - y[:3].mean()])
+    direction = max(DIRECTIONS, key=lambda name: (torch.tensor(DIRECTIONS[name]).float() @ moved).item())
+    return Caption(
+        nearest(color, COLORS),
+        best_shape(mask[::4]),
+        direction if moved.abs().max() >= 5 else "none",
+        nearest(background, BACKGROUNDS),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", type=Path, default=HERE.parent / "Wan2.1-T2V-tiny")
+    parser.add_argument("--picture", type=Path, help="first, middle and last frame of every video, a column each")
+    args = parser.parse_args()
+
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(args.ckpt_dir), rank=0)
+    pairs = check_pairs()
+    print(f"{len(pairs)} videos, {sum(caption in HELD_OUT for caption, _ in pairs)} of captions held out of training")
+    rows = []
+    for name, settings in SCHEDULES.items():
+        magcache.remove_magcache(pipeline.model)
+        if settings:
+            schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 50, *settings)
+            magcache.apply_magcache(pipeline.model, schedule)
+        videos = [pipeline.generate(str(c), (SIZE, SIZE), 17, sampling_steps=50, seed=seed) for c, seed in pairs]
+        rows += [torch.stack(videos)[:, :, [frame]] for frame in (0, 8, 16)]
+        seen = [see(video) for video in videos]
+        counts = {
+            part: sum(getattr(c, part) == getattr(s, part) for (c, _), s in zip(pairs, seen, strict=True))
+            for part in ("color", "background", "direction", "shape")
+        }
+        print(f"{name}: " + ", ".join(f"{part} {count}" for part, count in counts.items()), flush=True)
+    if args.picture:
+        Image.fromarray(to_uint8(grid_rows(torch.cat(rows), len(pairs)))[0]).save(args.picture)
+
+
+if __name__ == "__main__":
+    main()

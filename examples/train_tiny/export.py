@@ -1,0 +1,80 @@
+"""Writes the trained demo model as an official Wan2.1 checkpoint folder, in half precision.
+
+python examples/train_tiny/export.py --trained DIR --out examples/Wan2.1-T2V-tiny
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from train_dit import make_dit, make_text_encoder, make_tokenizer
+from train_vae import BASE_DIM
+
+from wan.modules.t5 import tensor_names
+
+# diffusers' name -> the official one, the other way round than diffusers' converter
+VAE_NAMES = [
+    (r"^quant_conv", "conv1"),
+    (r"^post_quant_conv", "conv2"),
+    (r"conv_in", "conv1"),
+    (r"norm_out", "head.0"),
+    (r"conv_out", "head.2"),
+    (r"mid_block\.resnets\.0", "middle.0"),
+    (r"mid_block\.attentions\.0", "middle.1"),
+    (r"mid_block\.resnets\.1", "middle.2"),
+    (r"down_blocks", "downsamples"),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}"),
+    (r"\.conv_shortcut\.", ".shortcut."),
+]
+RESIDUAL_NAMES = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+
+
+def official_vae_name(name: str) -> str:
+    for layer, official in RESIDUAL_NAMES.items():
+        name = re.sub(rf"(\.\d+)\.{layer}\.", rf"\1.{official}.", name)
+    for pattern, replacement in VAE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def official_vae(state: dict) -> dict:
+    official = {official_vae_name(name): tensor.half() for name, tensor in state.items()}
+    if set(convert_wan_vae_to_diffusers(official)) != set(state):
+        raise RuntimeError("the VAE's tensor names do not survive diffusers' own converter")
+    return official
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trained", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    vae = AutoencoderKLWan(base_dim=BASE_DIM)
+    vae.load_state_dict(torch.load(args.trained / "vae.pt", weights_only=True))
+    torch.save(official_vae(vae.state_dict()), args.out / "Wan2.1_VAE.pth")
+
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(args.out / "google" / "umt5-xxl")
+    trained = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(tokenizer)), "dit": make_dit()})
+    trained.load_state_dict(torch.load(args.trained / "dit.pt", weights_only=True))
+    theirs = trained["text_encoder"].state_dict()
+    text = {
+        ours: theirs[name].bfloat16() for ours, name in tensor_names(len(trained["text_encoder"].encoder.block)).items()
+    }
+    torch.save(text, args.out / "models_t5_umt5-xxl-enc-bf16.pth")
+    trained["dit"].half().save_pretrained(args.out)
+
+    files = sorted(path for path in args.out.rglob("*") if path.is_file())
+    for path in files:
+        print(f"{path.stat().st_size:>10,} {path.relative_to(args.out)}")
+    print(f"{sum(path.stat().st_size for path in files):>10,} bytes in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""MagCache: skip a diffusion transformer's blocks in the steps where their residual is known not to change.
+
+    ratios = magcache.load_ratios("t2v-1.3B")
+    schedule = magcache.plan(ratios, steps=50, thresh=0.12, K=4, retention_ratio=0.2)
+    magcache.apply_magcache(model, schedule)
+    ...
+    magcache.remove_magcache(model)
+
+Planning is pure Python; torch is imported with the first use of what runs a model.
+"""
+
+import importlib
+
+from magcache.ratios import choose_table, load_ratios, save_table, table_names
+from magcache.schedule import Schedule, Settings, plan
+
+__version__ = "0.1.0"
+
+_NEED_TORCH = {
+    "apply_magcache": "magcache.patch",
+    "remove_magcache": "magcache.patch",
+    "ResidualCache": "magcache.patch",
+    "apply_calibration": "magcache.calibrate",
+    "Calibration": "magcache.calibrate",
+}
+
+__all__ = [
+    "Schedule",
+    "Settings",
+    "choose_table",
+    "load_ratios",
+    "plan",
+    "save_table",
+    "table_names",
+    *_NEED_TORCH,
+]
+
+
+def __getattr__(name):
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+    raise AttributeError(f"module 'magcache' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""Decides, before any model is loaded, which transformer calls of a generation run and which reuse a residual.
+
+Pure Python: the decisions depend on the ratio table, the number of steps and three settings, never on the video.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from magcache.ratios import CALLS_PER_STEP, resample_nearest, smooth_sqrt, split_branches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every transformer call of one generation does.
+
+    `weights[call]` is None where the blocks run, else the weights of the cached residuals, newest first, whose sum
+    stands in for the blocks: (1.0,) is plain reuse. Calls are in call order: cond, uncond, cond, uncond, ... with
+    `calls_per_step` 2 (classifier-free guidance), one a step with `calls_per_step` 1. Each branch (cond, uncond) has
+    its own residuals.
+
+    Raises ValueError if the length is not a multiple of `calls_per_step` or a call needs a residual that no earlier
+    call of its branch has computed.
+    """
+
+    weights: tuple[tuple[float, ...] | None, ...]
+    calls_per_step: int = CALLS_PER_STEP
+
+    def __post_init__(self):
+        if self.calls_per_step not in (1, 2):
+            raise ValueError(f"calls_per_step must be 1 or 2, got {self.calls_per_step}")
+        if not self.weights or len(self.weights) % self.calls_per_step:
+            raise ValueError(f"{len(self.weights)} calls do not make whole steps of {self.calls_per_step}")
+        computed = [0] * self.calls_per_step
+        for call, weights in enumerate(self.weights):
+            branch = call % self.calls_per_step
+            if weights is None:
+                computed[branch] += 1
+            elif not 1 <= len(weights) <= computed[branch]:
+                raise ValueError(
+                    f"call {call} combines {len(weights)} residuals, {computed[branch]} are computed before it"
+                )
+
+    @property
+    def steps(self) -> int:
+        return len(self.weights) // self.calls_per_step
+
+    @property
+    def reuse(self) -> tuple[bool, ...]:
+        """For every call, in call order: True where the blocks do not run."""
+        return tuple(weights is not None for weights in self.weights)
+
+    @property
+    def computed(self) -> int:
+        """Number of calls that run the blocks."""
+        return sum(weights is None for weights in self.weights)
+
+    @property
+    def speedup_bound(self) -> float:
+        """All calls over computed calls: the speed-up if a reused call cost nothing."""
+        return len(self.weights) / self.computed
+
+    @cached_property
+    def history(self) -> int:
+        """Largest number of residuals per branch that a call combines; 0 if every call computes."""
+        return max((len(weights) for weights in self.weights if weights), default=0)
+
+    @cached_property
+    def used_later(self) -> tuple[bool, ...]:
+        """For every call: True if it computes a residual that some later call combines. The others need no cache."""
+        used = [False] * len(self.weights)
+        newest_first = [[] for _ in range(self.calls_per_step)]
+        for call, weights in enumerate(self.weights):
+            branch = newest_first[call % self.calls_per_step]
+            if weights is None:
+                branch.insert(0, call)
+            else:
+                for source in branch[: len(weights)]:
+                    used[source] = True
+        return tuple(used)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The three settings of the MagCache rule; raises ValueError where one makes no sense.
+
+    thresh: bound on the accumulated error of a stretch of reused steps (exclusive); 0 never reuses.
+    K: most steps reused in a row; 0 never reuses.
+    retention_ratio: share of all calls, from the start, that always compute; in [0, 1].
+    """
+
+    thresh: float = 0.12
+    K: int = 2
+    retention_ratio: float = 0.2
+
+    def __post_init__(self):
+        if not (math.isfinite(self.thresh) and self.thresh >= 0):
+            raise ValueError(f"thresh must be a finite number >= 0, got {self.thresh}")
+        if isinstance(self.K, bool) or int(self.K) != self.K or self.K < 0:
+            raise ValueError(f"K must be a whole number >= 0, got {self.K}")
+        if not 0 <= self.retention_ratio <= 1:
+            raise ValueError(f"retention_ratio must be in [0, 1], got {self.retention_ratio}")
+
+    def first_free_step(self, steps: int) -> int:
+        """The first step that may reuse. Where the split of the 2 * steps calls is odd, both branches wait."""
+        split = int(CALLS_PER_STEP * steps * self.retention_ratio)
+        return max(1, math.ceil(split / CALLS_PER_STEP))
+
+
+def threshold_rule(ratios: Sequence[float], settings: Settings, first_free_step: int) -> tuple[bool, ...]:
+    """The MagCache rule for one branch: True for every step that reuses (https://arxiv.org/abs/2506.09045).
+
+    Over a stretch of reused steps the product of the ratios says how far the residual's size has moved; the error is
+    the sum of its distances from 1. A step reuses while that error stays below thresh and the stretch within K.
+    """
+    reuse = []
+    product, error, stretch = 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        if step < first_free_step:
+            reuse.append(False)
+            continue
+        product *= ratio
+        error += abs(1.0 - product)
+        stretch += 1
+        reuse.append(error < settings.thresh and stretch <= settings.K)
+        if not reuse[-1]:
+            product, error, stretch = 1.0, 0.0, 0
+    return tuple(reuse)
+
+
+def plan(
+    ratios: Sequence[float],
+    steps: int,
+    thresh: float = 0.12,
+    K: int = 2,
+    retention_ratio: float = 0.2,
+    *,
+    smooth: str = "none",
+    calls_per_step: int = CALLS_PER_STEP,
+) -> Schedule:
+    """Makes the schedule of the MagCache rule.
+
+    ratios: magnitude ratios |r_t| / |r_{t-1}| in call order (cond, uncond, ...), see `load_ratios`. A table measured
+        at another number of steps is resampled by nearest index, as the released code does.
+    steps: sampling steps, >= 1.
+    thresh, K, retention_ratio: see `Settings`.
+    smooth: "none", or "sqrt" for the square root of every ratio.
+    calls_per_step: 2, or 1 for a model that runs without guidance; that one follows the cond ratios.
+
+    Raises ValueError for a setting or a table that makes no sense.
+    """
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise ValueError(f"steps must be a whole number >= 1, got {steps}")
+    if smooth not in ("none", "sqrt"):
+        raise ValueError(f"smooth must be 'none' or 'sqrt', got {smooth!r}")
+    settings = Settings(thresh, K, retention_ratio)
+    branches = []
+    for values in split_branches(ratios)[:calls_per_step]:
+        if len(values) != steps:
+            values = resample_nearest(values, steps)
+        if smooth == "sqrt":
+            values = smooth_sqrt(values)
+        branches.append(threshold_rule(values, settings, settings.first_free_step(steps)))
+    calls = (reuse for step in zip(*branches, strict=True) for reuse in step)
+    return Schedule(tuple((1.0,) if reuse else None for reuse in calls), calls_per_step)

@@ -1,0 +1,370 @@
+#!/usr/bin/env python
+"""Generates videos with Wan2.1, two to three times faster by reusing residuals of its transformer (MagCache).
+
+Takes every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+# name of the pipeline in `wan`, by the first part of the task; only those of this release
+PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V"}
+TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny")
+SIZES = ("720*1280", "1280*720", "480*832", "832*480", "1024*1024", "64*64")
+
+DEFAULT_PROMPTS = {
+    "t2v": "A paper boat sails down a rain-filled street at dusk, neon signs ripple in the water, slow tracking shot.",
+    "t2i": "A lighthouse on a basalt cliff under a clear night sky, long exposure, sharp detail.",
+    "t2v-tiny": "a red circle moves right on a white background",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def truth_value(text):
+    from wan.utils.utils import str2bool
+
+    return str2bool(text)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("what to generate").add_argument
+    add("--task", default="t2v-14B", choices=TASKS)
+    add("--size", default="1280*720", choices=SIZES, help="width*height of the video")
+    add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, t2v-tiny 17)")
+    add("--prompt", help="what to show (default: an example)")
+    add("--base_seed", type=int, default=-1, help="seed of the noise; negative: random (default: -1)")
+    add("--save_file", help="path of the result (default: a name made of the settings, here)")
+    add("--image", help="input image (i2v)")
+    add("--first_frame", help="first frame (flf2v)")
+    add("--last_frame", help="last frame (flf2v)")
+    add("--src_video", help="source video (vace)")
+    add("--src_mask", help="source mask (vace)")
+    add("--src_ref_images", help="reference images, comma separated (vace)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sample_solver", default="unipc", choices=("unipc", "dpm++"))
+    add("--sample_steps", type=int, help="sampling steps (default: 50; i2v 40)")
+    add("--sample_shift", type=float, help="shift of the noise levels (default: 5; i2v at 480p 3; flf2v, vace 16)")
+    add("--sample_guide_scale", type=float, default=5.0, help="classifier-free guidance (default: 5.0)")
+
+    add = parser.add_argument_group("model and machine").add_argument
+    add("--ckpt_dir", help="checkpoint folder in the official layout")
+    add(
+        "--offload_model", type=truth_value, help="each model on the GPU only while it works (default: True on one GPU)"
+    )
+    add("--t5_cpu", action="store_true", help="text encoder on the CPU")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
+    add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
+    add("--ulysses_size", type=int, default=1, help="GPUs that share the attention heads")
+    add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
+
+    add = parser.add_argument_group("prompt extension").add_argument
+    add("--use_prompt_extend", action="store_true")
+    add("--prompt_extend_method", default="local_qwen", choices=("dashscope", "local_qwen"))
+    add("--prompt_extend_model")
+    add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"))
+
+    add = parser.add_argument_group("MagCache").add_argument
+    add("--use_magcache", action="store_true", help="reuse residuals where the schedule says so")
+    add(
+        "--magcache_thresh",
+        type=float,
+        default=0.12,
+        help="bound on the error of reused steps in a row (default: 0.12)",
+    )
+    add("--magcache_K", type=int, default=2, help="most reused steps in a row (default: 2)")
+    add("--retention_ratio", type=float, default=0.2, help="share of the steps, from the start, in full (default: 0.2)")
+    add("--magcache_calibration", action="store_true", help="measure the ratio table of this model in a full run")
+    add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
+    add("--magcache_smooth", default="none", choices=("none", "sqrt"), help="sqrt: square root of the ratios")
+    add(
+        "--magcache_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the cached residuals (default: as computed)",
+    )
+    add("--magcache_offload", action="store_true", help="cached residuals wait in CPU memory")
+    add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
+    return parser
+
+
+def check_request(args, error) -> None:
+    """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
+    kind = args.task.split("-")[0]
+    if kind not in PIPELINES:
+        offered = ", ".join(task for task in TASKS if task.split("-")[0] in PIPELINES)
+        error(f"task {args.task} is not part of this release, which has {offered}")
+    for flag in ("t5_fsdp", "dit_fsdp", "use_prompt_extend"):
+        if getattr(args, flag):
+            error(f"--{flag} is not part of this release")
+    if args.ulysses_size != 1 or args.ring_size != 1:
+        error("--ulysses_size and --ring_size must be 1: this release runs on one device")
+    if args.use_magcache and args.magcache_calibration:
+        error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
+
+    if args.frame_num is None:
+        args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17}.get(args.task, 81)
+    if kind == "t2i" and args.frame_num != 1:
+        error(f"t2i makes one image: --frame_num must be 1, got {args.frame_num}")
+    if args.frame_num < 1 or args.frame_num % 4 != 1:
+        error(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {args.frame_num}")
+    args.sample_steps = 50 if args.sample_steps is None else args.sample_steps
+    if args.sample_steps < 1:
+        error(f"--sample_steps must be at least 1, got {args.sample_steps}")
+    args.sample_shift = 5.0 if args.sample_shift is None else args.sample_shift
+    if not 0 < args.sample_shift < float("inf"):
+        error(f"--sample_shift must be positive, got {args.sample_shift}")
+    if args.offload_model is None:
+        args.offload_model = True
+    args.prompt = args.prompt or DEFAULT_PROMPTS.get(args.task, DEFAULT_PROMPTS[kind])
+    if args.base_seed < 0:
+        args.base_seed = random.randrange(2**32)
+    if not args.ckpt_dir:
+        error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
+
+
+def check_wan(args, error):
+    """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
+    from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+
+    if args.size not in SUPPORTED_SIZES[args.task]:
+        error(f"task {args.task} makes {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
+    config, folder = WAN_CONFIGS[args.task], Path(args.ckpt_dir)
+    if not folder.is_dir():
+        error(f"--ckpt_dir {folder} is no folder")
+    weights = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    try:
+        model = json.loads((folder / "config.json").read_text())
+        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        if index.is_file():
+            weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except FileNotFoundError:
+        error(f"--ckpt_dir {folder} lacks config.json")
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        error(f"--ckpt_dir {folder} has a broken JSON file: {fault!r}")
+    needed = weights or [folder / "diffusion_pytorch_model.safetensors"]
+    needed += [folder / name for name in (config.t5_checkpoint, config.t5_tokenizer, config.vae_checkpoint)]
+    for path in needed:
+        if not path.exists():
+            error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
+    if model.get("model_type") != "t2v":
+        error(f"--ckpt_dir {folder} holds a {model.get('model_type')} model, task {args.task} needs t2v")
+    return config
+
+
+def make_schedule(args, error):
+    """Returns the schedule and the name of its ratio table, or (None, None) without --use_magcache."""
+    if not args.use_magcache:
+        return None, None
+    import magcache
+
+    try:
+        table, notice = (args.mag_ratios, None) if args.mag_ratios else magcache.choose_table(args.task, args.ckpt_dir)
+        schedule = magcache.plan(
+            magcache.load_ratios(table),
+            args.sample_steps,
+            args.magcache_thresh,
+            args.magcache_K,
+            args.retention_ratio,
+            smooth=args.magcache_smooth,
+        )
+    except ValueError as fault:
+        error(fault)
+    if notice:
+        print(f"note: {notice}")
+    return schedule, table
+
+
+def result_path(args) -> Path:
+    """The given path, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
+    suffix = ".png" if args.task.startswith("t2i") else ".mp4"
+    if args.save_file:
+        path = Path(args.save_file)
+        return path if path.suffix else path.with_name(path.name + suffix)
+    size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
+    prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in args.prompt[:50])
+    prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
+    parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
+    parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
+    if args.use_magcache:
+        settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}".replace(".", "")
+        parts = ["magcache", args.task, settings, *parts[1:]]
+    return Path("_".join(parts) + suffix)
+
+
+def check_result_path(path: Path, error) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        error(f"the folder of --save_file does not exist: {folder}")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        error(f"cannot write {path}")
+
+
+def announce(args, schedule, table, path: Path) -> None:
+    """Says before the models are loaded what is going to happen."""
+    calls = 2 * args.sample_steps
+    print(f"prompt    {args.prompt}")
+    print(
+        f"video     {args.task}, {args.size}, {args.frame_num} frames, {args.sample_steps} steps, "
+        f"{args.sample_solver}, shift {args.sample_shift:g}, guidance {args.sample_guide_scale:g}, "
+        f"seed {args.base_seed}"
+    )
+    if schedule:
+        print(
+            f"MagCache  {schedule.computed} of {calls} transformer calls computed, at most "
+            f"{schedule.speedup_bound:.2f}x faster; table {table}"
+        )
+        if schedule.computed == calls:
+            print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
+    else:
+        print(f"MagCache  off: all {calls} transformer calls computed")
+    if args.magcache_calibration:
+        print(f"          their ratios are measured and written to {args.calibration_dir}/")
+    print(f"result    {path}", flush=True)
+
+
+def measured_on(args) -> dict:
+    """What a calibration was measured on."""
+    keys = ("task", "size", "frame_num", "sample_steps", "sample_solver", "sample_shift", "sample_guide_scale")
+    settings = {key: getattr(args, key) for key in keys} | {"prompt": args.prompt, "base_seed": args.base_seed}
+    return settings | {
+        "checkpoint": Path(args.ckpt_dir).resolve().name,
+        "date": datetime.now().isoformat("T", "seconds"),
+    }
+
+
+def save_calibration(args, calibration) -> Path:
+    import magcache
+
+    stem = f"{args.task}_{args.size.replace('*', 'x')}_{args.frame_num}f_{args.sample_steps}steps"
+    path = Path(args.calibration_dir) / f"{stem}_{datetime.now():%Y%m%d_%H%M%S}.json"
+    magcache.save_table(path, calibration.table(path.stem, measured_on(args)))
+    return path
+
+
+def save_result(video, path: Path, fps: int) -> Path:
+    """Writes the video or image; if that fails, keeps the tensor, which cost far more than the disk space."""
+    import torch
+
+    from wan.utils.utils import cache_image, cache_video
+
+    try:
+        if path.suffix == ".png":
+            cache_image(video[None, :, 0], str(path), nrow=1)
+        else:
+            cache_video(video[None], str(path), fps=fps, nrow=1)
+    except Exception:
+        rescue = Path(tempfile.gettempdir()) / f"{path.stem[:100]}.pt"
+        torch.save(video.cpu(), rescue)
+        print(f"could not write {path}; the video is kept as a tensor in {rescue}", file=sys.stderr)
+        raise
+    return path
+
+
+def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    print(f"time      {phases}")
+    if not schedule:
+        return
+    cond, uncond = (schedule.reuse[branch::2].count(True) for branch in (0, 1))
+    print(
+        f"MagCache  {schedule.computed} of {len(schedule.reuse)} calls computed, reused {cond} of {schedule.steps} "
+        f"cond and {uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
+    )
+    computed, reused = (sorted(cache.seconds[skipped]) for skipped in (False, True))
+    median = computed[len(computed) // 2]
+    line = f"          computed {1000 * median:.1f} ms a call"
+    if reused:
+        line += f", reused {1000 * reused[len(reused) // 2]:.1f} ms a call"
+    total = sum(computed) + sum(reused)
+    print(f"{line}; {len(schedule.reuse) * median / total:.2f}x faster than at {1000 * median:.1f} ms for every call")
+
+
+def generate(args, config, schedule, table, path: Path) -> None:
+    import wan
+
+    seconds, clock = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal clock
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+
+    pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
+    device_id = int(os.environ.get("LOCAL_RANK", 0))
+    pipeline = pipeline_class(
+        config=config, checkpoint_dir=args.ckpt_dir, device_id=device_id, rank=0, t5_cpu=args.t5_cpu
+    )
+    lap("load")
+    cache = calibration = None
+    if schedule:
+        import torch
+
+        import magcache
+
+        cache = magcache.apply_magcache(
+            pipeline.model,
+            schedule,
+            dtype=getattr(torch, args.magcache_dtype) if args.magcache_dtype else None,
+            device="cpu" if args.magcache_offload else None,
+        )
+    elif args.magcache_calibration:
+        import magcache
+
+        calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
+
+    from wan.configs import SIZE_CONFIGS
+
+    video = pipeline.generate(
+        args.prompt,
+        size=SIZE_CONFIGS[args.size],
+        frame_num=args.frame_num,
+        shift=args.sample_shift,
+        sample_solver=args.sample_solver,
+        sampling_steps=args.sample_steps,
+        guide_scale=args.sample_guide_scale,
+        seed=args.base_seed,
+        offload_model=args.offload_model,
+    )
+    lap("generate")
+    if calibration:
+        print(f"table     {save_calibration(args, calibration)}")
+    save_result(video, path, config.sample_fps)
+    lap("save")
+    summarise(schedule, cache, table, seconds)
+    frames, height, width = video.shape[1:]
+    print(f"saved     {path} ({width}x{height}, {frames} frames)")
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        import magcache  # noqa: F401
+    except ImportError:
+        parser.error(
+            "the magcache package is missing: `pip install .` in its repository, or copy magcache/ beside this"
+        )
+    check_request(args, parser.error)
+    schedule, table = make_schedule(args, parser.error)
+    path = result_path(args)
+    check_result_path(path, parser.error)
+    config = check_wan(args, parser.error)
+    announce(args, schedule, table, path)
+    generate(args, config, schedule, table, path)
+
+
+if __name__ == "__main__":
+    main()

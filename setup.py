@@ -1,0 +1,12 @@
+from setuptools import setup
+
+setup(
+    name="magcache",
+    version="0.1.0",
+    description="MagCache for Wan2.1: faster video generation by reusing transformer residuals",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["magcache"],  # not `wan`: it would hide the one of a Wan2.1 checkout
+    package_data={"magcache": ["ratios/*.json"]},
+    install_requires=["torch>=2.4", "numpy"],
+)

@@ -1,0 +1,300 @@
+"""What attaching a schedule to a model does, and that it leaves nothing behind."""
+
+import copy
+import gc
+import types
+import warnings
+import weakref
+
+import pytest
+import torch
+
+import magcache
+from wan.modules.model import WanModel
+from wan.utils.samplers import make_sampler
+
+STEPS = 12
+PLAN = {"thresh": 0.3, "K": 3, "retention_ratio": 0.2}
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    model = WanModel(dim=24, ffn_dim=32, freq_dim=16, text_dim=8, text_len=6, num_heads=2, num_layers=3).eval()
+    return model.requires_grad_(False)
+
+
+def make_schedule(steps=STEPS):
+    return magcache.plan(magcache.load_ratios("t2v-1.3B"), steps, **PLAN)
+
+
+@torch.no_grad()
+def denoise(model, steps=STEPS, seed=0, shift=5.0, stop_after=None):
+    generator = torch.Generator().manual_seed(seed)
+    latent, cond, uncond = (torch.randn(s, generator=generator) for s in ((16, 2, 4, 4), (5, 8), (3, 8)))
+    sampler = make_sampler("unipc", steps, shift)
+    for i, t in enumerate(sampler.timesteps):
+        if i == stop_after:
+            return latent
+        velocity = [model([latent], t=t[None], context=[context], seq_len=8)[0] for context in (cond, uncond)]
+        velocity = velocity[1] + 5 * (velocity[0] - velocity[1])
+        latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
+    return latent
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def count_block_calls(model):
+    calls = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: calls.append(module))
+    return calls
+
+
+def residuals(cache):
+    return [len(branch) for branch in cache.residuals]
+
+
+def test_a_full_schedule_changes_nothing(model):
+    plain = denoise(model)
+    magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS))
+    assert torch.equal(denoise(model), plain)
+
+
+def test_reuse_is_the_block_free_forward(model):
+    """Every reused call against the same forward with the residual added by hand."""
+    schedule, inputs, outputs = make_schedule(), [], []
+    magcache.apply_magcache(model, schedule)
+    model.blocks[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model.blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(out))
+    embedded, heads = [], []
+    model.patch_embedding.register_forward_hook(lambda m, a, out: embedded.append(out.flatten(2).transpose(1, 2)))
+    model.head.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
+    denoise(model)
+    last, computed = [None, None], iter(zip(inputs, outputs, strict=True))
+    for call, reuse in enumerate(schedule.reuse):
+        if not reuse:
+            before, after = next(computed)
+            last[call % 2] = after - before
+            assert torch.equal(heads[call], after)
+        else:
+            assert torch.equal(heads[call], embedded[call] + last[call % 2])
+
+
+def test_blocks_run_as_planned(model):
+    schedule, calls = make_schedule(), count_block_calls(model)
+    cache = magcache.apply_magcache(model, schedule)
+    denoise(model)
+    assert sum(schedule.reuse) > 0
+    assert len(calls) == schedule.computed * len(model.blocks)
+    assert [len(cache.seconds[skipped]) for skipped in (False, True)] == [schedule.computed, sum(schedule.reuse)]
+
+
+def test_remove_restores_the_instance_exactly(model):
+    plain, before = denoise(model), dict(model.__dict__)
+    magcache.remove_magcache(model)  # nothing there yet
+    magcache.apply_magcache(model, make_schedule())
+    assert not torch.equal(denoise(model), plain)
+    magcache.apply_magcache(model, make_schedule())  # on top of itself
+    magcache.remove_magcache(model)
+    assert model.__dict__ == before
+    assert torch.equal(denoise(model), plain)
+
+
+def test_the_class_and_other_instances_are_untouched():
+    model, other, third = make_model(), make_model(), make_model()
+    plain = denoise(third)
+    magcache.apply_magcache(model, make_schedule())
+    magcache.apply_magcache(other, magcache.plan(magcache.load_ratios("t2v-14B"), STEPS, 0.06, 1))
+    alone = denoise(model), denoise(other)
+    assert not torch.equal(*alone)
+    assert torch.equal(denoise(third), plain)
+
+    original, results = make_model(), []
+    for schedule in (make_schedule(), magcache.plan(magcache.load_ratios("t2v-14B"), STEPS, 0.06, 1)):
+        magcache.apply_magcache(original, schedule)
+        results.append(denoise(original))
+    assert torch.equal(results[0], alone[0])
+    assert torch.equal(results[1], alone[1])
+
+
+def test_a_deep_copy_is_a_model_of_its_own(model):
+    magcache.apply_magcache(model, make_schedule())
+    expected = denoise(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(denoise(twin), expected)
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 9])
+def test_a_run_after_an_abandoned_one_starts_clean(model, stop_after):
+    magcache.apply_magcache(model, make_schedule())
+    fresh = denoise(model)
+    denoise(model, seed=1, stop_after=stop_after)
+    assert torch.equal(denoise(model), fresh)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 7])
+def test_a_run_after_a_failed_call_starts_clean(model, calls):
+    cache = magcache.apply_magcache(model, make_schedule())
+    fresh = denoise(model)
+    left = [calls * 3 + 1]  # fails inside the stack, Ctrl-C included
+
+    def interrupt(module, args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    hooks = [block.register_forward_pre_hook(interrupt) for block in model.blocks]
+    with pytest.raises(KeyboardInterrupt):
+        denoise(model, seed=1)
+    for hook in hooks:
+        hook.remove()
+    assert residuals(cache) == [0, 0]
+    assert isinstance(model.blocks, torch.nn.ModuleList)
+    assert torch.equal(denoise(model), fresh)
+
+
+def test_an_abort_within_the_first_step_is_cleared_by_applying_again(model):
+    magcache.apply_magcache(model, make_schedule())
+    fresh = denoise(model)
+    denoise(model, stop_after=1)
+    magcache.apply_magcache(model, make_schedule())
+    assert torch.equal(denoise(model), fresh)
+
+
+def test_runs_of_one_step(model):
+    magcache.apply_magcache(model, make_schedule(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(denoise(model, 1), denoise(model, 1))
+
+
+def test_steps_that_share_a_timestep(model):
+    sampler = make_sampler("unipc", 100, 16.0)
+    assert len(set(sampler.timesteps.tolist())) < 100
+    schedule, calls = make_schedule(100), count_block_calls(model)
+    magcache.apply_magcache(model, schedule)
+    for _ in range(2):
+        calls.clear()
+        denoise(model, 100, shift=16.0)
+        assert len(calls) == schedule.computed * len(model.blocks)
+
+
+def test_calls_beyond_the_schedule_are_computed_and_said_once(model):
+    cache, calls = magcache.apply_magcache(model, make_schedule(5)), count_block_calls(model)
+    with pytest.warns(UserWarning, match="ends after 10 transformer calls") as caught:
+        denoise(model, 12)
+    assert len(caught) == 1
+    assert len(calls) == 3 * (make_schedule(5).computed + 14)
+    assert residuals(cache) == [0, 0]
+
+
+def test_one_residual_per_branch_and_none_while_the_next_is_computed(model):
+    cache, seen, alive = magcache.apply_magcache(model, make_schedule()), [], weakref.WeakSet()
+
+    def watch(module, args):
+        branch = model._magcache.counter.call % 2
+        seen.append(residuals(cache))
+        assert not cache.residuals[branch]
+        alive.update(r for kept in cache.residuals for r in kept)
+
+    model.blocks[0].register_forward_pre_hook(watch)
+    denoise(model)
+    assert max(max(counts) for counts in seen) == 1
+    gc.collect()
+    assert residuals(cache) == [0, 0]
+    assert not alive
+
+
+def test_dtype_and_device_of_the_cache(model):
+    magcache.apply_magcache(model, make_schedule())
+    exact = denoise(model)
+    cache = magcache.apply_magcache(model, make_schedule(), dtype=torch.bfloat16, device="cpu")
+    kept = []
+    model.head.register_forward_hook(lambda m, a, out: kept.extend(r.dtype for b in cache.residuals for r in b))
+    rounded = denoise(model)
+    assert set(kept) == {torch.bfloat16}
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_linear_forecast_is_executed(model):
+    """Weights 2, -1 continue the line through the last two residuals."""
+    schedule = magcache.Schedule((None, None, (2.0, -1.0), None), calls_per_step=1)
+    magcache.apply_magcache(model, schedule)
+    ins, outs, heads, embedded = [], [], [], []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
+    model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
+    model.patch_embedding.register_forward_hook(lambda m, a, out: embedded.append(out.flatten(2).transpose(1, 2)))
+    model.head.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
+    denoise(model, 2)
+    first, second = (out - x for x, out in zip(ins[:2], outs[:2], strict=True))
+    torch.testing.assert_close(heads[2], embedded[2] + 2 * second - first)
+
+
+def test_an_instance_with_its_own_forward(model):
+    """As sequence parallelism sets it: the instance carries a forward that the class does not know."""
+    plain, calls = denoise(model), count_block_calls(model)
+
+    def own_forward(self, x, t, context, seq_len):
+        return [2 * u for u in type(self).forward(self, x, t, context, seq_len)]
+
+    model.forward = types.MethodType(own_forward, model)
+    doubled, method = denoise(model), model.__dict__["forward"]
+    calls.clear()
+    schedule = make_schedule()
+    magcache.apply_magcache(model, schedule)
+    cached = denoise(model)
+    assert len(calls) == 3 * schedule.computed
+    assert not torch.equal(cached, doubled)
+    magcache.remove_magcache(model)
+    assert model.__dict__["forward"] is method
+    assert torch.equal(denoise(model), doubled)
+    assert not torch.equal(doubled, plain)
+
+
+def test_a_wrapped_model(model):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    magcache.apply_magcache(model, make_schedule())
+    expected = denoise(model)
+    magcache.remove_magcache(model)
+    wrapped = Wrapper(model)
+    magcache.apply_magcache(wrapped, make_schedule())
+    assert torch.equal(denoise(wrapped), expected)
+
+
+def test_hints_are_not_computed_on_reuse(model):
+    """A VACE forward asks `forward_vace` for the hints before it loops over the blocks."""
+    asked = []
+
+    class Vace(WanModel):
+        def forward_vace(self):
+            asked.append(1)
+
+        def forward(self, *args, **kwargs):
+            self.forward_vace()
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Vace
+    schedule = make_schedule()
+    magcache.apply_magcache(model, schedule)
+    denoise(model)
+    assert len(asked) == schedule.computed
+
+
+def test_models_without_blocks_are_refused():
+    with pytest.raises(TypeError, match="blocks"):
+        magcache.apply_magcache(torch.nn.Linear(2, 2), make_schedule())

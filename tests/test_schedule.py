@@ -1,0 +1,163 @@
+"""Properties of the plan, stated without the loop that makes it."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import magcache
+from magcache.ratios import split_branches
+
+ratio = st.floats(0.5, 1.5)
+tables = st.lists(st.tuples(ratio, ratio), min_size=1, max_size=60).map(lambda pairs: [r for p in pairs for r in p])
+settings = {
+    "thresh": st.floats(0, 1),
+    "K": st.integers(0, 8),
+    "retention_ratio": st.floats(0, 1),
+}
+
+
+def stretch_error(ratios):
+    """Sum over the stretch of |1 - product of its ratios so far|."""
+    return sum(abs(1 - math.prod(ratios[: i + 1])) for i in range(len(ratios)))
+
+
+@given(table=tables, steps=st.integers(1, 80), **settings)
+def test_every_stretch_is_as_long_as_allowed(table, steps, thresh, K, retention_ratio):
+    schedule = magcache.plan(table, steps, thresh, K, retention_ratio)
+    retained = max(1, math.ceil(int(2 * steps * retention_ratio) / 2))
+    branches = split_branches(table)
+    for branch in (0, 1):
+        reuse = schedule.reuse[branch::2]
+        assert len(reuse) == steps
+        assert not any(reuse[:retained])
+        if len(branches[branch]) != steps:
+            continue
+        start = retained  # a stretch begins where free steps begin, or after a computed step
+        for step in range(retained, steps):
+            error = stretch_error(branches[branch][start : step + 1])
+            within = error < thresh and step - start < K
+            assert reuse[step] == within or math.isclose(error, thresh, rel_tol=1e-9, abs_tol=1e-12)
+            if not reuse[step]:
+                start = step + 1
+
+
+@given(table=tables, steps=st.integers(1, 80), **settings)
+def test_counts(table, steps, thresh, K, retention_ratio):
+    schedule = magcache.plan(table, steps, thresh, K, retention_ratio)
+    assert schedule.steps == steps
+    assert schedule.computed + sum(schedule.reuse) == 2 * steps
+    assert schedule.speedup_bound == 2 * steps / schedule.computed
+    assert magcache.plan(table, steps, 0, K, retention_ratio).computed == 2 * steps
+    assert magcache.plan(table, steps, thresh, 0, retention_ratio).computed == 2 * steps
+    assert magcache.plan(table, steps, thresh, K, 1).computed == 2 * steps
+
+
+@given(table=tables, steps=st.integers(1, 80), **settings)
+def test_without_guidance_the_cond_branch_decides(table, steps, thresh, K, retention_ratio):
+    both = magcache.plan(table, steps, thresh, K, retention_ratio)
+    one = magcache.plan(table, steps, thresh, K, retention_ratio, calls_per_step=1)
+    assert one.reuse == both.reuse[::2]
+
+
+@pytest.mark.parametrize(
+    ("table", "steps", "thresh", "K", "released", "smoothed"),
+    [
+        ("t2v-14B", 50, 0.24, 6, 36, 32),
+        ("t2v-1.3B", 50, 0.12, 2, 50, 48),
+        ("t2v-1.3B", 50, 0.12, 4, 42, 38),
+        ("i2v-14B-720P", 40, 0.12, 4, 34, 30),
+        ("i2v-14B-720P", 40, 0.24, 6, 28, 26),
+        ("i2v-14B-480P", 40, 0.12, 4, 34, 32),
+        ("i2v-14B-480P", 40, 0.24, 6, 30, 26),
+    ],
+)
+def test_published_settings(table, steps, thresh, K, released, smoothed):
+    ratios = magcache.load_ratios(table)
+    assert magcache.plan(ratios, steps, thresh, K).computed == released
+    assert magcache.plan(ratios, steps, thresh, K, smooth="sqrt").computed == smoothed
+
+
+def test_the_leading_pair_of_ones_is_optional():
+    ratios = magcache.load_ratios("t2v-14B")
+    assert magcache.plan(ratios[2:], 50, 0.24, 6) == magcache.plan(ratios, 50, 0.24, 6)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"thresh": -0.1},
+        {"thresh": float("nan")},
+        {"thresh": float("inf")},
+        {"K": -1},
+        {"K": 1.5},
+        {"retention_ratio": -0.1},
+        {"retention_ratio": 1.1},
+        {"retention_ratio": float("nan")},
+        {"steps": 0},
+        {"steps": 2.5},
+        {"smooth": "log"},
+    ],
+)
+def test_bad_settings(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        magcache.plan(**({"ratios": magcache.load_ratios("t2v-14B"), "steps": 50} | bad))
+
+
+@pytest.mark.parametrize("table", [[], [1.0, 1.0, 0.9], [1.0, float("nan")], [1.0, 0.0], [1.0, -1.0]])
+def test_bad_tables(table):
+    with pytest.raises(ValueError, match="ratio"):
+        magcache.plan(table, 10)
+
+
+def test_a_schedule_needs_residuals_to_reuse():
+    with pytest.raises(ValueError, match="call 1"):
+        magcache.Schedule((None, (1.0,)))  # uncond has none of its own
+    with pytest.raises(ValueError, match="combines 2"):
+        magcache.Schedule((None, None, (2.0, -1.0), None))
+    with pytest.raises(ValueError, match="whole steps"):
+        magcache.Schedule((None, None, None))
+
+
+def test_which_residuals_are_needed():
+    plain = magcache.Schedule((None, None, None, (1.0,)))
+    assert plain.history == 1
+    assert plain.used_later == (False, True, False, False)
+    linear = magcache.Schedule((None, None, None, (2.0, -1.0), None, (1.0,)), calls_per_step=1)
+    assert linear.history == 2
+    assert linear.used_later == (False, True, True, False, True, False)
+
+
+def test_table_choice():
+    assert magcache.choose_table("t2v-1.3B", "./renamed") == ("t2v-1.3B", None)
+    assert magcache.choose_table("i2v-14B", "x/Wan2.1-I2V-14B-480P/") == ("i2v-14B-480P", None)
+    name, notice = magcache.choose_table("t2i-14B", "./Wan2.1-T2V-14B")
+    assert name == "t2v-14B"
+    assert "calibrated on video" in notice
+    for task, folder in (("flf2v-14B", "./Wan2.1-FLF2V-14B-720P"), ("i2v-14B", "./renamed")):
+        with pytest.raises(ValueError, match="--magcache_calibration"):
+            magcache.choose_table(task, folder)
+
+
+def test_tables_are_saved_whole_and_never_replaced(tmp_path):
+    path = tmp_path / "new" / "mine.json"
+    magcache.save_table(path, {"mag_ratio": [0.99, 0.98]})
+    assert magcache.load_ratios(path) == (1.0, 1.0, 0.99, 0.98)
+    assert [p.name for p in path.parent.iterdir()] == ["mine.json"]
+    with pytest.raises(FileExistsError, match=r"mine\.json"):
+        magcache.save_table(path, {"mag_ratio": [1.5, 1.5]})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1, 2]", '{"mag_ratio": "x"}', '{"mag_ratio": [1, null]}', '{"mag_ratio": [0.9, NaN]}']
+)
+def test_files_that_are_no_tables(tmp_path, content):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"bad\.json"):
+        magcache.load_ratios(path)
+    with pytest.raises(ValueError, match="ratio table"):
+        magcache.load_ratios(tmp_path)
+    with pytest.raises(ValueError, match=r"nowhere\.json"):
+        magcache.load_ratios(tmp_path / "nowhere.json")

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from golden_data import GOLDEN, read_json, read_tensors
+
+from wan.modules.t5 import T5EncoderModel, load_encoder, whitespace_clean
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("t5") / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save(read_tensors("t5/models_t5_umt5-xxl-enc-bf16.safetensors"), path)
+    return path
+
+
+def test_features(checkpoint):
+    model = load_encoder(checkpoint, torch.float32, "cpu")
+    inputs, golden = read_tensors("t5/inputs.safetensors"), read_tensors("t5/outputs.safetensors")
+    out = model(inputs["ids"], inputs["mask"]).last_hidden_state
+    for row, expected, mask in zip(out, golden["out_masked"], inputs["mask"].bool(), strict=True):
+        torch.testing.assert_close(row[mask], expected[mask], rtol=1e-4, atol=2e-5)
+    unmasked = model(inputs["ids"][:1, :40]).last_hidden_state
+    torch.testing.assert_close(unmasked, golden["out_nomask"], rtol=1e-4, atol=2e-5)
+
+
+def test_sizes_come_from_the_tensors(checkpoint):
+    hparams, config = read_json("t5/hparams.json"), load_encoder(checkpoint, torch.float32, "cpu").config
+    assert config.vocab_size == hparams["vocab"]
+    assert (config.d_model, config.d_kv * config.num_heads, config.d_ff) == (48, 64, 96)
+    assert (config.num_layers, config.num_heads) == (hparams["num_layers"], hparams["num_heads"])
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    tensors = read_tensors("t5/models_t5_umt5-xxl-enc-bf16.safetensors")
+    del tensors["blocks.1.ffn.fc1.weight"]
+    torch.save(tensors, tmp_path / "t5.pth")
+    with pytest.raises(RuntimeError, match="wi_1"):
+        load_encoder(tmp_path / "t5.pth", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", read_json("numerics/clean.json"), ids=lambda case: ascii(case["in"][:12]))
+def test_prompt_cleaning(case):
+    assert whitespace_clean(case["in"]) == case["out"]
+
+
+def test_tokens_are_cut_to_the_text(tmp_path):
+    torch.save(read_tensors("pipelines/common/models_t5_umt5-xxl-enc-bf16.safetensors"), tmp_path / "t5.pth")
+    encoder = T5EncoderModel(8, torch.float32, "cpu", tmp_path / "t5.pth", GOLDEN / "pipelines/common/tokenizer")
+    one, short, long = encoder(["", "dog", "dog " * 20], "cpu")
+    assert len(one) == 1  # </s> alone
+    assert len(one) < len(short) < len(long) == 8

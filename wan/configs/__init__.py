@@ -1,0 +1,102 @@
+"""The numbers of every Wan2.1 model, of the sizes and of the demo model. Data only."""
+
+import torch
+from easydict import EasyDict
+
+# The models were trained against these words; they are parameters, not prose, and must stay as they are.
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_NEGATIVE_I2V = "镜头晃动，" + _NEGATIVE
+_NEGATIVE_FLF2V = "镜头切换，" + _NEGATIVE_I2V
+
+_SHARED = {
+    "t5_model": "umt5_xxl",
+    "t5_dtype": torch.bfloat16,
+    "text_len": 512,
+    "param_dtype": torch.bfloat16,
+    "num_train_timesteps": 1000,
+    "sample_fps": 16,
+    "sample_neg_prompt": _NEGATIVE,
+    "t5_checkpoint": "models_t5_umt5-xxl-enc-bf16.pth",
+    "t5_tokenizer": "google/umt5-xxl",
+    "vae_checkpoint": "Wan2.1_VAE.pth",
+    "vae_stride": (4, 8, 8),
+    "patch_size": (1, 2, 2),
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+_1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+_CLIP = {
+    "clip_model": "clip_xlm_roberta_vit_h_14",
+    "clip_dtype": torch.float16,
+    "clip_checkpoint": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "clip_tokenizer": "xlm-roberta-large",
+    "clip_num_heads": 16,
+}
+
+
+def _config(name: str, *parts: dict, **values) -> EasyDict:
+    merged = {"__name__": f"Config: {name}"} | _SHARED
+    for part in parts:
+        merged |= part
+    return EasyDict(merged | values)
+
+
+_t2v_14B = _config("Wan T2V 14B", _14B)
+_t2v_1_3B = _config("Wan T2V 1.3B", _1_3B)
+
+WAN_CONFIGS = {
+    "t2v-14B": _t2v_14B,
+    "t2v-1.3B": _t2v_1_3B,
+    "i2v-14B": _config("Wan I2V 14B", _14B, _CLIP, sample_neg_prompt=_NEGATIVE_I2V),
+    "t2i-14B": _t2v_14B,
+    "flf2v-14B": _config("Wan FLF2V 14B", _14B, _CLIP, sample_neg_prompt=_NEGATIVE_FLF2V),
+    "vace-1.3B": _t2v_1_3B,
+    "vace-14B": _t2v_14B,
+    # the demo model in examples/, see examples/train_tiny/README.md; it was trained with an empty negative prompt
+    "t2v-tiny": _config(
+        "Wan T2V tiny",
+        dim=192,
+        ffn_dim=768,
+        num_heads=4,
+        num_layers=8,
+        freq_dim=64,
+        text_len=16,
+        sample_neg_prompt="",
+    ),
+}
+
+SIZE_CONFIGS = {  # (width, height)
+    "720*1280": (720, 1280),
+    "1280*720": (1280, 720),
+    "480*832": (480, 832),
+    "832*480": (832, 480),
+    "1024*1024": (1024, 1024),
+    "64*64": (64, 64),
+}
+
+MAX_AREA_CONFIGS = {
+    "720*1280": 720 * 1280,
+    "1280*720": 1280 * 720,
+    "480*832": 480 * 832,
+    "832*480": 832 * 480,
+}
+
+_VIDEO_SIZES = tuple(MAX_AREA_CONFIGS)
+SUPPORTED_SIZES = {
+    "t2v-14B": _VIDEO_SIZES,
+    "t2v-1.3B": ("480*832", "832*480"),
+    "i2v-14B": _VIDEO_SIZES,
+    "flf2v-14B": _VIDEO_SIZES,
+    "t2i-14B": (*_VIDEO_SIZES, "1024*1024"),
+    "vace-1.3B": ("480*832", "832*480"),
+    "vace-14B": _VIDEO_SIZES,
+    "t2v-tiny": ("64*64",),
+}

@@ -1,0 +1,302 @@
+"""The Wan2.1 diffusion transformer (DiT), with upstream's names for classes, arguments and tensors."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from einops import rearrange
+from safetensors import safe_open
+
+PATCH_SIZE = (1, 2, 2)  # frames, rows, columns
+ROPE_THETA = 10000.0
+
+
+def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
+    """Embeds timesteps [B] as [cos | sin] of t * 10000^(-i / (dim / 2)). Returns float64 [B, dim]."""
+    half = dim // 2
+    frequencies = torch.pow(ROPE_THETA, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
+    angles = torch.outer(position.to(torch.float64), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rope_rotations(grid: tuple[int, int, int], head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+    """Rotary position embedding of a (frames, rows, columns) grid as complex64 [frames * rows * columns, head_dim / 2].
+
+    The channel pairs of a head are split among the axes as (c - 2 * (c // 3), c // 3, c // 3), each with frequencies
+    of its own. Angles are float64: far positions would be off by 3e-5 in float32.
+    """
+    pairs = head_dim // 2
+    widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    parts = []
+    for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
+        exponents = torch.arange(width, dtype=torch.float64, device=device) / max(width, 1)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), ROPE_THETA**-exponents)
+        shape = [1, 1, 1, width]
+        shape[axis] = length
+        parts.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(*grid, width))
+    return torch.cat(parts, dim=-1).flatten(0, 2).to(torch.complex64)
+
+
+def rope_apply(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Rotates adjacent channel pairs of x [B, L, heads, head_dim] by freqs complex64 [B or 1, L, head_dim / 2].
+
+    Computed and returned in float32.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * freqs[:, :, None]).flatten(-2)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Projections that self- and cross-attention share. q and k are RMS-normalised over all heads together."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        return self.split_heads(self.norm_q(self.q(x).float()))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
+        """q, k, v [B, L, heads, head_dim] -> [B, L, dim]; v's dtype, the autocast one, is that of the attention."""
+        return dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask).flatten(2)
+
+
+class WanSelfAttention(Attention):
+    def forward(self, x: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+        q = rope_apply(self.query(x), freqs)
+        k = rope_apply(self.split_heads(self.norm_k(self.k(x).float())), freqs)
+        v = self.split_heads(self.v(x))
+        return self.o(self.attend(q, k, v, padding_mask(seq_lens, x.shape[1], x.device)))
+
+
+class WanCrossAttention(Attention):
+    """Attends to the text; with `image`, also to image tokens in front of the text, through their own k and v."""
+
+    def __init__(self, dim: int, num_heads: int, text_len: int, image: bool, eps: float = 1e-6):
+        super().__init__(dim, num_heads, eps)
+        self.text_len = text_len
+        self.image = image
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.RMSNorm(dim, eps)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        q = self.query(x)
+        text = context[:, -self.text_len :]
+        out = self.attend(q, self.split_heads(self.norm_k(self.k(text).float())), self.split_heads(self.v(text)))
+        if self.image:
+            image = context[:, : -self.text_len]
+            k = self.split_heads(self.norm_k_img(self.k_img(image).float()))
+            out = out + self.attend(q, k, self.split_heads(self.v_img(image)))
+        return self.o(out)
+
+
+def padding_mask(seq_lens: torch.Tensor, length: int, device: torch.device) -> torch.Tensor | None:
+    """True for real tokens, bool [B, 1, 1, length]; None where nothing is padded. seq_lens [B] is on the CPU."""
+    if bool((seq_lens == length).all()):
+        return None
+    return (torch.arange(length) < seq_lens[:, None])[:, None, None].to(device)
+
+
+class WanAttentionBlock(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, text_len: int, image: bool, eps: float = 1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = WanSelfAttention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = WanCrossAttention(dim, num_heads, text_len, image, eps)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, x: torch.Tensor, e: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        """x [B, L, dim], e float32 [B, 6, dim], seq_lens int [B] on the CPU, freqs see `rope_apply`, context
+        [B, image tokens + text_len, dim]. Returns [B, L, dim]; the modulation keeps it in float32 under autocast."""
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).chunk(6, dim=1)
+        x = x + gate_sa * self.self_attn(modulate(self.norm1(x.float()), shift_sa, scale_sa), seq_lens, freqs)
+        x = x + self.cross_attn(self.norm3(x), context)
+        return x + gate_ffn * self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn))
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out_channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """x [B, L, dim], e float32 [B, dim] (the time embedding, not its projection). Computed in float32."""
+        shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(modulate(self.norm(x.float()), shift, scale))
+
+
+class MLPProj(nn.Module):
+    """Maps CLIP tokens to the transformer's width; `positions` > 0 adds a learned position table (flf2v)."""
+
+    def __init__(self, clip_dim: int, dim: int, positions: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip_dim),
+            nn.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            nn.Linear(clip_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        if positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, positions, clip_dim))
+
+    def forward(self, clip_fea: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "emb_pos"):  # the tokens of first and last frame of a sample follow each other
+            clip_fea = clip_fea.reshape(-1, *self.emb_pos.shape[1:]) + self.emb_pos
+        return self.proj(clip_fea)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+class WanModel(ModelMixin, ConfigMixin):
+    """The Wan2.1 DiT; see `forward`.
+
+    model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and clip_dim are the widths of the text
+    and image features; official config files do not hold them, `from_pretrained` reads them from the tensors.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        model_type: str = "t2v",
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        eps: float = 1e-6,
+        clip_dim: int = 1280,
+        clip_positions: int = 0,
+    ):
+        super().__init__()
+        self.model_type, self.text_len, self.freq_dim, self.dim = model_type, text_len, freq_dim, dim
+        self.out_dim, self.num_heads = out_dim, num_heads
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        image = model_type in ("i2v", "flf2v")
+        self.blocks = nn.ModuleList(
+            WanAttentionBlock(dim, ffn_dim, num_heads, text_len, image, eps) for _ in range(num_layers)
+        )
+        self.head = Head(dim, out_dim * PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2], eps)
+        if image:
+            self.img_emb = MLPProj(clip_dim, dim, clip_positions)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded."""
+        folder = Path(pretrained_model_name_or_path)
+        declared = json.loads((folder / "config.json").read_text())
+        shapes = tensor_shapes(folder)
+        for name, tensor, axis in (
+            ("text_dim", "text_embedding.0.weight", 1),
+            ("clip_dim", "img_emb.proj.0.weight", 0),
+            ("clip_positions", "img_emb.emb_pos", 1),
+        ):
+            if tensor in shapes and name not in declared:
+                kwargs.setdefault(name, shapes[tensor][axis])
+        return super().from_pretrained(folder, **kwargs)
+
+    def forward(
+        self,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        context: list[torch.Tensor],
+        seq_len: int,
+        clip_fea: torch.Tensor | None = None,
+        y: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Predicts the velocity of every sample.
+
+        x: latents, one [in_dim, F, H, W] per sample (grids may differ). t: timesteps [B]. context: text features, one
+        [length <= text_len, text_dim] per sample. seq_len: tokens to pad every sample to. clip_fea (i2v, flf2v):
+        image features [B or 2 B, 257, clip_dim]. y (i2v, flf2v): conditioning, one [channels, F, H, W] per sample,
+        stacked behind x. Returns float32 [out_dim, F, H, W] per sample (odd H, W are cropped to even).
+
+        Raises ValueError if a sample has more tokens than seq_len.
+        """
+        if y is not None:
+            x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
+        tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
+        e = self.embed_time(t)
+        kwargs = {
+            "e": self.project_time(e),
+            "seq_lens": seq_lens,
+            "freqs": freqs,
+            "context": self.embed_context(context, clip_fea),
+        }
+        for block in self.blocks:
+            tokens = block(tokens, **kwargs)
+        return self.unpatchify(self.head(tokens, e), grids)
+
+    def embed_patches(self, x: list[torch.Tensor], seq_len: int):
+        """Returns tokens [B, seq_len, dim] padded with zeros, their counts int [B] (on the CPU), the RoPE rotations
+        [B or 1, seq_len, head_dim / 2] (1 for padding) and the grids (frames, rows, columns) in patches."""
+        embedded = [self.patch_embedding(u[None]) for u in x]
+        grids = [tuple(u.shape[2:]) for u in embedded]
+        tokens = [u.flatten(2).transpose(1, 2) for u in embedded]
+        seq_lens = torch.tensor([u.shape[1] for u in tokens])
+        if seq_lens.max() > seq_len:
+            raise ValueError(f"a sample has {seq_lens.max()} tokens, seq_len is {seq_len}")
+        tokens = torch.cat([F.pad(u, (0, 0, 0, seq_len - u.shape[1])) for u in tokens])
+        distinct = grids if len(set(grids)) > 1 else grids[:1]
+        rotations = [rope_rotations(grid, self.dim // self.num_heads, tokens.device) for grid in distinct]
+        ones = [r.new_ones(seq_len - r.shape[0], r.shape[1]) for r in rotations]
+        freqs = torch.stack([torch.cat(pair) for pair in zip(rotations, ones, strict=True)])
+        return tokens, seq_lens, freqs, grids
+
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            return self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
+
+    def project_time(self, e: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(e.device.type, enabled=False):
+            return self.time_projection(e).unflatten(1, (6, self.dim))
+
+    def embed_context(self, context: list[torch.Tensor], clip_fea: torch.Tensor | None) -> torch.Tensor:
+        text = torch.stack([F.pad(u, (0, 0, 0, self.text_len - u.shape[0])) for u in context])
+        text = self.text_embedding(text)
+        return text if clip_fea is None else torch.cat([self.img_emb(clip_fea), text], dim=1)
+
+    def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        frames, rows, columns = PATCH_SIZE
+        return [
+            rearrange(
+                u[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=frames, q=rows, r=columns
+            ).float()
+            for u, (f, h, w) in zip(x, grids, strict=True)
+        ]

@@ -1,0 +1,44 @@
+"""Text to video, and text to image with one frame."""
+
+import torch
+
+from wan.pipeline import WanPipeline
+
+
+class WanT2V(WanPipeline):
+    def generate(
+        self,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> torch.Tensor | None:
+        """Generates one video.
+
+        size: (width, height), multiples of 16. frame_num: 4 n + 1. shift: of the noise levels towards noise.
+        n_prompt: empty for the config's negative prompt. seed: negative for a random one. offload_model: keeps each
+        model on the GPU only while it works.
+
+        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame count or
+        solver.
+        """
+        shape = self.latent_shape(size, frame_num)
+        context, context_null = self.encode_text(input_prompt, n_prompt, offload_model)
+        seq_len = self.token_count(shape)
+        latent = self.denoise(
+            self.noise(shape, seed),
+            {"context": context, "seq_len": seq_len},
+            {"context": context_null, "seq_len": seq_len},
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            shift=shift,
+            guide_scale=guide_scale,
+            offload_model=offload_model,
+        )
+        return self.decode(latent)
