@@ -110,8 +110,9 @@ def check_request(args, error) -> None:
     for flag in ("t5_fsdp", "dit_fsdp", "use_prompt_extend"):
         if getattr(args, flag):
             error(f"--{flag} is not part of this release")
-    if args.ulysses_size != 1 or args.ring_size != 1:
-        error("--ulysses_size and --ring_size must be 1: this release runs on one device")
+    processes = args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1))
+    if processes != 1:
+        error("this release runs on one device: start it without torchrun, --ulysses_size and --ring_size 1")
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
 
@@ -303,10 +304,7 @@ def generate(args, config, schedule, table, path: Path) -> None:
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
-    device_id = int(os.environ.get("LOCAL_RANK", 0))
-    pipeline = pipeline_class(
-        config=config, checkpoint_dir=args.ckpt_dir, device_id=device_id, rank=0, t5_cpu=args.t5_cpu
-    )
+    pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
     lap("load")
     cache = calibration = None
     if schedule:

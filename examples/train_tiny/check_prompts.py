@@ -1,6 +1,6 @@
 """Does the demo model follow its prompts? Measures 24 generated videos, uncached and cached, and draws them.
 
-python examples/train_tiny/check_prompts.py [--ckpt_dir DIR] [--picture FILE.png]
+python -m examples.train_tiny.check_prompts [--ckpt_dir DIR] [--picture FILE.png]
 """
 
 import argparse
@@ -9,10 +9,20 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from shapes import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT, SHAPES, SIZE, TRAINABLE, Caption, signed_distance
 
 import magcache
 import wan
+from examples.train_tiny.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    HELD_OUT,
+    SHAPES,
+    SIZE,
+    TRAINABLE,
+    Caption,
+    signed_distance,
+)
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import grid_rows, to_uint8
 

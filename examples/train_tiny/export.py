@@ -1,6 +1,6 @@
 """Writes the trained demo model as an official Wan2.1 checkpoint folder, in half precision.
 
-python examples/train_tiny/export.py --trained DIR --out examples/Wan2.1-T2V-tiny
+python -m examples.train_tiny.export --trained DIR --out examples/Wan2.1-T2V-tiny
 """
 
 import argparse
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from train_dit import make_dit, make_text_encoder, make_tokenizer
-from train_vae import BASE_DIM
 
+from examples.train_tiny.train_dit import make_dit, make_text_encoder, make_tokenizer
+from examples.train_tiny.train_vae import BASE_DIM
 from wan.modules.t5 import tensor_names
 
 # diffusers' name -> the official one, the other way round than diffusers' converter

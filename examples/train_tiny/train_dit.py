@@ -1,6 +1,6 @@
 """Trains the demo model's DiT together with its text encoder, on latents of the trained VAE.
 
-python examples/train_tiny/train_dit.py --out DIR      (the DIR that train_vae.py wrote to)
+python -m examples.train_tiny.train_dit --out DIR      (the DIR that train_vae.py wrote to)
 """
 
 import argparse
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
-from optim import MuonAdamW
-from shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, render
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from train_vae import BASE_DIM, whole_clip_resample
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from examples.train_tiny.optim import MuonAdamW
+from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, render
+from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from wan.modules.model import WanModel
 
 CLIPS = 4096

@@ -1,6 +1,6 @@
 """Trains the demo model's VAE, the Wan2.1 architecture at 1/8 of its width, and writes `Wan2.1_VAE.pth`.
 
-python examples/train_tiny/train_vae.py --out DIR
+python -m examples.train_tiny.train_vae --out DIR
 """
 
 import argparse
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
-from optim import MuonAdamW
-from shapes import TRAINABLE, render
+
+from examples.train_tiny.optim import MuonAdamW
+from examples.train_tiny.shapes import TRAINABLE, render
 
 BASE_DIM = 12
 # (steps, batch, frames, crop): small crops teach the texture of an edge cheaply, whole clips the long caches

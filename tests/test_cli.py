@@ -1,0 +1,283 @@
+"""The command line as users type it: real subprocesses, real files."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from golden_data import write_checkpoint
+
+import magcache
+import magcache_generate
+import wan
+from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
+from wan.utils.utils import cache_video
+
+REPO = Path(__file__).parent.parent
+DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
+PROMPT = "a green square moves up on a gray background"
+
+
+def run(*arguments, cwd=REPO, python_flags=()):
+    command = [sys.executable, *python_flags, str(REPO / "magcache_generate.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def demo(*arguments, steps=10, cwd=REPO):
+    flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", steps, "--base_seed", 3)
+    result = run(*flags, "--prompt", PROMPT, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def generated(steps=10, schedule=None):
+    """The same video from the Python API, as uint8 frames of an mp4 file written by the same function."""
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
+    if schedule:
+        magcache.apply_magcache(pipeline.model, schedule)
+    return pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=steps, seed=3)
+
+
+def frames_of(video, path):
+    cache_video(video[None], str(path), fps=16, nrow=1)
+    return iio.imread(path)
+
+
+def test_help_is_quick():
+    result = run("--help", python_flags=("-X", "importtime"))
+    assert result.returncode == 0
+    assert "--magcache_K" in result.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "diffusers", "numpy"}
+
+
+def test_flags_are_those_of_the_reference():
+    """Name, type, default and choices of Wan2.1's generate.py and of the released MagCache script."""
+    flags = {action.dest: action for action in magcache_generate.make_parser()._actions}
+    truths = {"t5_fsdp", "t5_cpu", "dit_fsdp", "use_prompt_extend", "use_magcache", "magcache_calibration"}
+    defaults = {
+        "task": "t2v-14B",
+        "size": "1280*720",
+        "ulysses_size": 1,
+        "ring_size": 1,
+        "prompt_extend_method": "local_qwen",
+        "prompt_extend_target_lang": "zh",
+        "base_seed": -1,
+        "sample_solver": "unipc",
+        "sample_guide_scale": 5.0,
+        "magcache_thresh": 0.12,
+        "magcache_K": 2,
+        "retention_ratio": 0.2,
+    }
+    nothing = {
+        "frame_num",
+        "ckpt_dir",
+        "offload_model",
+        "save_file",
+        "src_video",
+        "src_mask",
+        "src_ref_images",
+        "prompt",
+    }
+    nothing |= {"prompt_extend_model", "image", "first_frame", "last_frame", "sample_steps", "sample_shift"}
+    for name in truths:
+        assert flags[name].const is True
+        assert flags[name].default is False
+    for name, default in defaults.items():
+        assert flags[name].default == default
+        assert default == (flags[name].type or str)(default)
+    assert all(flags[name].default is None for name in nothing)
+    assert set(flags["task"].choices) == set(WAN_CONFIGS)
+    assert set(flags["size"].choices) == set(SIZE_CONFIGS)
+    assert flags["frame_num"].type is flags["sample_steps"].type is int
+    assert flags["sample_shift"].type is float
+    assert flags["offload_model"].type("nO") is False
+    assert flags["offload_model"].type("T") is True
+
+
+def readme_commands():
+    text = (REPO / "README.md").read_text()
+    return re.findall(r"^python (magcache_generate\.py .*--task t2v-1.*)$", text, flags=re.MULTILINE)
+
+
+def test_readme_commands_parse_and_plan():
+    computed = {}
+    for command in readme_commands():
+        args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
+        magcache_generate.check_request(args, pytest.fail)
+        schedule, table = magcache_generate.make_schedule(args, pytest.fail)
+        computed[table] = schedule.computed
+        assert (args.frame_num, args.sample_steps, args.sample_shift, args.offload_model) == (81, 50, 5.0, True)
+    assert computed == {"t2v-1.3B": 42, "t2v-14B": 36}
+
+
+BAD = [
+    ((), "--ckpt_dir is needed"),
+    (("--ckpt_dir", "nowhere"), "nowhere is no folder"),
+    (("--ckpt_dir", "{empty}"), "lacks config.json"),
+    (("--ckpt_dir", "{no_vae}"), "lacks Wan2.1_VAE.pth"),
+    (("--ckpt_dir", "{no_shard}"), "lacks diffusion_pytorch_model-00002-of-00002.safetensors"),
+    (("--ckpt_dir", "{i2v}"), "holds a i2v model, task t2v-1.3B needs t2v"),
+    (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B makes 480*832, 832*480, not 1280*720"),
+    (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
+    (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
+    (("--ckpt_dir", "{ok}", "--frame_num", "-3"), "--frame_num must be 4n+1"),
+    (("--ckpt_dir", "{ok}", "--sample_steps", "0"), "--sample_steps must be at least 1"),
+    (("--ckpt_dir", "{ok}", "--sample_shift", "0"), "--sample_shift must be positive"),
+    (("--ckpt_dir", "{ok}", "--sample_shift", "nan"), "--sample_shift must be positive"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_K", "-1"), "K must be a whole number >= 0, got -1"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "-0.1"), "thresh must be a finite number >= 0"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "nan"), "thresh must be a finite number >= 0"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--retention_ratio", "1.5"), "retention_ratio must be in [0, 1]"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_calibration"), "exclude each other"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "no ratio table 'nothing'"),
+    (("--ckpt_dir", "{ok}", "--use_magcach"), "unrecognized arguments"),
+    (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
+    (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "does not exist: no/such/folder"),
+    (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "t2i makes one image"),
+    (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "not part of this release"),
+    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "not part of this release"),
+    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "one device"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    (root / "empty").mkdir()
+    write_checkpoint("t2v", root / "ok")
+    shutil.copytree(root / "ok", root / "no_vae")
+    (root / "no_vae" / "Wan2.1_VAE.pth").unlink()
+    shutil.copytree(root / "ok", root / "no_shard")
+    first, second = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    index = {"weight_map": {"head.head.bias": first, "head.head.weight": second}}
+    (root / "no_shard" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "no_shard" / "diffusion_pytorch_model.safetensors").rename(root / "no_shard" / first)
+    shutil.copytree(root / "ok", root / "i2v")
+    config = json.loads((root / "ok" / "config.json").read_text()) | {"model_type": "i2v"}
+    (root / "i2v" / "config.json").write_text(json.dumps(config))
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if type(value) is tuple else ""
+)
+def test_bad_input(arguments, message, folders, monkeypatch, capsys):
+    """One line and exit code 2, before any weight is read. The flags are checked in this process, to be quick."""
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read weights"))
+    arguments = [argument.format_map(folders) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--task", "t2v-1.3B", "--size", "832*480", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.main()
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_bad_input_in_a_real_process(tmp_path):
+    result = run("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
+    assert result.returncode == 2
+    assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is no folder\n"
+
+
+def test_a_renamed_folder_and_a_missing_table(folders):
+    """The task decides, whatever the folder is called."""
+    args = magcache_generate.make_parser().parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
+    magcache_generate.check_request(args, pytest.fail)
+    assert magcache_generate.make_schedule(args, pytest.fail)[1] == "t2v-14B"
+
+
+NASTY = [
+    "x" * 500,
+    "a/b\\c: \"quoted\" 'twice' <tag> | ? * \n new\tline \0",
+    "猫" * 100,
+    "🦊" * 100,
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢" * 30,
+    "../../etc/passwd",
+    " ",
+    "-rf",
+]
+
+
+@pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
+def test_file_names_are_safe(prompt, tmp_path):
+    flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
+    args = magcache_generate.make_parser().parse_args(flags)
+    args.prompt = prompt
+    name = str(magcache_generate.result_path(args))
+    assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
+    path = tmp_path / name
+    frames = frames_of(torch.zeros(3, 5, 16, 16), path)
+    assert frames.shape == (5, 16, 16, 3)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_file_names_without_the_cache():
+    args = magcache_generate.make_parser().parse_args(
+        ["--task", "t2i-14B", "--prompt", "one fox", "--size", "1024*1024"]
+    )
+    assert re.fullmatch(r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png", str(magcache_generate.result_path(args)))
+    args.save_file = "out/film"
+    assert magcache_generate.result_path(args) == Path("out/film.png")
+
+
+def test_uncached_equals_the_unpatched_model(tmp_path):
+    result = demo("--save_file", tmp_path / "plain.mp4")
+    assert "off: all 20 transformer calls computed" in result.stdout
+    frames = iio.imread(tmp_path / "plain.mp4")
+    assert frames.shape == (17, 64, 64, 3)
+    assert iio.immeta(tmp_path / "plain.mp4")["fps"] == 16
+    assert np.array_equal(frames, frames_of(generated(), tmp_path / "api.mp4"))
+
+
+def test_cached(tmp_path):
+    flags = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3)
+    result = demo(*flags, cwd=tmp_path)
+    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 10, 0.3, 3)
+    assert any(schedule.reuse)
+    announced = result.stdout.index(f"{schedule.computed} of 20 transformer calls computed, at most")
+    assert announced < result.stdout.index("ms a call")
+    assert f"reused {sum(schedule.reuse[::2])} of 10 cond and {sum(schedule.reuse[1::2])} of 10 uncond" in result.stdout
+    assert "table t2v-tiny" in result.stdout
+    (path,) = tmp_path.glob("magcache_t2v-tiny_E03_K3_R02_64*64_1_1_a_green_square_moves_up_on_a_gray_background_*.mp4")
+    assert path.name in result.stdout
+    assert np.array_equal(iio.imread(path), frames_of(generated(schedule=schedule), tmp_path / "api.mp4"))
+
+
+def test_calibrate_then_use(tmp_path):
+    flags = ("--magcache_calibration", "--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "a.mp4")
+    result = demo(*flags)
+    (path,) = (tmp_path / "dumps").iterdir()
+    assert str(path) in result.stdout
+    table = json.loads(path.read_text())
+    assert len(table["mag_ratio"]) == len(table["mag_std"]) == len(table["cos_dis"]) == 18
+    assert table["measured_on"]["prompt"] == PROMPT
+    assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
+    cached = demo("--use_magcache", "--mag_ratios", path, "--magcache_K", 1, "--save_file", tmp_path / "b.mp4")
+    assert f"table {path}" in cached.stdout
+
+
+def test_text_to_image(tmp_path, folders):
+    result = run("--task", "t2i-14B", "--size", "480*832", "--ckpt_dir", folders["ok"], "--sample_steps", 2,
+                 "--use_magcache", "--save_file", tmp_path / "fox.png")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "calibrated on video" in result.stdout
+    assert iio.imread(tmp_path / "fox.png").shape == (832, 480, 3)
+
+
+def test_a_result_that_cannot_be_saved_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    video = torch.rand(3, 5, 16, 16)
+    with pytest.raises(OSError, match="gone"):
+        magcache_generate.save_result(video, tmp_path / "gone" / "film.mp4", 16)
+    assert torch.equal(torch.load(tmp_path / "film.pt", weights_only=True), video)
+    assert str(tmp_path / "film.pt") in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""The tools around the demo model: its data, its checker, and the VAE training's short cut."""
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+
+from examples.train_tiny.check_prompts import check_pairs, see
+from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, TRAINABLE, render
+from examples.train_tiny.train_dit import normalise_latents
+from examples.train_tiny.train_vae import whole_clip_resample
+
+
+def test_the_checker_reads_what_was_drawn():
+    pairs, generator = check_pairs(), torch.Generator().manual_seed(1)
+    clips = render([caption for caption, _ in pairs], generator)
+    noisy = clips + 0.1 * torch.randn(clips.shape, generator=generator)
+    assert [see(clip) for clip in noisy] == [caption for caption, _ in pairs]
+
+
+def test_the_check_is_fair():
+    captions = [caption for caption, _ in check_pairs()]
+    assert len(set(captions)) == 24
+    assert sum(caption in HELD_OUT for caption in captions) == 12
+    assert not HELD_OUT & set(TRAINABLE)
+    assert {d: sum(c.direction == d for c in captions) for d in DIRECTIONS} == dict.fromkeys(DIRECTIONS, 6)
+
+
+@torch.no_grad()
+def test_whole_clips_equal_chunks(monkeypatch):
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=4).eval()
+    clip = torch.rand(1, 3, 9, 16, 24) * 2 - 1
+    latent = vae.encode(clip).latent_dist.mean
+    video = vae.decode(latent, return_dict=False)[0]
+    monkeypatch.setattr(WanResample, "forward", whole_clip_resample)
+    torch.testing.assert_close(vae.quant_conv(vae.encoder(clip))[:, :16], latent, rtol=1e-4, atol=1e-5)
+    whole = vae.decoder(vae.post_quant_conv(latent)).clamp(-1, 1)
+    torch.testing.assert_close(whole, video, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_normalised_latents_decode_to_the_same_video():
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=4).eval()
+    clips = torch.rand(3, 3, 5, 16, 16) * 2 - 1
+    raw = vae.encode(clips).latent_dist.mean
+    video = vae.decode(raw, return_dict=False)[0]
+    normalised = normalise_latents(vae, raw)
+    assert normalised.mean((0, 2, 3, 4)).abs().max() < 1e-4
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    stored = vae.encode(clips).latent_dist.mean
+    torch.testing.assert_close((stored - mean) / std, normalised, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(vae.decode(stored, return_dict=False)[0], video, rtol=1e-3, atol=1e-4)
