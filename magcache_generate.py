@@ -8,11 +8,19 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
+
+try:
+    import magcache  # without torch until something runs
+except ImportError:
+    remedies = "`pip install .` in its repository, or copy magcache/ beside this script"
+    print(f"magcache_generate.py: error: package magcache is missing: {remedies}", file=sys.stderr)
+    sys.exit(2)
 
 # name of the pipeline in `wan`, by the first part of the task; only those of this release
 PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V"}
@@ -170,8 +178,6 @@ def make_schedule(args, error):
     """Returns the schedule and the name of its ratio table, or (None, None) without --use_magcache."""
     if not args.use_magcache:
         return None, None
-    import magcache
-
     try:
         table, notice = (args.mag_ratios, None) if args.mag_ratios else magcache.choose_table(args.task, args.ckpt_dir)
         schedule = magcache.plan(
@@ -248,8 +254,6 @@ def measured_on(args) -> dict:
 
 
 def save_calibration(args, calibration) -> Path:
-    import magcache
-
     stem = f"{args.task}_{args.size.replace('*', 'x')}_{args.frame_num}f_{args.sample_steps}steps"
     path = Path(args.calibration_dir) / f"{stem}_{datetime.now():%Y%m%d_%H%M%S}.json"
     magcache.save_table(path, calibration.table(path.stem, measured_on(args)))
@@ -267,7 +271,7 @@ def save_result(video, path: Path, fps: int) -> Path:
             cache_image(video[None, :, 0], str(path), nrow=1)
         else:
             cache_video(video[None], str(path), fps=fps, nrow=1)
-    except Exception:
+    except Exception:  # whatever went wrong, an hour of work is in this tensor
         rescue = Path(tempfile.gettempdir()) / f"{path.stem[:100]}.pt"
         torch.save(video.cpu(), rescue)
         print(f"could not write {path}; the video is kept as a tensor in {rescue}", file=sys.stderr)
@@ -285,17 +289,20 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
         f"MagCache  {schedule.computed} of {len(schedule.reuse)} calls computed, reused {cond} of {schedule.steps} "
         f"cond and {uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
     )
-    computed, reused = (sorted(cache.seconds[skipped]) for skipped in (False, True))
-    median = computed[len(computed) // 2]
-    line = f"          computed {1000 * median:.1f} ms a call"
+    computed, reused = cache.seconds[False], cache.seconds[True]
+    typical = statistics.median(computed)
+    line = f"          computed {1000 * typical:.1f} ms a call"
     if reused:
-        line += f", reused {1000 * reused[len(reused) // 2]:.1f} ms a call"
-    total = sum(computed) + sum(reused)
-    print(f"{line}; {len(schedule.reuse) * median / total:.2f}x faster than at {1000 * median:.1f} ms for every call")
+        line += f", reused {1000 * statistics.median(reused):.1f} ms a call"
+    speedup = len(schedule.reuse) * typical / sum(computed + reused)
+    print(f"{line}; {speedup:.2f}x faster than with {1000 * typical:.1f} ms for every call")
 
 
 def generate(args, config, schedule, table, path: Path) -> None:
+    import torch
+
     import wan
+    from wan.configs import SIZE_CONFIGS
 
     seconds, clock = {}, time.perf_counter()
 
@@ -303,15 +310,13 @@ def generate(args, config, schedule, table, path: Path) -> None:
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    if not torch.cuda.is_available() and args.task != "t2v-tiny":
+        print("note: there is no CUDA device, so this runs on the CPU in float32 and takes very long", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
     pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
     lap("load")
     cache = calibration = None
     if schedule:
-        import torch
-
-        import magcache
-
         cache = magcache.apply_magcache(
             pipeline.model,
             schedule,
@@ -319,11 +324,7 @@ def generate(args, config, schedule, table, path: Path) -> None:
             device="cpu" if args.magcache_offload else None,
         )
     elif args.magcache_calibration:
-        import magcache
-
         calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
-
-    from wan.configs import SIZE_CONFIGS
 
     video = pipeline.generate(
         args.prompt,
@@ -349,12 +350,6 @@ def generate(args, config, schedule, table, path: Path) -> None:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    try:
-        import magcache  # noqa: F401
-    except ImportError:
-        parser.error(
-            "the magcache package is missing: `pip install .` in its repository, or copy magcache/ beside this"
-        )
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
     path = result_path(args)

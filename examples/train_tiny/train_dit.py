@@ -23,7 +23,7 @@ from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from wan.modules.model import WanModel
 
 CLIPS = 4096
-STEPS, BATCH = 4500, 32
+STEPS, BATCH = 2600, 32
 PEAK_LR, WARMUP = 1.5e-3, 100
 CAPTION_DROPOUT = 0.1
 LOGIT_STD, SHIFT = 1.1, 3.0  # noise levels: logit-normal, then shifted towards noise as the sampler's are
@@ -139,7 +139,7 @@ def main():
             for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
         losses.append(loss.item())
-        if (step + 1) % 50 == 0 or step < 3:
+        if (step + 1) % 50 == 0:
             recent = sum(losses[-50:]) / 50
             print(f"{step + 1}/{STEPS} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == STEPS:

@@ -215,6 +215,7 @@ class WanModel(ModelMixin, ConfigMixin):
         self.head = Head(dim, out_dim * PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2], eps)
         if image:
             self.img_emb = MLPProj(clip_dim, dim, clip_positions)
+        self._rotations = (None, None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -273,11 +274,17 @@ class WanModel(ModelMixin, ConfigMixin):
         if seq_lens.max() > seq_len:
             raise ValueError(f"a sample has {seq_lens.max()} tokens, seq_len is {seq_len}")
         tokens = torch.cat([F.pad(u, (0, 0, 0, seq_len - u.shape[1])) for u in tokens])
-        distinct = grids if len(set(grids)) > 1 else grids[:1]
-        rotations = [rope_rotations(grid, self.dim // self.num_heads, tokens.device) for grid in distinct]
-        ones = [r.new_ones(seq_len - r.shape[0], r.shape[1]) for r in rotations]
-        freqs = torch.stack([torch.cat(pair) for pair in zip(rotations, ones, strict=True)])
-        return tokens, seq_lens, freqs, grids
+        return tokens, seq_lens, self.rotations(grids, seq_len, tokens.device), grids
+
+    def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
+        """RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are kept, since
+        all calls of a run ask for the same."""
+        grids = tuple(grids) if len(set(grids)) > 1 else (grids[0],)
+        if self._rotations[0] != (grids, seq_len, device):
+            rotations = [rope_rotations(grid, self.dim // self.num_heads, device) for grid in grids]
+            padded = [torch.cat([r, r.new_ones(seq_len - r.shape[0], r.shape[1])]) for r in rotations]
+            self._rotations = ((grids, seq_len, device), torch.stack(padded))
+        return self._rotations[1]
 
     def embed_time(self, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast(t.device.type, enabled=False):
