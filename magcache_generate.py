@@ -6,6 +6,7 @@ Takes every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -18,13 +19,14 @@ from pathlib import Path
 try:
     import magcache  # without torch until something runs
 except ImportError:
-    remedies = "`pip install .` in its repository, or copy magcache/ beside this script"
+    remedies = "`pip install .` in its repository, or copy magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache is missing: {remedies}", file=sys.stderr)
     sys.exit(2)
 
 # name of the pipeline in `wan`, by the first part of the task; only those of this release
 PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V"}
 TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny")
+VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 SIZES = ("720*1280", "1280*720", "480*832", "832*480", "1024*1024", "64*64")
 
 DEFAULT_PROMPTS = {
@@ -118,11 +120,8 @@ def check_request(args, error) -> None:
     for flag in ("t5_fsdp", "dit_fsdp", "use_prompt_extend"):
         if getattr(args, flag):
             error(f"--{flag} is not part of this release")
-    processes = args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1))
-    if processes != 1:
-        error("this release runs on one device: start it without torchrun, --ulysses_size and --ring_size 1")
-    if args.use_magcache and args.magcache_calibration:
-        error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
+    if args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1)) != 1:
+        error("this release runs on one device: without torchrun, and with --ulysses_size 1 --ring_size 1")
 
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17}.get(args.task, 81)
@@ -134,43 +133,77 @@ def check_request(args, error) -> None:
     if args.sample_steps < 1:
         error(f"--sample_steps must be at least 1, got {args.sample_steps}")
     args.sample_shift = 5.0 if args.sample_shift is None else args.sample_shift
-    if not 0 < args.sample_shift < float("inf"):
+    if not 0 < args.sample_shift < math.inf:
         error(f"--sample_shift must be positive, got {args.sample_shift}")
-    if args.offload_model is None:
-        args.offload_model = True
-    args.prompt = args.prompt or DEFAULT_PROMPTS.get(args.task, DEFAULT_PROMPTS[kind])
+    if not math.isfinite(args.sample_guide_scale):
+        error(f"--sample_guide_scale must be finite, got {args.sample_guide_scale}")
+    if args.base_seed >= 2**63:
+        error(f"--base_seed must be below 2^63, got {args.base_seed}")
     if args.base_seed < 0:
         args.base_seed = random.randrange(2**32)
+    if args.offload_model is None:
+        args.offload_model = True
+    if args.prompt is None:
+        args.prompt = DEFAULT_PROMPTS.get(args.task, DEFAULT_PROMPTS[kind])
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
+
+    try:
+        magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
+    except ValueError as fault:
+        error(fault)
+    if args.use_magcache and args.magcache_calibration:
+        error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
+    if args.mag_ratios and not args.use_magcache:
+        error("--mag_ratios needs --use_magcache")
+    if args.magcache_calibration:
+        if args.sample_steps < 2:
+            error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
+        check_writable(Path(args.calibration_dir), error)
+
+
+def check_writable(folder: Path, error) -> None:
+    """The folder, or the first above it that exists, must take files."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        error(f"cannot write to {folder}")
 
 
 def check_wan(args, error):
     """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
-    from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
-
+    try:
+        from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+    except ImportError as fault:
+        error(f"the wan package cannot be imported ({fault}): run this beside one, in its environment")
+    if args.task not in WAN_CONFIGS:
+        error(f"the wan package here has no task {args.task}")
     if args.size not in SUPPORTED_SIZES[args.task]:
         error(f"task {args.task} makes {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
     config, folder = WAN_CONFIGS[args.task], Path(args.ckpt_dir)
     if not folder.is_dir():
         error(f"--ckpt_dir {folder} is no folder")
-    weights = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    single, index = (folder / f"diffusion_pytorch_model.safetensors{suffix}" for suffix in ("", ".index.json"))
+    weights = [single]
     try:
         model = json.loads((folder / "config.json").read_text())
-        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        kind, shape = model.get("model_type"), (model.get("dim"), model.get("num_layers"))
         if index.is_file():
             weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        elif any(folder.glob("diffusion_pytorch_model-*.safetensors")):
+            weights = [index]
     except FileNotFoundError:
         error(f"--ckpt_dir {folder} lacks config.json")
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        error(f"--ckpt_dir {folder} has a broken JSON file: {fault!r}")
-    needed = weights or [folder / "diffusion_pytorch_model.safetensors"]
-    needed += [folder / name for name in (config.t5_checkpoint, config.t5_tokenizer, config.vae_checkpoint)]
-    for path in needed:
-        if not path.exists():
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
+        error(f"--ckpt_dir {folder} has a broken config.json or {index.name}: {fault!r}")
+    tokenizer = f"{config.t5_tokenizer}/tokenizer.json"
+    for path in (*weights, *(folder / name for name in (config.t5_checkpoint, tokenizer, config.vae_checkpoint))):
+        if not path.is_file():
             error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
-    if model.get("model_type") != "t2v":
-        error(f"--ckpt_dir {folder} holds a {model.get('model_type')} model, task {args.task} needs t2v")
+    if kind != "t2v":
+        error(f"--ckpt_dir {folder} holds a model of type {kind}, task {args.task} needs t2v")
+    others = [task for task, other in WAN_CONFIGS.items() if (other.dim, other.num_layers) == shape]
+    if others and args.task not in others:
+        print(f"note: by its size the model in {folder} is that of {others[0]}, not of {args.task}")
     return config
 
 
@@ -195,29 +228,31 @@ def make_schedule(args, error):
     return schedule, table
 
 
-def result_path(args) -> Path:
+def result_path(args, error) -> Path:
     """The given path, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
-    suffix = ".png" if args.task.startswith("t2i") else ".mp4"
+    endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
     if args.save_file:
         path = Path(args.save_file)
-        return path if path.suffix else path.with_name(path.name + suffix)
-    size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
-    prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in args.prompt[:50])
-    prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-    parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
-    parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
-    if args.use_magcache:
-        settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}".replace(".", "")
-        parts = ["magcache", args.task, settings, *parts[1:]]
-    return Path("_".join(parts) + suffix)
-
-
-def check_result_path(path: Path, error) -> None:
-    folder = path.parent
-    if not folder.is_dir():
-        error(f"the folder of --save_file does not exist: {folder}")
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        error(f"cannot write {path}")
+        if args.save_file.endswith(("/", os.sep)) or not path.name or path.is_dir():
+            error(f"--save_file {args.save_file} is a folder")
+        if not path.suffix:
+            path = path.with_name(path.name + endings[0])
+        if path.suffix.lower() not in endings:
+            error(f"--save_file must end in one of {', '.join(endings)} for task {args.task}, got {path.name}")
+        if not path.parent.is_dir():
+            error(f"the folder of --save_file does not exist: {path.parent}")
+    else:
+        size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
+        prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in args.prompt[:50])
+        prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
+        parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
+        parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
+        if args.use_magcache:
+            settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}".replace(".", "")
+            parts = ["magcache", args.task, settings, *parts[1:]]
+        path = Path("_".join(parts) + endings[0])
+    check_writable(path.parent, error)
+    return path
 
 
 def announce(args, schedule, table, path: Path) -> None:
@@ -260,14 +295,14 @@ def save_calibration(args, calibration) -> Path:
     return path
 
 
-def save_result(video, path: Path, fps: int) -> Path:
+def save_result(video, path: Path, fps: int) -> None:
     """Writes the video or image; if that fails, keeps the tensor, which cost far more than the disk space."""
     import torch
 
     from wan.utils.utils import cache_image, cache_video
 
     try:
-        if path.suffix == ".png":
+        if path.suffix.lower() in IMAGE_ENDINGS:
             cache_image(video[None, :, 0], str(path), nrow=1)
         else:
             cache_video(video[None], str(path), fps=fps, nrow=1)
@@ -276,26 +311,28 @@ def save_result(video, path: Path, fps: int) -> Path:
         torch.save(video.cpu(), rescue)
         print(f"could not write {path}; the video is kept as a tensor in {rescue}", file=sys.stderr)
         raise
-    return path
 
 
 def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
-    phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    print(f"time      {phases}")
+    """Says what happened, from the log of the calls and not from the plan."""
+    print("time      " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     if not schedule:
         return
-    cond, uncond = (schedule.reuse[branch::2].count(True) for branch in (0, 1))
+    computed = [duration for _, skipped, duration in cache.log if not skipped]
+    reused = [duration for _, skipped, duration in cache.log if skipped]
+    cond, uncond = (sum(skipped for call, skipped, _ in cache.log if call % 2 == branch) for branch in (0, 1))
     print(
-        f"MagCache  {schedule.computed} of {len(schedule.reuse)} calls computed, reused {cond} of {schedule.steps} "
-        f"cond and {uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
+        f"MagCache  {len(computed)} of {len(cache.log)} calls computed, reused {cond} of {schedule.steps} cond and "
+        f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
     )
-    computed, reused = cache.seconds[False], cache.seconds[True]
     typical = statistics.median(computed)
     line = f"          computed {1000 * typical:.1f} ms a call"
     if reused:
         line += f", reused {1000 * statistics.median(reused):.1f} ms a call"
-    speedup = len(schedule.reuse) * typical / sum(computed + reused)
+    speedup = len(cache.log) * typical / sum(computed + reused)
     print(f"{line}; {speedup:.2f}x faster than with {1000 * typical:.1f} ms for every call")
+    if tuple(skipped for _, skipped, _ in cache.log) != schedule.reuse:
+        print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
 
 def generate(args, config, schedule, table, path: Path) -> None:
@@ -338,11 +375,11 @@ def generate(args, config, schedule, table, path: Path) -> None:
         offload_model=args.offload_model,
     )
     lap("generate")
-    if calibration:
-        print(f"table     {save_calibration(args, calibration)}")
     save_result(video, path, config.sample_fps)
     lap("save")
     summarise(schedule, cache, table, seconds)
+    if calibration:
+        print(f"table     {save_calibration(args, calibration)} (use it with --use_magcache --mag_ratios)")
     frames, height, width = video.shape[1:]
     print(f"saved     {path} ({width}x{height}, {frames} frames)")
 
@@ -352,8 +389,7 @@ def main() -> None:
     args = parser.parse_args()
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
-    path = result_path(args)
-    check_result_path(path, parser.error)
+    path = result_path(args, parser.error)
     config = check_wan(args, parser.error)
     announce(args, schedule, table, path)
     generate(args, config, schedule, table, path)

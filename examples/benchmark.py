@@ -1,6 +1,6 @@
 """Measures on the demo model what MagCache gains in time and costs in quality, next to the plain alternatives.
 
-python examples/benchmark.py [--pairs 24] [--only speed|quality]
+python -m examples.benchmark [--pairs 24] [--only speed|quality]
 
 Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls).
 The runs alternate, so a busy machine slows both sides. The random model is as large as a laptop bears, since on the
@@ -13,7 +13,6 @@ import argparse
 import math
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -22,14 +21,13 @@ from tqdm import tqdm
 
 import magcache
 import wan
+from examples.train_tiny.check_prompts import check_pairs
+from examples.train_tiny.shapes import CAPTIONS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.utils.samplers import make_sampler
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "train_tiny"))
-from shapes import CAPTIONS  # noqa: E402
-
 STEPS = 50
 SETTINGS = ((0.12, 2), (0.12, 4), (0.24, 6))
 
@@ -83,9 +81,10 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def benchmark_pairs(count: int) -> list[tuple[str, int]]:
-    """Random captions and seeds, none of which the calibration or the prompt check uses."""
-    rng = random.Random(2026)
-    return [(str(rng.choice(CAPTIONS)), 5000 + i) for i in range(count)]
+    """Random captions and seeds, none of which the prompt check or the calibration (seed 77) uses."""
+    used = {caption for caption, _ in check_pairs()}
+    chosen = random.Random(2026).sample([caption for caption in CAPTIONS if caption not in used], count)
+    return [(str(caption), 5000 + i) for i, caption in enumerate(chosen)]
 
 
 def quality(pipeline, pairs: list[tuple[str, int]]) -> None:

@@ -42,13 +42,14 @@ class ResidualCache:
 
     dtype: of the cached residuals; None keeps them as computed (float32 in Wan).
     device: where they wait, such as "cpu" to spare GPU memory; None leaves them where they are.
-    `seconds[skipped]` collects the wall time of every call since the cache was applied, by False and True.
+    `log` holds (call, whether it was skipped, wall time in seconds) of every call since the cache was applied.
     """
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
         self.calls = len(schedule.weights)
-        self.seconds = {False: [], True: []}
+        self.compute_dtype = None  # of the residuals before `dtype`
+        self.log: list[tuple[int, bool, float]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -72,7 +73,7 @@ class ResidualCache:
         return out
 
     def done(self, call: int, seconds: float) -> None:
-        self.seconds[self.skips(call)].append(seconds)
+        self.log.append((call, self.skips(call), seconds))
         if call == self.calls - 1:
             self.reset()  # the VAE decodes next and wants the memory
         elif call == self.calls:

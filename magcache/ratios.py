@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CALLS_PER_STEP = 2  # cond, uncond
+HOW_TO_CALIBRATE = (
+    "measure one by the same command with --magcache_calibration in place of --use_magcache, "
+    "then give its file with --mag_ratios"
+)
 TABLES = Path(__file__).with_name("ratios")
 
 
@@ -32,12 +36,16 @@ def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         known = ", ".join(table_names())
-        raise ValueError(f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}") from None
+        raise ValueError(
+            f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}; {HOW_TO_CALIBRATE}"
+        ) from None
     except (OSError, ValueError) as error:  # a directory, no permission, no JSON, no text
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
     if not isinstance(ratios, list) or not all(isinstance(r, (int, float)) for r in ratios):
         raise ValueError(f'{path} is no ratio table: it needs a list of numbers "mag_ratio"')
+    if len(ratios) == CALLS_PER_STEP * (content.get("calibrated_steps", 0) - 1):
+        ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
     try:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
@@ -62,8 +70,7 @@ def choose_table(task: str, ckpt_dir: str | os.PathLike) -> tuple[str, str | Non
         return matches[0], None
     known = f" (it has {', '.join(candidates)})" if candidates else ""
     raise ValueError(
-        f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; "
-        f"measure one: the same command with --magcache_calibration in place of --use_magcache"
+        f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; {HOW_TO_CALIBRATE}"
     )
 
 

@@ -125,7 +125,10 @@ BAD = [
     (("--ckpt_dir", "{empty}"), "lacks config.json"),
     (("--ckpt_dir", "{no_vae}"), "lacks Wan2.1_VAE.pth"),
     (("--ckpt_dir", "{no_shard}"), "lacks diffusion_pytorch_model-00002-of-00002.safetensors"),
-    (("--ckpt_dir", "{i2v}"), "holds a i2v model, task t2v-1.3B needs t2v"),
+    (("--ckpt_dir", "{no_index}"), "lacks diffusion_pytorch_model.safetensors.index.json"),
+    (("--ckpt_dir", "{no_tokenizer}"), "lacks google/umt5-xxl/tokenizer.json"),
+    (("--ckpt_dir", "{broken}"), "broken config.json"),
+    (("--ckpt_dir", "{i2v}"), "holds a model of type i2v, task t2v-1.3B needs t2v"),
     (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B makes 480*832, 832*480, not 1280*720"),
     (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
     (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
@@ -133,12 +136,21 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--sample_steps", "0"), "--sample_steps must be at least 1"),
     (("--ckpt_dir", "{ok}", "--sample_shift", "0"), "--sample_shift must be positive"),
     (("--ckpt_dir", "{ok}", "--sample_shift", "nan"), "--sample_shift must be positive"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_K", "-1"), "K must be a whole number >= 0, got -1"),
+    (("--ckpt_dir", "{ok}", "--magcache_K", "-1"), "K must be a whole number >= 0, got -1"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "-0.1"), "thresh must be a finite number >= 0"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "nan"), "thresh must be a finite number >= 0"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--retention_ratio", "1.5"), "retention_ratio must be in [0, 1]"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_calibration"), "exclude each other"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "no ratio table 'nothing'"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "with --magcache_calibration in place of"),
+    (("--ckpt_dir", "{ok}", "--mag_ratios", "t2v-14B"), "--mag_ratios needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
+    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--calibration_dir", "{ok}/config.json/x"), "cannot write to"),
+    (("--ckpt_dir", "{ok}", "--base_seed", "99999999999999999999"), "--base_seed must be below"),
+    (("--ckpt_dir", "{ok}", "--sample_guide_scale", "nan"), "--sample_guide_scale must be finite"),
+    (("--ckpt_dir", "{ok}", "--save_file", "film.png"), "must end in one of .mp4"),
+    (("--ckpt_dir", "{ok}", "--save_file", "film.webm"), "must end in one of .mp4"),
+    (("--ckpt_dir", "{ok}", "--save_file", "out/"), "is a folder"),
+    (("--ckpt_dir", "{ok}", "--save_file", "/"), "is a folder"),
     (("--ckpt_dir", "{ok}", "--use_magcach"), "unrecognized arguments"),
     (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
     (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "does not exist: no/such/folder"),
@@ -156,11 +168,17 @@ def folders(tmp_path_factory):
     write_checkpoint("t2v", root / "ok")
     shutil.copytree(root / "ok", root / "no_vae")
     (root / "no_vae" / "Wan2.1_VAE.pth").unlink()
+    shutil.copytree(root / "ok", root / "no_tokenizer")
+    (root / "no_tokenizer" / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    shutil.copytree(root / "ok", root / "broken")
+    (root / "broken" / "config.json").write_text("[]")
     shutil.copytree(root / "ok", root / "no_shard")
     first, second = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
     index = {"weight_map": {"head.head.bias": first, "head.head.weight": second}}
     (root / "no_shard" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (root / "no_shard" / "diffusion_pytorch_model.safetensors").rename(root / "no_shard" / first)
+    shutil.copytree(root / "no_shard", root / "no_index")
+    (root / "no_index" / "diffusion_pytorch_model.safetensors.index.json").unlink()
     shutil.copytree(root / "ok", root / "i2v")
     config = json.loads((root / "ok" / "config.json").read_text()) | {"model_type": "i2v"}
     (root / "i2v" / "config.json").write_text(json.dumps(config))
@@ -189,8 +207,8 @@ def test_bad_input_in_a_real_process(tmp_path):
     assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is no folder\n"
 
 
-def test_a_renamed_folder_and_a_missing_table(folders):
-    """The task decides, whatever the folder is called."""
+def test_a_renamed_folder():
+    """The task decides on the table, whatever the folder is called."""
     args = magcache_generate.make_parser().parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
     magcache_generate.check_request(args, pytest.fail)
     assert magcache_generate.make_schedule(args, pytest.fail)[1] == "t2v-14B"
@@ -213,7 +231,7 @@ def test_file_names_are_safe(prompt, tmp_path):
     flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
     args = magcache_generate.make_parser().parse_args(flags)
     args.prompt = prompt
-    name = str(magcache_generate.result_path(args))
+    name = str(magcache_generate.result_path(args, pytest.fail))
     assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
     path = tmp_path / name
     frames = frames_of(torch.zeros(3, 5, 16, 16), path)
@@ -225,9 +243,11 @@ def test_file_names_without_the_cache():
     args = magcache_generate.make_parser().parse_args(
         ["--task", "t2i-14B", "--prompt", "one fox", "--size", "1024*1024"]
     )
-    assert re.fullmatch(r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png", str(magcache_generate.result_path(args)))
-    args.save_file = "out/film"
-    assert magcache_generate.result_path(args) == Path("out/film.png")
+    assert re.fullmatch(
+        r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png", str(magcache_generate.result_path(args, pytest.fail))
+    )
+    args.save_file = "film"
+    assert magcache_generate.result_path(args, pytest.fail) == Path("film.png")
 
 
 def test_uncached_equals_the_unpatched_model(tmp_path):

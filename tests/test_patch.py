@@ -89,7 +89,9 @@ def test_blocks_run_as_planned(model):
     denoise(model)
     assert sum(schedule.reuse) > 0
     assert len(calls) == schedule.computed * len(model.blocks)
-    assert [len(cache.seconds[skipped]) for skipped in (False, True)] == [schedule.computed, sum(schedule.reuse)]
+    assert [call for call, _, _ in cache.log] == list(range(2 * STEPS))
+    assert tuple(skipped for _, skipped, _ in cache.log) == schedule.reuse
+    assert all(seconds > 0 for _, _, seconds in cache.log)
 
 
 def test_remove_restores_the_instance_exactly(model):
@@ -298,3 +300,18 @@ def test_hints_are_not_computed_on_reuse(model):
 def test_models_without_blocks_are_refused():
     with pytest.raises(TypeError, match="blocks"):
         magcache.apply_magcache(torch.nn.Linear(2, 2), make_schedule())
+
+
+def test_under_autocast(model):
+    """The dtypes of a run on CUDA: bfloat16 inside the blocks, float32 between them and in the cache."""
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = denoise(model)
+        magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS))
+        assert torch.equal(denoise(model), plain)
+        cache, dtypes = magcache.apply_magcache(model, make_schedule()), []
+        model.head.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
+        model.head.register_forward_hook(lambda m, a, out: dtypes.extend(r.dtype for b in cache.residuals for r in b))
+        cached = denoise(model)
+    assert set(dtypes) == {torch.float32}
+    assert cached.dtype == torch.float32
+    assert not torch.equal(cached, plain)

@@ -45,7 +45,7 @@ def test_every_stage(pipeline, name):
         "final_latent": (decoded[0], 1e-3),
     }
     for key, (value, tolerance) in stages.items():
-        if f"{name}.{key}" in OUTPUTS:
+        if (name, key) != ("t2v_c_image", "context_null"):  # the same text as in t2v_a, stored once
             torch.testing.assert_close(value, OUTPUTS[f"{name}.{key}"], rtol=1e-3, atol=tolerance, msg=key)
     assert list(video.shape) == meta["video_shape"]
     torch.testing.assert_close(video[:, meta["video_frames_kept"]], OUTPUTS[f"{name}.video"], rtol=0, atol=3e-3)

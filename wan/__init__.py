@@ -3,11 +3,14 @@
 import importlib
 
 _PIPELINES = {"WanT2V": "wan.text2video"}
+_PACKAGES = ("configs", "modules", "utils")
 
-__all__ = list(_PIPELINES)
+__all__ = [*_PIPELINES, *_PACKAGES]
 
 
 def __getattr__(name):
     if name in _PIPELINES:
         return getattr(importlib.import_module(_PIPELINES[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"wan.{name}")
     raise AttributeError(f"module 'wan' has no attribute {name!r}")

@@ -31,7 +31,7 @@ SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4"
 
 
 def check_pairs() -> list[tuple[Caption, int]]:
-    """24 fixed (caption, seed) pairs: 12 captions held out of training, 12 that it saw, all directions alike often."""
+    """24 fixed (caption, seed) pairs: 12 captions held out of training, 12 not, all directions equally often."""
     rng = random.Random(24)
     chosen = []
     for pool in (sorted(HELD_OUT, key=str), sorted(TRAINABLE, key=str)):

@@ -1,6 +1,6 @@
 """Trains the demo model's DiT together with its text encoder, on latents of the trained VAE.
 
-python -m examples.train_tiny.train_dit --out DIR      (the DIR that train_vae.py wrote to)
+python -m examples.train_tiny.train_dit --out DIR      (the DIR that train_vae wrote to)
 """
 
 import argparse
@@ -106,7 +106,6 @@ def main():
     print(f"{CLIPS} latents in {time.time() - start:.0f} s", flush=True)
 
     tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(args.out / "google" / "umt5-xxl")
     text_encoder, dit = make_text_encoder(len(tokenizer)), make_dit()
     trained = torch.nn.ModuleDict({"text_encoder": text_encoder, "dit": dit})
     average = deepcopy(trained)

@@ -1,4 +1,4 @@
-"""Trains the demo model's VAE, the Wan2.1 architecture at 1/8 of its width, and writes `Wan2.1_VAE.pth`.
+"""Trains the demo model's VAE, the Wan2.1 architecture at 1/8 of its width, and writes `vae_training.pt`.
 
 python -m examples.train_tiny.train_vae --out DIR
 """

@@ -5,7 +5,7 @@ import re
 
 import ftfy
 import torch
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 # official tensor name (inside a block) -> transformers name (inside a block)
 _BLOCK_NAMES = {
@@ -58,6 +58,7 @@ def load_encoder(checkpoint_path: str, dtype: torch.dtype, device: torch.device 
     state = {names.get(name, name): tensor for name, tensor in tensors.items()}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, assign=True)
+    model.encoder.embed_tokens = model.shared  # one parameter again, or a move to the GPU would copy it twice
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -81,8 +82,9 @@ class T5EncoderModel:
         tokenizer_path: str | None = None,
     ):
         self.text_len = text_len
+        # as tokenizer.json says; AutoTokenizer would build a T5 tokenizer anew from parts of it
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path, local_files_only=True)
         self.model = load_encoder(checkpoint_path, dtype, device)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
 
     @torch.no_grad()
     def __call__(self, texts: list[str] | str, device: torch.device | str) -> list[torch.Tensor]:

@@ -10,8 +10,9 @@ def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> Au
     tensors = torch.load(vae_pth, map_location="cpu", weights_only=True, mmap=True)
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=tensors["encoder.conv1.weight"].shape[0])
-    model.load_state_dict(convert_wan_vae_to_diffusers(tensors), assign=True)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    state = {name: tensor.to(dtype) for name, tensor in convert_wan_vae_to_diffusers(tensors).items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval().requires_grad_(False)
 
 
 class WanVAE:

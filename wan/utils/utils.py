@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -35,6 +37,18 @@ def grid_rows(tensor: torch.Tensor, nrow: int) -> torch.Tensor:
     return rearrange(tensor, "(r n) c f h w -> f (r h) (n w) c", n=columns)
 
 
+@contextmanager
+def written_whole(save_file: str) -> Iterator[Path]:
+    """A path beside save_file to write to; it takes save_file's place at the end, or vanishes with an exception."""
+    path = Path(save_file)
+    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def cache_video(
     tensor: torch.Tensor,
     save_file: str,
@@ -45,13 +59,11 @@ def cache_video(
 ) -> str:
     """Writes videos [B, 3, F, H, W] side by side as H.264 (quality 8), whole or not at all. Returns the path."""
     frames = to_uint8(grid_rows(tensor, nrow), value_range if normalize else (0, 1))
-    path = Path(save_file)
-    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")
-    try:
+    with written_whole(save_file) as part:
         iio.imwrite(part, frames, fps=fps, codec="libx264", quality=8, macro_block_size=1, plugin="FFMPEG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        written = sum(1 for _ in iio.imiter(part, plugin="FFMPEG"))  # ffmpeg's failures raise nothing
+        if written != len(frames):
+            raise OSError(f"{save_file}: ffmpeg wrote {written} of {len(frames)} frames")
     return save_file
 
 
@@ -64,11 +76,6 @@ def cache_image(
 ) -> str:
     """Writes images [B, 3, H, W] as one picture, whole or not at all. Returns the path."""
     picture = to_uint8(grid_rows(tensor[:, :, None], nrow), value_range if normalize else (0, 1))[0]
-    path = Path(save_file)
-    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")
-    try:
+    with written_whole(save_file) as part:
         Image.fromarray(picture).save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return save_file
