@@ -49,17 +49,18 @@ def denoise_seconds(model: WanModel, shape: tuple[int, ...], context: list, step
 
 
 def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, repeats: int) -> None:
-    for thresh, K in SETTINGS[:2]:
-        schedule, ratios = schedule_of(thresh, K), []
-        for repeat in range(repeats + 1):
-            magcache.remove_magcache(model)
-            plain = denoise_seconds(model, shape, context)
-            magcache.apply_magcache(model, schedule)
-            cached = denoise_seconds(model, shape, context)
-            if repeat:  # the first pair warms up
-                ratios.append(plain / cached)
+    schedules = [schedule_of(*setting) for setting in SETTINGS[:2]]
+    ratios = [[] for _ in schedules]
+    denoise_seconds(model, shape, context, steps=2)  # warms up
+    for _ in range(repeats):
         magcache.remove_magcache(model)
-        ratio, bound = statistics.median(ratios), schedule.speedup_bound
+        plain = denoise_seconds(model, shape, context)
+        for schedule, collected in zip(schedules, ratios, strict=True):
+            magcache.apply_magcache(model, schedule)
+            collected.append(plain / denoise_seconds(model, shape, context))
+    magcache.remove_magcache(model)
+    for (thresh, K), schedule, collected in zip(SETTINGS, schedules, ratios, strict=False):
+        ratio, bound = statistics.median(collected), schedule.speedup_bound
         print(
             f"{name}, thresh {thresh}, K {K}: {schedule.computed} of {2 * STEPS} calls, {ratio:.2f}x of at most "
             f"{bound:.2f}x, share {ratio / bound:.3f} (median of {repeats})",
@@ -129,8 +130,8 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
     if args.only != "quality":
         context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
-        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=5)
-        speed("random model", *random_model(), repeats=2)
+        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=7)
+        speed("random model", *random_model(), repeats=3)
     if args.only != "speed":
         quality(pipeline, benchmark_pairs(args.pairs))
 

@@ -3,13 +3,13 @@
 import itertools
 
 import pytest
+import sampling
 import torch
 from golden_data import read_inputs, read_json, read_tensors, write_dit_folder
 
 import magcache
 from magcache.ratios import resample_nearest, split_branches
 from wan.modules.model import WanModel
-from wan.utils.samplers import make_sampler
 
 TABLES = read_json("magcache/tables.json")
 RUNS = [run for run in read_json("magcache/runs.json") if "skipped" in run]
@@ -79,20 +79,13 @@ def models(tmp_path_factory):
     return {kind: WanModel.from_pretrained(folder).eval() for kind, folder in folders.items()}
 
 
-@torch.no_grad()
 def denoise(model, kind, steps):
     inputs = read_inputs("magcache")
-    latent = inputs["noise"]
-    arguments = {"seq_len": latent[0].numel() // 4}
+    shared = {"seq_len": inputs["noise"][0].numel() // 4}
     if kind == "i2v":
-        arguments |= {"clip_fea": inputs["clip_fea"], "y": [inputs["y"]]}
-    sampler = make_sampler("unipc", steps, SHIFT[kind])
-    for t in sampler.timesteps:
-        cond = model([latent], t=t[None], context=[inputs["context"]], **arguments)[0]
-        uncond = model([latent], t=t[None], context=[inputs["context_null"]], **arguments)[0]
-        velocity = uncond + 5.0 * (cond - uncond)
-        latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-    return latent
+        shared |= {"clip_fea": inputs["clip_fea"], "y": [inputs["y"]]}
+    branches = [shared | {"context": [inputs[name]]} for name in ("context", "context_null")]
+    return sampling.denoise(model, inputs["noise"], *branches, steps, SHIFT[kind])
 
 
 def check_latent(latent, key):

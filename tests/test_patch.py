@@ -7,6 +7,7 @@ import warnings
 import weakref
 
 import pytest
+import sampling
 import torch
 
 import magcache
@@ -27,18 +28,11 @@ def make_schedule(steps=STEPS):
     return magcache.plan(magcache.load_ratios("t2v-1.3B"), steps, **PLAN)
 
 
-@torch.no_grad()
-def denoise(model, steps=STEPS, seed=0, shift=5.0, stop_after=None):
+def denoise(model, steps=STEPS, seed=0, **arguments):
     generator = torch.Generator().manual_seed(seed)
-    latent, cond, uncond = (torch.randn(s, generator=generator) for s in ((16, 2, 4, 4), (5, 8), (3, 8)))
-    sampler = make_sampler("unipc", steps, shift)
-    for i, t in enumerate(sampler.timesteps):
-        if i == stop_after:
-            return latent
-        velocity = [model([latent], t=t[None], context=[context], seq_len=8)[0] for context in (cond, uncond)]
-        velocity = velocity[1] + 5 * (velocity[0] - velocity[1])
-        latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-    return latent
+    latent, *contexts = (torch.randn(shape, generator=generator) for shape in ((16, 2, 4, 4), (5, 8), (3, 8)))
+    branches = [{"context": [context], "seq_len": 8} for context in contexts]
+    return sampling.denoise(model, latent, *branches, steps, **arguments)
 
 
 @pytest.fixture

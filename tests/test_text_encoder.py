@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 from golden_data import GOLDEN, read_json, read_tensors
@@ -40,6 +43,25 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize("case", read_json("numerics/clean.json"), ids=lambda case: ascii(case["in"][:12]))
 def test_prompt_cleaning(case):
     assert whitespace_clean(case["in"]) == case["out"]
+
+
+def test_the_embedding_is_one_parameter(checkpoint):
+    model = load_encoder(checkpoint, torch.float32, "cpu")
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "T5Tokenizer"])
+def test_token_ids(tmp_path, tokenizer_class):
+    """As tokenizer.json says, whatever class the folder names (the official one names T5's)."""
+    torch.save(read_tensors("pipelines/common/models_t5_umt5-xxl-enc-bf16.safetensors"), tmp_path / "t5.pth")
+    shutil.copytree(GOLDEN / "pipelines/common/tokenizer", tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": tokenizer_class}))
+    encoder = T5EncoderModel(512, torch.float32, "cpu", tmp_path / "t5.pth", tmp_path / "tokenizer")
+    for case in read_json("pipelines/outputs.json"):
+        for kind in ("prompt", "n_prompt"):
+            text = whitespace_clean(case[f"{kind}_text_passed"])
+            assert encoder.tokenizer(text).input_ids == case[f"{kind}_token_ids"]
 
 
 def test_tokens_are_cut_to_the_text(tmp_path):

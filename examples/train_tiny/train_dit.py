@@ -23,7 +23,7 @@ from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from wan.modules.model import WanModel
 
 CLIPS = 4096
-STEPS, BATCH = 2600, 32
+STEPS, BATCH = 3900, 32
 PEAK_LR, WARMUP = 1.5e-3, 100
 CAPTION_DROPOUT = 0.1
 LOGIT_STD, SHIFT = 1.1, 3.0  # noise levels: logit-normal, then shifted towards noise as the sampler's are
