@@ -347,8 +347,10 @@ def generate(args, config, schedule, table, path: Path) -> None:
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
-    if not torch.cuda.is_available() and args.task != "t2v-tiny":
-        print("note: there is no CUDA device, so this runs on the CPU in float32 and takes very long", flush=True)
+    cuda = torch.cuda.is_available()
+    print(f"device    {torch.cuda.get_device_name() if cuda else 'CPU, float32'}; loading {args.ckpt_dir}", flush=True)
+    if not cuda and args.task != "t2v-tiny":
+        print("note: there is no CUDA device; a full-size model takes hours for a video here", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
     pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
     lap("load")
