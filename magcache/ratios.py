@@ -44,7 +44,8 @@ def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
     if not isinstance(ratios, list) or not all(isinstance(r, (int, float)) for r in ratios):
         raise ValueError(f'{path} is no ratio table: it needs a list of numbers "mag_ratio"')
-    if len(ratios) == CALLS_PER_STEP * (content.get("calibrated_steps", 0) - 1):
+    steps = content.get("calibrated_steps")
+    if isinstance(steps, int) and len(ratios) == CALLS_PER_STEP * (steps - 1):
         ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
     try:
         cond, uncond = split_branches(ratios)

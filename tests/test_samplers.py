@@ -1,3 +1,5 @@
+"""Noise levels and trajectories of both samplers against the reference implementation."""
+
 import pytest
 import torch
 from golden_data import read_json, read_tensors

@@ -140,6 +140,11 @@ def test_table_choice():
             magcache.choose_table(task, folder)
 
 
+def test_a_measured_pair_of_ones_is_not_taken_for_padding(tmp_path):
+    magcache.save_table(tmp_path / "t.json", {"calibrated_steps": 3, "mag_ratio": [1.0, 1.0, 0.9, 0.8]})
+    assert magcache.load_ratios(tmp_path / "t.json") == (1.0, 1.0, 1.0, 1.0, 0.9, 0.8)
+
+
 def test_tables_are_saved_whole_and_never_replaced(tmp_path):
     path = tmp_path / "new" / "mine.json"
     magcache.save_table(path, {"mag_ratio": [0.99, 0.98]})

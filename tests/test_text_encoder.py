@@ -1,3 +1,5 @@
+"""The text encoder against the reference implementation: features, cleaning, tokens."""
+
 import json
 import shutil
 

@@ -1,3 +1,5 @@
+"""The VAE against the reference implementation, and its file."""
+
 import pytest
 import torch
 from golden_data import read_inputs, read_json, read_tensors
@@ -40,3 +42,19 @@ def test_latent_statistics(vae):
     constants = read_json("vae/constants.json")
     assert vae.mean.flatten().tolist() == pytest.approx(constants["latent_mean"])
     assert vae.std.flatten().tolist() == pytest.approx(constants["latent_std"])
+
+
+def test_the_oldest_file_format_and_damaged_files(vae, tmp_path):
+    tensors = read_tensors("vae/Wan2.1_VAE.safetensors")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    latent = read_inputs("vae")["latent.z1"]
+    assert torch.equal(WanVAE(vae_pth=tmp_path / "old.pth").decode([latent])[0], vae.decode([latent])[0])
+    torch.save(tensors, tmp_path / "new.pth")
+    for name in ("old.pth", "new.pth"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(RuntimeError, match=f"cannot read .*{name}, is it complete"):
+            WanVAE(vae_pth=tmp_path / name)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(RuntimeError, match="cannot read"):
+        WanVAE(vae_pth=tmp_path / "empty.pth")

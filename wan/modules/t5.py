@@ -7,6 +7,8 @@ import ftfy
 import torch
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from wan.utils.checkpoints import load_pth
+
 # official tensor name (inside a block) -> transformers name (inside a block)
 _BLOCK_NAMES = {
     "norm1": "layer.0.layer_norm",
@@ -50,7 +52,7 @@ def config_from(tensors: dict[str, torch.Tensor]) -> UMT5Config:
 
 def load_encoder(checkpoint_path: str, dtype: torch.dtype, device: torch.device | str) -> UMT5EncoderModel:
     """Loads `models_t5_umt5-xxl-enc-bf16.pth`. Raises RuntimeError if tensors are missing or left over."""
-    tensors = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+    tensors = load_pth(checkpoint_path)
     config = config_from(tensors)
     with torch.device("meta"):
         model = UMT5EncoderModel(config)

@@ -4,10 +4,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
+from wan.utils.checkpoints import load_pth
+
 
 def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:
     """Loads `Wan2.1_VAE.pth`; its width is read from the tensors. Raises RuntimeError on missing or extra tensors."""
-    tensors = torch.load(vae_pth, map_location="cpu", weights_only=True, mmap=True)
+    tensors = load_pth(vae_pth)
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=tensors["encoder.conv1.weight"].shape[0])
     state = {name: tensor.to(dtype) for name, tensor in convert_wan_vae_to_diffusers(tensors).items()}
