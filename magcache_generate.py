@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Generates videos with Wan2.1, two to three times faster by reusing residuals of its transformer (MagCache).
+"""Generates videos with Wan2.1; with --use_magcache, reuses residuals of its transformer instead of computing them.
 
-Takes every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
+Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -43,10 +44,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def truth_value(text):
-    from wan.utils.utils import str2bool
-
-    return str2bool(text)
+def truth_value(text: str) -> bool:
+    """As `wan.utils.utils.str2bool`, whose import would load torch to read one flag."""
+    if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {text!r}")
+    return text.lower() in ("yes", "true", "t", "y", "1")
 
 
 def make_parser() -> Parser:
@@ -74,7 +76,9 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("model and machine").add_argument
     add("--ckpt_dir", help="checkpoint folder in the official layout")
     add(
-        "--offload_model", type=truth_value, help="each model on the GPU only while it works (default: True on one GPU)"
+        "--offload_model",
+        type=truth_value,
+        help="transformer and text encoder on the GPU only while they work (default: True)",
     )
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
@@ -178,10 +182,10 @@ def check_wan(args, error):
     if args.task not in WAN_CONFIGS:
         error(f"the wan package here has no task {args.task}")
     if args.size not in SUPPORTED_SIZES[args.task]:
-        error(f"task {args.task} makes {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
+        error(f"task {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
     config, folder = WAN_CONFIGS[args.task], Path(args.ckpt_dir)
     if not folder.is_dir():
-        error(f"--ckpt_dir {folder} is no folder")
+        error(f"--ckpt_dir {folder} is not a folder")
     single, index = (folder / f"diffusion_pytorch_model.safetensors{suffix}" for suffix in ("", ".index.json"))
     weights = [single]
     try:
@@ -296,20 +300,26 @@ def save_calibration(args, calibration) -> Path:
 
 
 def save_result(video, path: Path, fps: int) -> None:
-    """Writes the video or image; if that fails, keeps the tensor, which cost far more than the disk space."""
+    """Writes the video or image; if that fails, keeps the pixels as a tensor, since an hour of work is in them."""
     import torch
 
     from wan.utils.utils import cache_image, cache_video
 
     try:
         if path.suffix.lower() in IMAGE_ENDINGS:
-            cache_image(video[None, :, 0], str(path), nrow=1)
+            written = cache_image(video[None, :, 0], str(path), nrow=1)
         else:
-            cache_video(video[None], str(path), fps=fps, nrow=1)
-    except Exception:  # whatever went wrong, an hour of work is in this tensor
-        rescue = Path(tempfile.gettempdir()) / f"{path.stem[:100]}.pt"
-        torch.save(video.cpu(), rescue)
-        print(f"could not write {path}; the video is kept as a tensor in {rescue}", file=sys.stderr)
+            written = cache_video(video[None], str(path), fps=fps, nrow=1)
+        if written is None:  # upstream's writers report a failure so
+            raise OSError(f"cannot write {path}")
+    except BaseException:
+        pixels = ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
+        for folder in (tempfile.gettempdir(), "."):
+            rescue = Path(folder) / f"{path.stem[:100]}.pt"
+            with contextlib.suppress(OSError, RuntimeError):
+                torch.save(pixels, rescue)
+                print(f"could not write {path}; its pixels are kept in {rescue} (torch.load)", file=sys.stderr)
+                break
         raise
 
 
@@ -377,11 +387,12 @@ def generate(args, config, schedule, table, path: Path) -> None:
         offload_model=args.offload_model,
     )
     lap("generate")
+    table_path = save_calibration(args, calibration) if calibration else None
     save_result(video, path, config.sample_fps)
     lap("save")
     summarise(schedule, cache, table, seconds)
-    if calibration:
-        print(f"table     {save_calibration(args, calibration)} (use it with --use_magcache --mag_ratios)")
+    if table_path:
+        print(f"table     {table_path} (use it with --use_magcache --mag_ratios)")
     frames, height, width = video.shape[1:]
     print(f"saved     {path} ({width}x{height}, {frames} frames)")
 
@@ -398,4 +409,17 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as fault:
+        reason = (str(fault) or "?").splitlines()[0]
+        if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
+            sys.exit(
+                f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
+                "--magcache_offload, a smaller --size or fewer frames need less"
+            )
+        if reason.startswith("cannot read "):
+            sys.exit(f"magcache_generate.py: error: {reason}")
+        raise

@@ -8,5 +8,5 @@ setup(
     python_requires=">=3.10",
     packages=["magcache"],  # not `wan`: it would hide the one of a Wan2.1 checkout
     package_data={"magcache": ["ratios/*.json"]},
-    install_requires=["torch>=2.4", "numpy"],
+    install_requires=["torch>=2.4"],
 )

@@ -1,4 +1,4 @@
-"""MagCache: skip a diffusion transformer's blocks in the steps where their residual is known not to change.
+"""MagCache: skip a diffusion transformer's blocks in the steps where calibration says their residual hardly changes.
 
     ratios = magcache.load_ratios("t2v-1.3B")
     schedule = magcache.plan(ratios, steps=50, thresh=0.12, K=4, retention_ratio=0.2)

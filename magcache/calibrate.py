@@ -63,7 +63,10 @@ class Calibration:
 
 
 def apply_calibration(model: torch.nn.Module, steps: int) -> Calibration:
-    """Attaches a calibration of `steps` sampling steps with guidance; `magcache.remove_magcache` takes it off."""
+    """Attaches a calibration of `steps` sampling steps with guidance; `magcache.remove_magcache` takes it off.
+
+    Raises the errors of `magcache.apply_magcache`.
+    """
     calibration = Calibration(steps)
     attach(model, calibration)
     return calibration

@@ -116,7 +116,7 @@ def find_dit(model: torch.nn.Module) -> torch.nn.Module:
         if "blocks" in module._modules:
             return module
         module = getattr(module, "module", None)
-    raise TypeError(f"{type(model).__name__} is no Wan transformer: it has no `blocks`")
+    raise TypeError(f"{type(model).__name__} is not a Wan transformer: it has no `blocks`")
 
 
 @contextmanager
@@ -187,7 +187,8 @@ def apply_magcache(
     model: a Wan transformer, this repo's or upstream's, bare or wrapped in FSDP.
     dtype, device: of the cached residuals, see `ResidualCache`, which is returned and holds the times of the calls.
 
-    Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks`.
+    Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks`, RuntimeError
+    if its `forward` was replaced since the last time (see `remove_magcache`).
     """
     cache = ResidualCache(schedule, dtype, device)
     attach(model, cache)
@@ -195,11 +196,17 @@ def apply_magcache(
 
 
 def remove_magcache(model: torch.nn.Module) -> None:
-    """Restores the instance exactly as it was; does nothing where nothing is attached."""
+    """Restores the instance exactly as it was; does nothing where nothing is attached.
+
+    Raises TypeError if the model has no `blocks`, RuntimeError if its `forward` was replaced since: hooks that do so
+    (accelerate's, diffusers' offloading) go on before `apply_magcache` and come off after `remove_magcache`.
+    """
     dit = find_dit(model)
-    attachment = dit.__dict__.pop("_magcache", None)
-    if attachment is None:
+    if "_magcache" not in dit.__dict__:
         return
+    if getattr(dit.__dict__.get("forward"), "__func__", None) is not _attached_forward:
+        raise RuntimeError("the model's forward was replaced after apply_magcache: take that hook off first")
+    attachment = dit.__dict__.pop("_magcache")
     del dit.__dict__["forward"]
     if attachment.own_forward is not None:
         dit.__dict__["forward"] = attachment.own_forward

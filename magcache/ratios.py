@@ -1,6 +1,6 @@
 """Ratio tables: find, load, check, resample to another number of steps, save. Pure Python.
 
-A table holds |r_t| / |r_{t-1}|, the mean over tokens of the residual's size against the step before, for every
+A table holds |r_t| / |r_{t-1}|, the mean over tokens of the residual's norm against the step before, for every
 transformer call of a run in call order: cond, uncond, cond, uncond, ...
 """
 
@@ -43,14 +43,14 @@ def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
     if not isinstance(ratios, list) or not all(isinstance(r, (int, float)) for r in ratios):
-        raise ValueError(f'{path} is no ratio table: it needs a list of numbers "mag_ratio"')
+        raise ValueError(f'{path} is not a ratio table: it needs a list of numbers "mag_ratio"')
     steps = content.get("calibrated_steps")
     if isinstance(steps, int) and len(ratios) == CALLS_PER_STEP * (steps - 1):
         ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
     try:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
-        raise ValueError(f"{path} is no ratio table: {error}") from None
+        raise ValueError(f"{path} is not a ratio table: {error}") from None
     return tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
 
 
@@ -111,5 +111,5 @@ def resample_nearest(values: Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 def smooth_sqrt(values: Sequence[float]) -> tuple[float, ...]:
-    """Square root of every ratio, which halves its deviation from 1. It belongs to the MagCache paper's figures."""
+    """Square root of every ratio, which about halves its deviation from 1, as in the MagCache paper's figures."""
     return tuple(math.sqrt(value) for value in values)

@@ -1,4 +1,4 @@
-"""Decides, before any model is loaded, which transformer calls of a generation run and which reuse a residual.
+"""Decides, before any model is loaded, which transformer calls of a run compute and which reuse a residual.
 
 Pure Python: the decisions depend on the ratio table, the number of steps and three settings, never on the video.
 """

@@ -18,7 +18,7 @@ import magcache
 import magcache_generate
 import wan
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
-from wan.utils.utils import cache_video
+from wan.utils.utils import cache_video, str2bool
 
 REPO = Path(__file__).parent.parent
 DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
@@ -38,10 +38,10 @@ def demo(*arguments, steps=10, cwd=REPO):
 
 
 def generated(steps=10, schedule=None):
-    """The same video from the Python API, as uint8 frames of an mp4 file written by the same function."""
+    """The same video from the Python API."""
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     if schedule:
-        magcache.apply_magcache(pipeline.model, schedule)
+        magcache.apply_magcache(pipeline.model, schedule, dtype=torch.bfloat16)
     return pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=steps, seed=3)
 
 
@@ -99,8 +99,8 @@ def test_flags_are_those_of_the_reference():
     assert set(flags["size"].choices) == set(SIZE_CONFIGS)
     assert flags["frame_num"].type is flags["sample_steps"].type is int
     assert flags["sample_shift"].type is float
-    assert flags["offload_model"].type("nO") is False
-    assert flags["offload_model"].type("T") is True
+    for text in ("yes", "True", "t", "Y", "1", "nO", "false", "F", "n", "0"):
+        assert flags["offload_model"].type(text) is str2bool(text)
 
 
 def readme_commands():
@@ -121,7 +121,7 @@ def test_readme_commands_parse_and_plan():
 
 BAD = [
     ((), "--ckpt_dir is needed"),
-    (("--ckpt_dir", "nowhere"), "nowhere is no folder"),
+    (("--ckpt_dir", "nowhere"), "nowhere is not a folder"),
     (("--ckpt_dir", "{empty}"), "lacks config.json"),
     (("--ckpt_dir", "{no_vae}"), "lacks Wan2.1_VAE.pth"),
     (("--ckpt_dir", "{no_shard}"), "lacks diffusion_pytorch_model-00002-of-00002.safetensors"),
@@ -129,7 +129,7 @@ BAD = [
     (("--ckpt_dir", "{no_tokenizer}"), "lacks google/umt5-xxl/tokenizer.json"),
     (("--ckpt_dir", "{broken}"), "broken config.json"),
     (("--ckpt_dir", "{i2v}"), "holds a model of type i2v, task t2v-1.3B needs t2v"),
-    (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B makes 480*832, 832*480, not 1280*720"),
+    (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B supports 480*832, 832*480, not 1280*720"),
     (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
     (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
     (("--ckpt_dir", "{ok}", "--frame_num", "-3"), "--frame_num must be 4n+1"),
@@ -204,7 +204,7 @@ def test_bad_input(arguments, message, folders, monkeypatch, capsys):
 def test_bad_input_in_a_real_process(tmp_path):
     result = run("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
     assert result.returncode == 2
-    assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is no folder\n"
+    assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is not a folder\n"
 
 
 def test_a_renamed_folder():
@@ -260,9 +260,9 @@ def test_uncached_equals_the_unpatched_model(tmp_path):
 
 
 def test_cached(tmp_path):
-    flags = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3)
-    result = demo(*flags, cwd=tmp_path)
-    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 10, 0.3, 3)
+    flags = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3, "--magcache_smooth", "sqrt")
+    result = demo(*flags, "--magcache_dtype", "bfloat16", "--magcache_offload", cwd=tmp_path)
+    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 10, 0.3, 3, smooth="sqrt")
     assert any(schedule.reuse)
     announced = result.stdout.index(f"{schedule.computed} of 20 transformer calls computed, at most")
     assert announced < result.stdout.index("ms a call")
@@ -299,5 +299,7 @@ def test_a_result_that_cannot_be_saved_is_kept(tmp_path, monkeypatch, capsys):
     video = torch.rand(3, 5, 16, 16)
     with pytest.raises(OSError, match="gone"):
         magcache_generate.save_result(video, tmp_path / "gone" / "film.mp4", 16)
-    assert torch.equal(torch.load(tmp_path / "film.pt", weights_only=True), video)
+    kept = torch.load(tmp_path / "film.pt", weights_only=True)
+    assert kept.dtype == torch.uint8
+    torch.testing.assert_close(kept / 127.5 - 1, video, rtol=0, atol=1 / 127)
     assert str(tmp_path / "film.pt") in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_data import read_inputs, read_json, read_tensors, write_dit_folder
+from safetensors.torch import load, save_file
 
 from wan.modules.model import WanModel, rope_apply, rope_rotations, sinusoidal_embedding_1d
 
@@ -114,3 +115,19 @@ def test_half_precision_files_load_as_float32(tmp_path, models):
     loaded = WanModel.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded.config.text_dim == 4096
+
+
+def test_incomplete_and_damaged_checkpoints_are_refused(tmp_path):
+    folder = write_dit_folder("pipelines/t2v", tmp_path)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    tensors = load(content)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RuntimeError, match=f"cannot read .*{path.name}, is it complete"):
+        WanModel.from_pretrained(folder)
+    save_file({k: v for k, v in tensors.items() if k != "blocks.1.ffn.0.bias"}, path)
+    with pytest.raises(RuntimeError, match=r"such as blocks\.1\.ffn\.0\.bias"):
+        WanModel.from_pretrained(folder)
+    save_file(tensors | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(RuntimeError, match="such as extra"):
+        WanModel.from_pretrained(folder)

@@ -9,9 +9,12 @@ import weakref
 import pytest
 import sampling
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import magcache
-from wan.modules.model import WanModel
+from wan.modules.model import WanAttentionBlock, WanModel
 from wan.utils.samplers import make_sampler
 
 STEPS = 12
@@ -218,6 +221,57 @@ def test_dtype_and_device_of_the_cache(model):
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_the_cache_waits_on_its_device(model):
+    """The meta device shows that the residual was moved; on "cpu" a CPU test could not tell."""
+    cache = magcache.apply_magcache(model, magcache.Schedule((None, None, (1.0,), (1.0,))), device="meta")
+    denoise(model, 2, stop_after=1)
+    assert {residual.device.type for branch in cache.residuals for residual in branch} == {"meta"}
+
+
+def test_a_forward_replaced_after_applying_is_not_lost(model):
+    plain = denoise(model)
+    magcache.apply_magcache(model, make_schedule())
+    add_hook_to_module(model, ModelHook())
+    for undo in (magcache.remove_magcache, lambda m: magcache.apply_magcache(m, make_schedule())):
+        with pytest.raises(RuntimeError, match="replaced after apply_magcache"):
+            undo(model)
+    remove_hook_from_module(model)
+    magcache.remove_magcache(model)
+    assert torch.equal(denoise(model), plain)
+
+    add_hook_to_module(model, ModelHook())  # the other way round works
+    magcache.apply_magcache(model, make_schedule())
+    assert not torch.equal(denoise(model), plain)
+    magcache.remove_magcache(model)
+    remove_hook_from_module(model)
+    assert torch.equal(denoise(model), plain)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_under_fsdp(version, model, tmp_path):
+    """One process: the wrappers and their hooks are real, and a reused call gathers nothing of the blocks."""
+    plan = make_schedule()
+    magcache.apply_magcache(model, plan)
+    expected = denoise(model)
+    magcache.remove_magcache(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if version == 1:
+            policy = ModuleWrapPolicy({WanAttentionBlock})
+            sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        else:
+            for block in model.blocks:
+                fully_shard(block)
+            sharded = fully_shard(model)
+        calls = count_block_calls(magcache.patch.find_dit(sharded))
+        magcache.apply_magcache(sharded, plan)
+        torch.testing.assert_close(denoise(sharded), expected)
+        assert len(calls) == 3 * plan.computed
+        magcache.remove_magcache(sharded)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_linear_forecast_is_executed(model):

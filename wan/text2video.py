@@ -22,8 +22,8 @@ class WanT2V(WanPipeline):
         """Generates one video.
 
         size: (width, height), multiples of 16. frame_num: 4 n + 1. shift: of the noise levels towards noise.
-        n_prompt: empty for the config's negative prompt. seed: negative for a random one. offload_model: keeps each
-        model on the GPU only while it works.
+        n_prompt: empty for the config's negative prompt. seed: negative for a random one. offload_model: keeps
+        transformer and text encoder on the GPU only while they work.
 
         Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame count or
         solver.

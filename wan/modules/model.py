@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 PATCH_SIZE = (1, 2, 2)  # frames, rows, columns
-ROPE_THETA = 10000.0
+MAX_PERIOD = 10000.0  # of the time embedding
 
 
 def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
     """Embeds timesteps [B] as [cos | sin] of t * 10000^(-i / (dim / 2)). Returns float64 [B, dim]."""
     half = dim // 2
-    frequencies = torch.pow(ROPE_THETA, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
+    frequencies = torch.pow(MAX_PERIOD, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
     angles = torch.outer(position.to(torch.float64), frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -34,11 +35,11 @@ def rope_rotations(grid: tuple[int, int, int], head_dim: int, device: torch.devi
     widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     parts = []
     for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
-        exponents = torch.arange(width, dtype=torch.float64, device=device) / max(width, 1)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), ROPE_THETA**-exponents)
+        positions = torch.arange(length, device=device)
+        rotations = get_1d_rotary_pos_embed(2 * width, positions, use_real=False, freqs_dtype=torch.float64)
         shape = [1, 1, 1, width]
         shape[axis] = length
-        parts.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(*grid, width))
+        parts.append(rotations.view(shape).expand(*grid, width))
     return torch.cat(parts, dim=-1).flatten(0, 2).to(torch.complex64)
 
 
@@ -169,11 +170,17 @@ class MLPProj(nn.Module):
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files."""
+    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files.
+
+    Raises RuntimeError if one is damaged.
+    """
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise RuntimeError(f"cannot read {file}, is it complete? ({error})") from error
     return shapes
 
 
@@ -219,7 +226,10 @@ class WanModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded."""
+        """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded.
+
+        Raises RuntimeError if a file is damaged, or tensors are missing or left over.
+        """
         folder = Path(pretrained_model_name_or_path)
         declared = json.loads((folder / "config.json").read_text())
         shapes = tensor_shapes(folder)
@@ -230,7 +240,10 @@ class WanModel(ModelMixin, ConfigMixin):
         ):
             if tensor in shapes and name not in declared:
                 kwargs.setdefault(name, shapes[tensor][axis])
-        return super().from_pretrained(folder, **kwargs)
+        model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+        if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+            raise RuntimeError(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
+        return model
 
     def forward(
         self,

@@ -51,7 +51,8 @@ def config_from(tensors: dict[str, torch.Tensor]) -> UMT5Config:
 
 
 def load_encoder(checkpoint_path: str, dtype: torch.dtype, device: torch.device | str) -> UMT5EncoderModel:
-    """Loads `models_t5_umt5-xxl-enc-bf16.pth`. Raises RuntimeError if tensors are missing or left over."""
+    """Loads `models_t5_umt5-xxl-enc-bf16.pth`. Raises RuntimeError if tensors are missing or left
+    over (KeyError for those that tell the sizes)."""
     tensors = load_pth(checkpoint_path)
     config = config_from(tensors)
     with torch.device("meta"):

@@ -8,7 +8,8 @@ from wan.utils.checkpoints import load_pth
 
 
 def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:
-    """Loads `Wan2.1_VAE.pth`; its width is read from the tensors. Raises RuntimeError on missing or extra tensors."""
+    """Loads `Wan2.1_VAE.pth`; its width is read from the tensors. Raises RuntimeError
+    (KeyError for the tensor that tells the width) on missing or extra tensors."""
     tensors = load_pth(vae_pth)
     with torch.device("meta"):
         model = AutoencoderKLWan(base_dim=tensors["encoder.conv1.weight"].shape[0])
@@ -18,7 +19,9 @@ def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> Au
 
 
 class WanVAE:
-    """Maps videos to normalised latents and back, 4x in time and 8x in height and width. Runs in float32."""
+    """Raises ValueError if the file has other than z_dim latent channels.
+
+    Maps videos to normalised latents and back, 4x in time and 8x in height and width. Runs in `dtype`."""
 
     def __init__(
         self,

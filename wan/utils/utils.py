@@ -25,6 +25,7 @@ def str2bool(value: str | bool) -> bool:
 
 
 def to_uint8(tensor: torch.Tensor, value_range: tuple[float, float] = (-1, 1)) -> np.ndarray:
+    """Maps value_range to 0..255, clamped and truncated; any shape."""
     low, high = value_range
     return ((tensor.float().clamp(low, high) - low) / (high - low) * 255).to(torch.uint8).cpu().numpy()
 
@@ -57,7 +58,10 @@ def cache_video(
     normalize: bool = True,
     value_range: tuple[float, float] = (-1, 1),
 ) -> str:
-    """Writes videos [B, 3, F, H, W] side by side as H.264 (quality 8), whole or not at all. Returns the path."""
+    """Writes videos [B, 3, F, H, W] side by side as H.264 (quality 8), whole or not at all. fps: frames per second.
+
+    Returns the path. Raises OSError if frames are missing from the file.
+    """
     frames = to_uint8(grid_rows(tensor, nrow), value_range if normalize else (0, 1))
     with written_whole(save_file) as part:
         iio.imwrite(part, frames, fps=fps, codec="libx264", quality=8, macro_block_size=1, plugin="FFMPEG")
