@@ -3,8 +3,8 @@
 python -m examples.benchmark [--pairs 24] [--only speed|quality]
 
 Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls). The
-runs alternate and the best of each counts, since what else the machine does can only slow a run. The random model is as large as a laptop can run, since on the
-demo model the sampler and the embeddings weigh more than they do on a real one.
+runs alternate and the best of each counts, since what else the machine does can only slow a run. The random model is
+as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
 Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, of MagCache and
 of simply taking fewer sampler steps at the same number of computed calls.
 """
