@@ -335,12 +335,12 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
         f"MagCache  {len(computed)} of {len(cache.log)} calls computed, reused {cond} of {schedule.steps} cond and "
         f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
     )
-    typical = statistics.median(computed)
+    typical = statistics.fmean(computed)
     line = f"          computed {1000 * typical:.1f} ms a call"
     if reused:
-        line += f", reused {1000 * statistics.median(reused):.1f} ms a call"
+        line += f", reused {1000 * statistics.fmean(reused):.1f} ms a call"
     speedup = len(cache.log) * typical / sum(computed + reused)
-    print(f"{line}; {speedup:.2f}x faster than with {1000 * typical:.1f} ms for every call")
+    print(f"{line}; {speedup:.2f}x faster than computing every call")
     if tuple(skipped for _, skipped, _ in cache.log) != schedule.reuse:
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
