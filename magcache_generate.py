@@ -24,17 +24,47 @@ except ImportError:
     print(f"magcache_generate.py: error: package magcache is missing: {remedies}", file=sys.stderr)
     sys.exit(2)
 
-# name of the pipeline in `wan`, by the first part of the task; only those of this release
-PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V"}
-TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny")
+# by the first part of the task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
+PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
+MODEL_TYPES = {"t2v": "t2v", "t2i": "t2v", "i2v": "i2v", "flf2v": "flf2v", "vace": "vace"}
+INPUTS = {  # flags of the files that a task looks at
+    "i2v": ("image",),
+    "flf2v": ("first_frame", "last_frame"),
+    "vace": ("src_video", "src_mask", "src_ref_images"),
+}
+TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny", "i2v-tiny")
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 SIZES = ("720*1280", "1280*720", "480*832", "832*480", "1024*1024", "64*64")
 
-DEFAULT_PROMPTS = {
-    "t2v": "A paper boat sails down a rain-filled street at dusk, neon signs ripple in the water, slow tracking shot.",
-    "t2i": "A lighthouse on a basalt cliff under a clear night sky, long exposure, sharp detail.",
-    "t2v-tiny": "a red circle moves right on a white background",
+# what runs without --prompt and input files; by task, or by its first part
+EXAMPLES = {
+    "t2v": {
+        "prompt": "A paper boat sails down a rain-filled street at dusk, neon signs ripple in the water, slow tracking "
+        "shot."
+    },
+    "t2i": {"prompt": "A lighthouse on a basalt cliff under a clear night sky, long exposure, sharp detail."},
+    "i2v": {
+        "prompt": "A white cat in sunglasses sits coolly on a striped surfboard that rocks on turquoise waves, its "
+        "tail swaying and its fur ruffled by the sea breeze. Foam splashes around the board and white clouds drift "
+        "over the green hills on a bright summer day.",
+        "image": "i2v_input.JPG",
+    },
+    "flf2v": {
+        "prompt": "A small blue bird with an orange breast pushes off from a blossoming branch, spreads its wings and "
+        "flies up to the left over misty green hills. The branch springs back as it leaves; animated illustration, "
+        "fixed camera.",
+        "first_frame": "flf2v_input_first_frame.png",
+        "last_frame": "flf2v_input_last_frame.png",
+    },
+    "vace": {
+        "prompt": "A cheerful little girl with two hair buns and a red dress meets a friendly green snake under "
+        "glowing festival lanterns. She laughs and strokes its head while the snake sways and coils around her.",
+        "src_ref_images": "girl.png,snake.png",
+    },
+    "t2v-tiny": {"prompt": "a red circle moves right on a white background"},
+    "i2v-tiny": {"prompt": "a purple triangle moves right on a yellow background", "image": "i2v_tiny_input.png"},
 }
+EXAMPLE_FOLDER = Path(__file__).parent / "examples"
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,8 +85,13 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("what to generate").add_argument
     add("--task", default="t2v-14B", choices=TASKS)
-    add("--size", default="1280*720", choices=SIZES, help="width*height of the video")
-    add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, t2v-tiny 17)")
+    add(
+        "--size",
+        default="1280*720",
+        choices=SIZES,
+        help="width*height of the video; i2v, flf2v and vace with a source video keep that file's shape, at this area",
+    )
+    add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
     add("--base_seed", type=int, default=-1, help="seed of the noise; negative: random (default: -1)")
     add("--save_file", help="path of the result (default: a name made of the settings, here)")
@@ -87,10 +122,18 @@ def make_parser() -> Parser:
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
 
     add = parser.add_argument_group("prompt extension").add_argument
-    add("--use_prompt_extend", action="store_true")
-    add("--prompt_extend_method", default="local_qwen", choices=("dashscope", "local_qwen"))
-    add("--prompt_extend_model")
-    add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"))
+    add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
+    add(
+        "--prompt_extend_method",
+        default="local_qwen",
+        choices=("dashscope", "local_qwen"),
+        help="a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY",
+    )
+    add(
+        "--prompt_extend_model",
+        help="local_qwen: folder or cached hub name of a Qwen2.5 (VL) instruct model; dashscope: name of a model",
+    )
+    add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"), help="language of the prompt (default: zh)")
 
     add = parser.add_argument_group("MagCache").add_argument
     add("--use_magcache", action="store_true", help="reuse residuals where the schedule says so")
@@ -118,25 +161,27 @@ def make_parser() -> Parser:
 def check_request(args, error) -> None:
     """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
     kind = args.task.split("-")[0]
-    if kind not in PIPELINES:
-        offered = ", ".join(task for task in TASKS if task.split("-")[0] in PIPELINES)
-        error(f"task {args.task} is not part of this release, which has {offered}")
-    for flag in ("t5_fsdp", "dit_fsdp", "use_prompt_extend"):
+    for flag in ("t5_fsdp", "dit_fsdp"):
         if getattr(args, flag):
             error(f"--{flag} is not part of this release")
     if args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1)) != 1:
         error("this release runs on one device: without torchrun, and with --ulysses_size 1 --ring_size 1")
 
     if args.frame_num is None:
-        args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17}.get(args.task, 81)
+        args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
+    elif args.src_video:
+        print("note: --frame_num is not used with --src_video, whose own length decides")
     if kind == "t2i" and args.frame_num != 1:
         error(f"t2i makes one image: --frame_num must be 1, got {args.frame_num}")
     if args.frame_num < 1 or args.frame_num % 4 != 1:
         error(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {args.frame_num}")
-    args.sample_steps = 50 if args.sample_steps is None else args.sample_steps
+    if args.sample_steps is None:
+        args.sample_steps = 40 if kind == "i2v" else 50
     if args.sample_steps < 1:
         error(f"--sample_steps must be at least 1, got {args.sample_steps}")
-    args.sample_shift = 5.0 if args.sample_shift is None else args.sample_shift
+    if args.sample_shift is None:
+        small = kind == "i2v" and args.size in ("832*480", "480*832")
+        args.sample_shift = 16.0 if kind in ("flf2v", "vace") else 3.0 if small else 5.0
     if not 0 < args.sample_shift < math.inf:
         error(f"--sample_shift must be positive, got {args.sample_shift}")
     if not math.isfinite(args.sample_guide_scale):
@@ -147,8 +192,7 @@ def check_request(args, error) -> None:
         args.base_seed = random.randrange(2**32)
     if args.offload_model is None:
         args.offload_model = True
-    if args.prompt is None:
-        args.prompt = DEFAULT_PROMPTS.get(args.task, DEFAULT_PROMPTS[kind])
+    choose_inputs(args, error)
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
 
@@ -164,6 +208,26 @@ def check_request(args, error) -> None:
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)
+
+
+def choose_inputs(args, error) -> None:
+    """Takes the task's example if neither prompt nor inputs are given, else wants all that the task needs."""
+    kind = args.task.split("-")[0]
+    for flag in (flag for flags in INPUTS.values() for flag in flags):
+        if getattr(args, flag) is not None and flag not in INPUTS.get(kind, ()):
+            print(f"note: --{flag} is not used by task {args.task}")
+    given = [flag for flag in INPUTS.get(kind, ()) if getattr(args, flag) is not None]
+    example = EXAMPLES.get(args.task, EXAMPLES[kind])
+    if args.prompt is None and not given:
+        for flag, names in example.items():
+            path = names if flag == "prompt" else ",".join(str(EXAMPLE_FOLDER / name) for name in names.split(","))
+            setattr(args, flag, path)
+    elif kind in ("i2v", "flf2v"):
+        missing = [flag for flag in INPUTS[kind] if flag not in given]
+        if missing:
+            error(f"task {args.task} needs --{missing[0]} (without --prompt and --{missing[0]} an example runs)")
+    if args.prompt is None:
+        error("--prompt is needed with input files of your own: say what the video shows")
 
 
 def check_writable(folder: Path, error) -> None:
@@ -199,16 +263,55 @@ def check_wan(args, error):
         error(f"--ckpt_dir {folder} lacks config.json")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
         error(f"--ckpt_dir {folder} has a broken config.json or {index.name}: {fault!r}")
-    tokenizer = f"{config.t5_tokenizer}/tokenizer.json"
-    for path in (*weights, *(folder / name for name in (config.t5_checkpoint, tokenizer, config.vae_checkpoint))):
+    needed = MODEL_TYPES[args.task.split("-")[0]]
+    if kind != needed:
+        error(f"--ckpt_dir {folder} holds a model of type {kind}, task {args.task} needs {needed}")
+    files = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
+    if needed in ("i2v", "flf2v"):
+        files.append(config.clip_checkpoint)
+    for path in (*weights, *(folder / name for name in files)):
         if not path.is_file():
             error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
-    if kind != "t2v":
-        error(f"--ckpt_dir {folder} holds a model of type {kind}, task {args.task} needs t2v")
     others = [task for task, other in WAN_CONFIGS.items() if (other.dim, other.num_layers) == shape]
     if others and args.task not in others:
         print(f"note: by its size the model in {folder} is that of {others[0]}, not of {args.task}")
     return config
+
+
+def read_inputs(args, error) -> list:
+    """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
+    and references of vace, as lists of one. Empty for tasks without."""
+    kind = args.task.split("-")[0]
+    try:
+        if kind == "vace":
+            from wan.configs import SIZE_CONFIGS
+            from wan.utils.vace_source import prepare_source
+
+            refs = [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
+            sources = prepare_source(args.src_video, args.src_mask, refs, args.frame_num, SIZE_CONFIGS[args.size])
+            return [[source] for source in sources]
+        if kind in INPUTS:
+            from wan.utils.images import read_image
+
+            return [read_image(getattr(args, flag)) for flag in INPUTS[kind]]
+    except ValueError as fault:
+        error(fault)
+    return []
+
+
+def video_shape(args, inputs: list) -> tuple[int, int, int]:
+    """(frames, height, width) of the result."""
+    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
+
+    if args.task.startswith("vace"):
+        return tuple(inputs[0][0].shape[1:])
+    if inputs:
+        from wan.utils.images import latent_size
+
+        rows, columns = latent_size(inputs[0].size, MAX_AREA_CONFIGS[args.size])
+        return args.frame_num, 8 * rows, 8 * columns
+    width, height = SIZE_CONFIGS[args.size]
+    return args.frame_num, height, width
 
 
 def make_schedule(args, error):
@@ -216,7 +319,9 @@ def make_schedule(args, error):
     if not args.use_magcache:
         return None, None
     try:
-        table, notice = (args.mag_ratios, None) if args.mag_ratios else magcache.choose_table(args.task, args.ckpt_dir)
+        table, notice = args.mag_ratios, None
+        if not table:
+            table, notice = magcache.choose_table(args.task, args.ckpt_dir, args.size)
         schedule = magcache.plan(
             magcache.load_ratios(table),
             args.sample_steps,
@@ -230,6 +335,33 @@ def make_schedule(args, error):
     if notice:
         print(f"note: {notice}")
     return schedule, table
+
+
+def make_expander(args, error):
+    """Returns what extends the prompt, or None. Reads no weights."""
+    if not args.use_prompt_extend:
+        return None
+    from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
+
+    method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[args.prompt_extend_method]
+    try:
+        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), device=0)
+    except ValueError as fault:
+        error(fault)
+
+
+def extend_prompt(args, expander, images: list) -> None:
+    """Replaces the prompt by its extension, if that comes off."""
+    image = {0: None, 1: images[0]}.get(len(images), images) if images else None
+    print("extending the prompt", flush=True)
+    out = expander(args.prompt, tar_lang=args.prompt_extend_target_lang, image=image, seed=args.base_seed)
+    if not out.status:
+        print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
+        return
+    if out.message:
+        print(f"note: {out.message}")
+    args.prompt = out.prompt
+    print(f"prompt    {args.prompt}")
 
 
 def result_path(args, error) -> Path:
@@ -259,12 +391,16 @@ def result_path(args, error) -> Path:
     return path
 
 
-def announce(args, schedule, table, path: Path) -> None:
+def announce(args, schedule, table, shape: tuple[int, int, int], path: Path) -> None:
     """Says before the models are loaded what is going to happen."""
     calls = 2 * args.sample_steps
+    frames, height, width = shape
     print(f"prompt    {args.prompt}")
+    for flag in INPUTS.get(args.task.split("-")[0], ()):
+        if getattr(args, flag):
+            print(f"{flag.removeprefix('src_'):<9} {getattr(args, flag)}")
     print(
-        f"video     {args.task}, {args.size}, {args.frame_num} frames, {args.sample_steps} steps, "
+        f"video     {args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, "
         f"{args.sample_solver}, shift {args.sample_shift:g}, guidance {args.sample_guide_scale:g}, "
         f"seed {args.base_seed}"
     )
@@ -284,9 +420,9 @@ def announce(args, schedule, table, path: Path) -> None:
 
 def measured_on(args) -> dict:
     """What a calibration was measured on."""
-    keys = ("task", "size", "frame_num", "sample_steps", "sample_solver", "sample_shift", "sample_guide_scale")
-    settings = {key: getattr(args, key) for key in keys} | {"prompt": args.prompt, "base_seed": args.base_seed}
-    return settings | {
+    keys = ["task", "size", "frame_num", "sample_steps", "sample_solver", "sample_shift", "sample_guide_scale"]
+    keys += ["prompt", "base_seed", *INPUTS.get(args.task.split("-")[0], ())]
+    return {key: getattr(args, key) for key in keys} | {
         "checkpoint": Path(args.ckpt_dir).resolve().name,
         "date": datetime.now().isoformat("T", "seconds"),
     }
@@ -345,11 +481,11 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
 
-def generate(args, config, schedule, table, path: Path) -> None:
+def generate(args, config, schedule, table, inputs: list, expander, path: Path) -> None:
     import torch
 
     import wan
-    from wan.configs import SIZE_CONFIGS
+    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
     seconds, clock = {}, time.perf_counter()
 
@@ -357,9 +493,12 @@ def generate(args, config, schedule, table, path: Path) -> None:
         nonlocal clock
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
+    if expander:
+        extend_prompt(args, expander, [] if args.task.startswith("vace") else inputs)
+        lap("extend")
     cuda = torch.cuda.is_available()
     print(f"device    {torch.cuda.get_device_name() if cuda else 'CPU, float32'}; loading {args.ckpt_dir}", flush=True)
-    if not cuda and args.task != "t2v-tiny":
+    if not cuda and not args.task.endswith("-tiny"):
         print("note: there is no CUDA device; a full-size model takes hours for a video here", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
     pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
@@ -375,9 +514,13 @@ def generate(args, config, schedule, table, path: Path) -> None:
     elif args.magcache_calibration:
         calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
 
+    given = {"size": SIZE_CONFIGS[args.size]}
+    if args.task.startswith(("i2v", "flf2v")):
+        given = {"max_area": MAX_AREA_CONFIGS[args.size]}
     video = pipeline.generate(
         args.prompt,
-        size=SIZE_CONFIGS[args.size],
+        *inputs,
+        **given,
         frame_num=args.frame_num,
         shift=args.sample_shift,
         sample_solver=args.sample_solver,
@@ -404,8 +547,10 @@ def main() -> None:
     schedule, table = make_schedule(args, parser.error)
     path = result_path(args, parser.error)
     config = check_wan(args, parser.error)
-    announce(args, schedule, table, path)
-    generate(args, config, schedule, table, path)
+    expander = make_expander(args, parser.error)
+    inputs = read_inputs(args, parser.error)
+    announce(args, schedule, table, video_shape(args, inputs), path)
+    generate(args, config, schedule, table, inputs, expander, path)
 
 
 if __name__ == "__main__":

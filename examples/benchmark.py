@@ -38,7 +38,7 @@ def schedule_of(thresh: float, K: int) -> magcache.Schedule:
     return magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, thresh, K)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as the pipelines do
 def denoise_seconds(model: WanModel, shape: tuple[int, ...], context: list, steps: int = STEPS) -> float:
     latent, tokens = torch.randn(shape), math.prod(shape[1:]) // 4
     sampler = make_sampler("unipc", steps, 5.0)
@@ -135,7 +135,7 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
     if args.only != "quality":
         context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
-        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=7)
+        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=15)
         speed("random model", *random_model(), repeats=2)
     if args.only != "speed":
         quality(pipeline, benchmark_pairs(args.pairs))

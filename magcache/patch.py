@@ -147,7 +147,7 @@ class Attachment:
             self.runner.reset()
         start = time.perf_counter()
         attributes = {"blocks": [functools.partial(self.runner.step, call, dit.blocks)]}
-        if self.runner.skips(call) and hasattr(dit, "forward_vace"):
+        if self.runner.skips(call) and hasattr(type(dit), "forward_vace"):
             attributes["forward_vace"] = lambda *args, **kwargs: None  # the hints are for the blocks only
         try:
             with shadowed(dit, attributes):

@@ -54,8 +54,10 @@ def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
     return tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
 
 
-def choose_table(task: str, ckpt_dir: str | os.PathLike) -> tuple[str, str | None]:
-    """Finds the table of a checkpoint by task and, where a task has several, by the folder's name.
+def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:
+    """Finds the table of a checkpoint by task and, where a task has several, by the folder's name, then by the size.
+
+    size: "width*height" of the video.
 
     Returns the name and a notice for the user, or None. Raises ValueError where no table fits.
     """
@@ -69,9 +71,13 @@ def choose_table(task: str, ckpt_dir: str | os.PathLike) -> tuple[str, str | Non
     matches = [name for name in candidates if name.removeprefix(f"{task}-").lower() in folder]
     if len(matches) == 1:
         return matches[0], None
+    by_size = f"{task}-{min(map(int, size.split('*')))}P" if size else None
+    if by_size in candidates:
+        return by_size, f"the name of the checkpoint folder {folder} fits no table, so {by_size} is taken by --size"
     known = f" (it has {', '.join(candidates)})" if candidates else ""
     raise ValueError(
-        f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; {HOW_TO_CALIBRATE}"
+        f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; {HOW_TO_CALIBRATE}, "
+        "or name the table of another model there"
     )
 
 

@@ -51,12 +51,13 @@ def write_dit_folder(folder: str, target: Path) -> Path:
 
 
 def write_checkpoint(kind: str, target: Path) -> Path:
-    """A complete official checkpoint folder of a tiny random model: DiT `kind`, text encoder, tokenizer, VAE."""
+    """A complete official checkpoint folder of a tiny random model: DiT `kind`, encoders, tokenizer, VAE."""
     write_dit_folder(f"pipelines/{kind}", target)
-    torch.save(
-        read_tensors("pipelines/common/models_t5_umt5-xxl-enc-bf16.safetensors"),
-        target / "models_t5_umt5-xxl-enc-bf16.pth",
-    )
+    encoders = ["models_t5_umt5-xxl-enc-bf16"]
+    if kind in ("i2v", "flf2v"):
+        encoders.append("models_clip_open-clip-xlm-roberta-large-vit-huge-14")
+    for name in encoders:
+        torch.save(read_tensors(f"pipelines/common/{name}.safetensors"), target / f"{name}.pth")
     torch.save(read_tensors("vae/Wan2.1_VAE.safetensors"), target / "Wan2.1_VAE.pth")
     shutil.copytree(GOLDEN / "pipelines/common/tokenizer", target / "google" / "umt5-xxl")
     return target

@@ -6,16 +6,18 @@ from golden_data import read_inputs, read_json, read_tensors, write_dit_folder
 from safetensors.torch import load, save_file
 
 from wan.modules.model import WanModel, rope_apply, rope_rotations, sinusoidal_embedding_1d
+from wan.modules.vace_model import VaceWanModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 5e-5}
-KINDS = ("dit_t2v", "dit_i2v", "dit_flf2v")
+KINDS = {"dit_t2v": WanModel, "dit_i2v": WanModel, "dit_flf2v": WanModel, "dit_vace": VaceWanModel}
 CASES = [(kind, case["name"]) for kind in KINDS for case in read_json(f"{kind}/cases.json")]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return {
-        kind: WanModel.from_pretrained(write_dit_folder(kind, tmp_path_factory.mktemp(kind))).eval() for kind in KINDS
+        kind: model_class.from_pretrained(write_dit_folder(kind, tmp_path_factory.mktemp(kind))).eval()
+        for kind, model_class in KINDS.items()
     }
 
 
@@ -32,7 +34,9 @@ def model_arguments(kind: str, name: str) -> dict:
         "context": per_sample("context"),
         "seq_len": case["seq_len"],
     }
-    if kind != "dit_t2v":
+    if kind == "dit_vace":
+        arguments |= {"vace_context": per_sample("vace_context"), "vace_context_scale": case["vace_context_scale"]}
+    elif kind != "dit_t2v":
         arguments |= {"y": per_sample("y"), "clip_fea": inputs[f"{name}.clip_fea"]}
     return arguments
 
@@ -62,9 +66,13 @@ def test_inner_activations(models, kind):
     hooks += [model.time_embedding.register_forward_hook(tap("tap.time_embedding"))]
     hooks += [model.time_projection.register_forward_hook(tap("tap.time_projection"))]
     hooks += [model.head.register_forward_hook(tap("tap.head"))]
+    if kind == "dit_vace":
+        hooks += [block.register_forward_hook(tap(f"tap.vace_blocks.{i}")) for i, block in enumerate(model.vace_blocks)]
     model(**model_arguments(kind, "c0"))
     for hook in hooks:
         hook.remove()
+    for key in [key for key, value in taps.items() if isinstance(value, tuple)]:
+        taps[f"{key}.c"], taps[f"{key}.hint"] = taps.pop(key)
     golden = read_tensors(f"{kind}/outputs.safetensors")
     for key in taps:
         expected = golden[key]

@@ -10,12 +10,13 @@ from golden_data import read_inputs, read_json, read_tensors, write_dit_folder
 import magcache
 from magcache.ratios import resample_nearest, split_branches
 from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceWanModel
 
 TABLES = read_json("magcache/tables.json")
 RUNS = [run for run in read_json("magcache/runs.json") if "skipped" in run]
 LATENTS = read_tensors("magcache/final_latents.safetensors")
-CALIBRATIONS = [case for case in read_json("magcache/calibration.json") if case["model"] != "vace"]
-SHIFT = {"t2v": 5.0, "i2v": 3.0}
+CALIBRATIONS = read_json("magcache/calibration.json")
+SHIFT = {"t2v": 5.0, "i2v": 3.0, "vace": 16.0}
 NAMES = {
     "T2V-14B": "t2v-14B",
     "T2V-1.3B": "t2v-1.3B",
@@ -76,7 +77,8 @@ def test_resampled_tables(key, expected):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folders = {kind: write_dit_folder(f"pipelines/{kind}", tmp_path_factory.mktemp(kind)) for kind in SHIFT}
-    return {kind: WanModel.from_pretrained(folder).eval() for kind, folder in folders.items()}
+    classes = {"vace": VaceWanModel}
+    return {kind: classes.get(kind, WanModel).from_pretrained(folder).eval() for kind, folder in folders.items()}
 
 
 def denoise(model, kind, steps):
@@ -84,6 +86,8 @@ def denoise(model, kind, steps):
     shared = {"seq_len": inputs["noise"][0].numel() // 4}
     if kind == "i2v":
         shared |= {"clip_fea": inputs["clip_fea"], "y": [inputs["y"]]}
+    elif kind == "vace":
+        shared |= {"vace_context": [inputs["vace_context"]]}
     branches = [shared | {"context": [inputs[name]]} for name in ("context", "context_null")]
     return sampling.denoise(model, inputs["noise"], *branches, steps, SHIFT[kind])
 
@@ -92,9 +96,9 @@ def check_latent(latent, key):
     torch.testing.assert_close(latent, LATENTS[key], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("run", [r for r in RUNS if "final_latent" in r and "VACE" not in r["table"]], ids=run_id)
+@pytest.mark.parametrize("run", [r for r in RUNS if "final_latent" in r], ids=run_id)
 def test_final_latents(models, run):
-    kind = run["table"][:3].lower()
+    kind = run["table"].split("-")[0].lower()
     schedule = magcache.plan(magcache.load_ratios(NAMES[run["table"]]), *settings(run))
     if bits(schedule.reuse) != run["skipped"]:
         # an odd split: follow the reference's own decisions, to check the execution all the same

@@ -2,7 +2,12 @@
 
 import importlib
 
-_PIPELINES = {"WanT2V": "wan.text2video"}
+_PIPELINES = {
+    "WanT2V": "wan.text2video",
+    "WanI2V": "wan.image2video",
+    "WanFLF2V": "wan.image2video",
+    "WanVace": "wan.vace",
+}
 _PACKAGES = ("configs", "modules", "utils")
 
 __all__ = [*_PIPELINES, *_PACKAGES]

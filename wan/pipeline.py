@@ -89,7 +89,10 @@ class WanPipeline:
     @contextmanager
     def inference(self):
         """No gradients; bfloat16 autocast on CUDA, plain float32 on the CPU."""
-        with torch.no_grad(), torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
+        ):
             yield
 
     def denoise(

@@ -7,6 +7,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -60,15 +61,18 @@ def make_dit() -> WanModel:
 
 
 @torch.no_grad()
+def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+    """Clips [B, 3, 17, 64, 64] -> latent means [B, 16, 5, 8, 8]."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d))).float()[:, :16]
+
+
 def make_latents(vae: AutoencoderKLWan, generator: torch.Generator, rng: random.Random):
-    """Draws and encodes CLIPS clips. Returns their captions and latent means [CLIPS, 16, 5, 8, 8]."""
+    """Draws and encodes CLIPS clips. Returns their captions and latent means."""
     captions = [rng.choice(TRAINABLE) for _ in range(CLIPS)]
-    latents = []
     vae.encoder.compile()
-    for start in tqdm(range(0, CLIPS, 32), desc="encode clips", mininterval=30):
-        clips = render(captions[start : start + 32], generator).to(memory_format=torch.channels_last_3d)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents.append(vae.quant_conv(vae.encoder(clips)).float()[:, :16])
+    batches = tqdm(range(0, CLIPS, BATCH), desc="encode clips", mininterval=30)
+    latents = [encode(vae, render(captions[start : start + BATCH], generator)) for start in batches]
     return [str(caption) for caption in captions], torch.cat(latents)
 
 
@@ -85,6 +89,60 @@ def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
         post.bias += post.weight[..., 0, 0, 0] @ (mean - wanted_mean / gain)
         post.weight /= gain[None, :, None, None, None]
     return (latents - mean[:, None, None, None]) / std[:, None, None, None]
+
+
+def fit(
+    trained: torch.nn.ModuleDict,
+    predict: Callable[[list[int], list[torch.Tensor], torch.Tensor, list[torch.Tensor]], list[torch.Tensor]],
+    captions: list[str],
+    latents: torch.Tensor,
+    steps: int,
+    peak_lr: float,
+    generator: torch.Generator,
+    rng: random.Random,
+    out: Path,
+) -> None:
+    """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`.
+
+    predict(indices of the clips, noisy latents, timesteps [B], text features) returns the velocities.
+    """
+    average = deepcopy(trained)
+    for block in trained["dit"].blocks:
+        block.compile()
+    matrices = [p for block in trained["dit"].blocks for p in block.parameters() if p.ndim == 2]
+    others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
+    tokenizer, text_encoder = make_tokenizer(), trained["text_encoder"]
+    start, losses = time.time(), []
+    for step in range(steps):
+        index = [rng.randrange(len(latents)) for _ in range(BATCH)]
+        texts = ["" if rng.random() < CAPTION_DROPOUT else captions[i] for i in index]
+        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
+        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
+        sigma = torch.sigmoid(LOGIT_STD * torch.randn(BATCH, generator=generator))
+        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+        clean, s = latents[index], sigma[:, None, None, None, None]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
+            context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
+            velocity = torch.stack(predict(index, list((1 - s) * clean + s * noise), 1000 * sigma, context))
+        loss = (velocity - (noise - clean)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step(peak_lr * min((step + 1) / WARMUP, 1 - step / steps, 1))
+        with torch.no_grad():
+            decay = min(EMA_DECAY, step / (step + 10))
+            for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
+                mean.lerp_(p, 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            recent = sum(losses[-50:]) / 50
+            print(f"{step + 1}/{steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            assert math.isfinite(losses[-1]), "the training diverged"
+            part = out.with_suffix(".part")
+            torch.save(average.state_dict(), part)
+            part.replace(out)
 
 
 def main():
@@ -105,47 +163,13 @@ def main():
     torch.save(vae.state_dict(), args.out / "vae.pt")
     print(f"{CLIPS} latents in {time.time() - start:.0f} s", flush=True)
 
-    tokenizer = make_tokenizer()
-    text_encoder, dit = make_text_encoder(len(tokenizer)), make_dit()
-    trained = torch.nn.ModuleDict({"text_encoder": text_encoder, "dit": dit})
-    average = deepcopy(trained)
-    for block in dit.blocks:
-        block.compile()
-    matrices = [p for block in dit.blocks for p in block.parameters() if p.ndim == 2]
-    others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
+    dit, tokens = make_dit(), latents[0, 0].numel() // 4
+    trained = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(make_tokenizer())), "dit": dit})
 
-    start, losses = time.time(), []
-    tokens = latents[0, 0].numel() // 4
-    for step in range(STEPS):
-        index = [rng.randrange(CLIPS) for _ in range(BATCH)]
-        texts = ["" if rng.random() < CAPTION_DROPOUT else captions[i] for i in index]
-        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
-        sigma = torch.sigmoid(LOGIT_STD * torch.randn(BATCH, generator=generator))
-        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-        clean, s = latents[index], sigma[:, None, None, None, None]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
-            context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
-            velocity = torch.stack(dit(list((1 - s) * clean + s * noise), 1000 * sigma, context, tokens))
-        loss = (velocity - (noise - clean)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step(PEAK_LR * min((step + 1) / WARMUP, 1 - step / STEPS, 1))
-        with torch.no_grad():
-            decay = min(EMA_DECAY, step / (step + 10))
-            for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
-                mean.lerp_(p, 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            recent = sum(losses[-50:]) / 50
-            print(f"{step + 1}/{STEPS} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == STEPS:
-            assert math.isfinite(losses[-1]), "the training diverged"
-            part = args.out / "dit.pt.part"
-            torch.save(average.state_dict(), part)
-            part.replace(args.out / "dit.pt")
+    def predict(index, noisy, timesteps, context):
+        return dit(noisy, timesteps, context, tokens)
+
+    fit(trained, predict, captions, latents, STEPS, PEAK_LR, generator, rng, args.out / "dit.pt")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ _CLIP = {
     "clip_num_heads": 16,
 }
 
+_TINY = {
+    "dim": 192,
+    "ffn_dim": 768,
+    "num_heads": 4,
+    "freq_dim": 64,
+    "text_len": 16,
+    "sample_neg_prompt": "",  # what was trained for no prompt
+}
+
 
 def _config(name: str, *parts: dict, **values) -> EasyDict:
     merged = {"__name__": f"Config: {name}"} | _SHARED
@@ -60,17 +69,9 @@ WAN_CONFIGS = {
     "flf2v-14B": _config("Wan FLF2V 14B", _14B, _CLIP, sample_neg_prompt=_NEGATIVE_FLF2V),
     "vace-1.3B": _t2v_1_3B,
     "vace-14B": _t2v_14B,
-    # the demo model in examples/, see examples/train_tiny/README.md; it was trained with an empty negative prompt
-    "t2v-tiny": _config(
-        "Wan T2V tiny",
-        dim=192,
-        ffn_dim=768,
-        num_heads=4,
-        num_layers=8,
-        freq_dim=64,
-        text_len=16,
-        sample_neg_prompt="",
-    ),
+    # the demo models in examples/, see examples/train_tiny/README.md
+    "t2v-tiny": _config("Wan T2V tiny", _TINY, num_layers=8),
+    "i2v-tiny": _config("Wan I2V tiny", _TINY, _CLIP, num_layers=7, clip_num_heads=4),
 }
 
 SIZE_CONFIGS = {  # (width, height)
@@ -87,9 +88,10 @@ MAX_AREA_CONFIGS = {
     "1280*720": 1280 * 720,
     "480*832": 480 * 832,
     "832*480": 832 * 480,
+    "64*64": 64 * 64,
 }
 
-_VIDEO_SIZES = tuple(MAX_AREA_CONFIGS)
+_VIDEO_SIZES = ("720*1280", "1280*720", "480*832", "832*480")
 SUPPORTED_SIZES = {
     "t2v-14B": _VIDEO_SIZES,
     "t2v-1.3B": ("480*832", "832*480"),
@@ -99,4 +101,5 @@ SUPPORTED_SIZES = {
     "vace-1.3B": ("480*832", "832*480"),
     "vace-14B": _VIDEO_SIZES,
     "t2v-tiny": ("64*64",),
+    "i2v-tiny": ("64*64",),
 }

@@ -1,6 +1,7 @@
 """The Wan2.1 diffusion transformer (DiT), with upstream's names for classes, arguments and tensors."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 
 PATCH_SIZE = (1, 2, 2)  # frames, rows, columns
@@ -20,8 +20,10 @@ MAX_PERIOD = 10000.0  # of the time embedding
 def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
     """Embeds timesteps [B] as [cos | sin] of t * 10000^(-i / (dim / 2)). Returns float64 [B, dim]."""
     half = dim // 2
-    frequencies = torch.pow(MAX_PERIOD, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
-    angles = torch.outer(position.to(torch.float64), frequencies)
+    frequencies = torch.logspace(
+        0, (1 - half) / half, half, base=MAX_PERIOD, dtype=torch.float64, device=position.device
+    )
+    angles = position.to(torch.float64)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -103,6 +105,11 @@ class WanCrossAttention(Attention):
             k = self.split_heads(self.norm_k_img(self.k_img(image).float()))
             out = out + self.attend(q, k, self.split_heads(self.v_img(image)))
         return self.o(out)
+
+
+def stack_padded(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
+    """Sequences [L <= length, C] -> [B, length, C], zeros behind each."""
+    return torch.stack([F.pad(u, (0, 0, 0, length - u.shape[0])) if u.shape[0] < length else u for u in sequences])
 
 
 def padding_mask(seq_lens: torch.Tensor, length: int, device: torch.device) -> torch.Tensor | None:
@@ -266,9 +273,9 @@ class WanModel(ModelMixin, ConfigMixin):
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e = self.embed_time(t)
+        e, modulation = self.embed_time(t)
         kwargs = {
-            "e": self.project_time(e),
+            "e": modulation,
             "seq_lens": seq_lens,
             "freqs": freqs,
             "context": self.embed_context(context, clip_fea),
@@ -282,11 +289,12 @@ class WanModel(ModelMixin, ConfigMixin):
         [B or 1, seq_len, head_dim / 2] (1 for padding) and the grids (frames, rows, columns) in patches."""
         embedded = [self.patch_embedding(u[None]) for u in x]
         grids = [tuple(u.shape[2:]) for u in embedded]
-        tokens = [u.flatten(2).transpose(1, 2) for u in embedded]
-        seq_lens = torch.tensor([u.shape[1] for u in tokens])
-        if seq_lens.max() > seq_len:
-            raise ValueError(f"a sample has {seq_lens.max()} tokens, seq_len is {seq_len}")
-        tokens = torch.cat([F.pad(u, (0, 0, 0, seq_len - u.shape[1])) for u in tokens])
+        tokens = [u[0].flatten(1).T for u in embedded]
+        longest = max(u.shape[0] for u in tokens)
+        if longest > seq_len:
+            raise ValueError(f"a sample has {longest} tokens, seq_len is {seq_len}")
+        seq_lens = torch.tensor([u.shape[0] for u in tokens])
+        tokens = stack_padded(tokens, seq_len)
         return tokens, seq_lens, self.rotations(grids, seq_len, tokens.device), grids
 
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
@@ -294,29 +302,30 @@ class WanModel(ModelMixin, ConfigMixin):
         all calls of a run ask for the same."""
         grids = tuple(grids) if len(set(grids)) > 1 else (grids[0],)
         if self._rotations[0] != (grids, seq_len, device):
-            rotations = [rope_rotations(grid, self.dim // self.num_heads, device) for grid in grids]
-            padded = [torch.cat([r, r.new_ones(seq_len - r.shape[0], r.shape[1])]) for r in rotations]
-            self._rotations = ((grids, seq_len, device), torch.stack(padded))
+            with torch.inference_mode(False):  # a later call may want gradients
+                rotations = [rope_rotations(grid, self.dim // self.num_heads, device) for grid in grids]
+                padded = [torch.cat([r, r.new_ones(seq_len - r.shape[0], r.shape[1])]) for r in rotations]
+                self._rotations = ((grids, seq_len, device), torch.stack(padded))
         return self._rotations[1]
 
-    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+    def embed_time(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the time embedding [B, dim] for the head and its projection [B, 6, dim] for the blocks, float32."""
         with torch.autocast(t.device.type, enabled=False):
-            return self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
-
-    def project_time(self, e: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(e.device.type, enabled=False):
-            return self.time_projection(e).unflatten(1, (6, self.dim))
+            e = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
+            return e, self.time_projection(e).unflatten(1, (6, self.dim))
 
     def embed_context(self, context: list[torch.Tensor], clip_fea: torch.Tensor | None) -> torch.Tensor:
-        text = torch.stack([F.pad(u, (0, 0, 0, self.text_len - u.shape[0])) for u in context])
-        text = self.text_embedding(text)
+        text = self.text_embedding(stack_padded(context, self.text_len))
         return text if clip_fea is None else torch.cat([self.img_emb(clip_fea), text], dim=1)
 
     def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        frames, rows, columns = PATCH_SIZE
+        """x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel)."""
         return [
-            rearrange(
-                u[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=frames, q=rows, r=columns
-            ).float()
-            for u, (f, h, w) in zip(x, grids, strict=True)
+            u[: math.prod(grid)]
+            .view(*grid, *PATCH_SIZE, self.out_dim)
+            # to channel, then every axis of the grid beside that of the patch
+            .permute(6, 0, 3, 1, 4, 2, 5)
+            .reshape(self.out_dim, *(n * p for n, p in zip(grid, PATCH_SIZE, strict=True)))
+            .float()
+            for u, grid in zip(x, grids, strict=True)
         ]

@@ -1,0 +1,128 @@
+"""Turns the trained text-to-video demo model into an image-to-video one, `i2v-tiny`, by training it on.
+
+python -m examples.train_tiny.train_i2v --out DIR      (the DIR that train_vae and train_dit wrote to)
+
+The model starts as the text-to-video one with a block less, so that the image's own keys and values fit into the same
+file size; everything that is new starts at zero, so at first the image has no effect.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from examples.train_tiny.shapes import TRAINABLE, render
+from examples.train_tiny.train_dit import (
+    BATCH,
+    TEXT_LEN,
+    encode,
+    fit,
+    make_dit,
+    make_text_encoder,
+    make_tokenizer,
+)
+from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
+from wan.modules.model import WanModel
+
+CLIPS = 2048
+STEPS, PEAK_LR = 2000, 1e-3
+DROPPED_BLOCK = 4
+IMAGE_SIZE, CLIP_WIDTH = 32, 64
+
+
+def make_image_encoder() -> CLIPVisionModel:
+    """As much of the encoder as the pipeline runs; the file has one block more, see `wan.modules.clip`."""
+    config = CLIPVisionConfig(
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    return CLIPVisionModel(config)
+
+
+def make_i2v_dit() -> WanModel:
+    return WanModel(
+        "i2v", TEXT_LEN, in_dim=36, dim=192, ffn_dim=768, freq_dim=64, text_dim=64, num_heads=4, num_layers=7,
+        clip_dim=CLIP_WIDTH,
+    )  # fmt: skip
+
+
+def continued(t2v: WanModel) -> WanModel:
+    """The i2v transformer that computes what the t2v one without its DROPPED_BLOCK does, whatever the image."""
+    del t2v.blocks[DROPPED_BLOCK]
+    i2v = make_i2v_dit()
+    with torch.no_grad():
+        new = i2v.load_state_dict(
+            t2v.state_dict() | {"patch_embedding.weight": i2v.patch_embedding.weight}, strict=False
+        )
+        assert not new.unexpected_keys
+        i2v.patch_embedding.weight.zero_()[:, :16] = t2v.patch_embedding.weight
+        for block in i2v.blocks:
+            block.cross_attn.v_img.weight.zero_()
+            block.cross_attn.v_img.bias.zero_()
+    return i2v
+
+
+def clip_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, 64, 64] in [-1, 1] as `wan.modules.clip.CLIPModel` hands them to its encoder."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (F.interpolate(images, [IMAGE_SIZE] * 2, mode="bicubic") * 0.5 + 0.5 - mean) / std
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+    torch.set_flush_denormal(True)
+    WanResample.forward = whole_clip_resample
+    vae = AutoencoderKLWan(base_dim=BASE_DIM)
+    vae.load_state_dict(torch.load(args.out / "vae.pt", weights_only=True))
+    vae.encoder.compile()
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    start = time.time()
+    captions = [rng.choice(TRAINABLE) for _ in range(CLIPS)]
+    latents, conditions, pixels = [], [], []
+    for first in tqdm(range(0, CLIPS, BATCH), desc="encode clips", mininterval=30):
+        clips = render(captions[first : first + BATCH], generator)
+        latents.append((encode(vae, clips) - mean) / std)
+        pixels.append(clip_pixels(clips[:, :, 0]))
+        clips[:, :, 1:] = 0
+        conditions.append((encode(vae, clips) - mean) / std)
+    latents, conditions, pixels = torch.cat(latents), torch.cat(conditions), torch.cat(pixels)
+    known = torch.zeros(CLIPS, 4, *latents.shape[2:])
+    known[:, :, 0] = 1
+    conditions = torch.cat([known, conditions], dim=1)
+    print(f"{CLIPS} latents in {time.time() - start:.0f} s", flush=True)
+
+    t2v = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(make_tokenizer())), "dit": make_dit()})
+    t2v.load_state_dict(torch.load(args.out / "dit.pt", weights_only=True))
+    dit, image_encoder, tokens = continued(t2v["dit"]), make_image_encoder(), latents[0, 0].numel() // 4
+    trained = torch.nn.ModuleDict({"text_encoder": t2v["text_encoder"], "dit": dit, "image_encoder": image_encoder})
+
+    def predict(index, noisy, timesteps, context):
+        features = image_encoder(pixels[index]).last_hidden_state
+        return dit(noisy, timesteps, context, tokens, clip_fea=features, y=list(conditions[index]))
+
+    fit(trained, predict, [str(c) for c in captions], latents, STEPS, PEAK_LR, generator, rng, args.out / "i2v.pt")
+
+
+if __name__ == "__main__":
+    main()

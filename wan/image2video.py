@@ -1,0 +1,162 @@
+"""Image to video: from a first frame (`WanI2V`), or from a first and a last frame (`WanFLF2V`)."""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from wan.modules.clip import CLIPModel
+from wan.pipeline import WanPipeline
+from wan.utils.images import latent_size
+
+
+class ImagePipeline(WanPipeline):
+    """Adds the image encoder and the conditioning on given frames. `init_on_cpu` is upstream's and changes nothing: the
+    transformer is always loaded to the CPU."""
+
+    def __init__(self, config, checkpoint_dir: str, *args, init_on_cpu: bool = True, **kwargs):
+        super().__init__(config, checkpoint_dir, *args, **kwargs)
+        # waits on the CPU as the text encoder does
+        self.clip = CLIPModel(
+            dtype=config.clip_dtype if self.device.type == "cuda" else torch.float32,
+            device="cpu",
+            checkpoint_path=os.path.join(checkpoint_dir, config.clip_checkpoint),
+            tokenizer_path=os.path.join(checkpoint_dir, config.clip_tokenizer),
+            num_heads=config.clip_num_heads,
+        )
+
+    def encode_images(self, images: list[torch.Tensor], offload_model: bool) -> torch.Tensor:
+        """Images [3, H, W] in [-1, 1] -> features [len(images), tokens, width] on the device."""
+        self.clip.model.to(self.device)
+        features = self.clip.visual([image[:, None] for image in images])
+        if offload_model:
+            self.clip.model.cpu()
+        return features
+
+    def condition(self, images: list[torch.Tensor], shape: tuple[int, int, int, int], frame_num: int) -> torch.Tensor:
+        """The transformer's `y`, [4 + 16, f, h, w]: which frames are given, and the latent of a video of these frames
+        with gray between them. images: the first frame, or the first and the last, [3, H, W] in [-1, 1]."""
+        _, frames, rows, columns = shape
+        height, width = (n * stride for n, stride in zip((rows, columns), self.config.vae_stride[1:], strict=True))
+        # bicubic without antialias, as the models were trained
+        resized = [F.interpolate(image[None], (height, width), mode="bicubic")[0] for image in images]
+        video = resized[0].new_zeros(3, frame_num, height, width)
+        given = video.new_zeros(4, frames, rows, columns)  # channel: frame within the four of a latent frame
+        video[:, 0], given[:, 0] = resized[0], 1  # the first latent frame stands for one frame only
+        if len(images) == 2:
+            video[:, -1], given[-1, -1] = resized[1], 1
+        return torch.cat([given, self.vae.encode([video])[0]])
+
+    def generate_from(
+        self,
+        images: list[Image.Image],
+        prompt: str,
+        n_prompt: str,
+        max_area: int,
+        frame_num: int,
+        seed: int,
+        offload_model: bool,
+        **sampling,
+    ) -> torch.Tensor | None:
+        rows, columns = latent_size(images[0].size, max_area)
+        shape = self.latent_shape((8 * columns, 8 * rows), frame_num)
+        if frame_num < 4 * len(images) - 3:
+            raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
+        pixels = [
+            torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
+            for image in images
+        ]
+        context, context_null = self.encode_text(prompt, n_prompt, offload_model)
+        given = {
+            "clip_fea": self.encode_images(pixels, offload_model),
+            "y": [self.condition(pixels, shape, frame_num)],
+            "seq_len": self.token_count(shape),
+        }
+        latent = self.denoise(
+            self.noise(shape, seed),
+            {"context": context} | given,
+            {"context": context_null} | given,
+            offload_model=offload_model,
+            **sampling,
+        )
+        return self.decode(latent)
+
+
+class WanI2V(ImagePipeline):
+    def generate(
+        self,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 40,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> torch.Tensor | None:
+        """Generates one video that starts with the image.
+
+        img: of any size; the video has about its aspect ratio and at most max_area pixels a frame. The others as in
+        `WanT2V.generate`.
+
+        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad frame count or solver.
+        """
+        return self.generate_from(
+            [img],
+            input_prompt,
+            n_prompt,
+            max_area,
+            frame_num,
+            seed,
+            offload_model,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            shift=shift,
+            guide_scale=guide_scale,
+        )
+
+
+class WanFLF2V(ImagePipeline):
+    def generate(
+        self,
+        input_prompt: str,
+        first_frame: Image.Image,
+        last_frame: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 16.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.5,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> torch.Tensor | None:
+        """Generates one video that starts with first_frame and ends with last_frame.
+
+        first_frame: of any size; the video has about its aspect ratio and at most max_area pixels a frame. last_frame:
+        if its size differs it is scaled to cover the first one, and cropped. frame_num: 5 or more. The others as in
+        `WanT2V.generate`.
+
+        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad frame count or solver.
+        """
+        if last_frame.size != first_frame.size:
+            last_frame = ImageOps.fit(last_frame, first_frame.size, Image.Resampling.BICUBIC)
+        return self.generate_from(
+            [first_frame, last_frame],
+            input_prompt,
+            n_prompt,
+            max_area,
+            frame_num,
+            seed,
+            offload_model,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            shift=shift,
+            guide_scale=guide_scale,
+        )

@@ -1,0 +1,104 @@
+"""The image encoder of i2v and flf2v: transformers' CLIP vision tower with weights from an official Wan2.1 folder."""
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from wan.utils.checkpoints import load_pth
+
+# official tensor name (inside a block, without .weight or .bias) -> transformers name
+_BLOCK_NAMES = {
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+
+
+def config_from(tensors: dict[str, torch.Tensor], num_heads: int) -> CLIPVisionConfig:
+    """Reads all sizes from the tensors (official names without "visual."), save the number of heads, which no tensor
+    tells. The tower ends before its last block: Wan uses what enters that one."""
+    width, _, patch_size, _ = tensors["patch_embedding.weight"].shape
+    patches = tensors["pos_embedding"].shape[1] - 1
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors["transformer.0.mlp.0.weight"].shape[0],
+        num_hidden_layers=max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
+        num_attention_heads=num_heads,
+        image_size=patch_size * round(patches**0.5),
+        patch_size=patch_size,
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
+    )
+
+
+def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    """Official tensors as transformers' state of a tower of `num_layers` blocks. KeyError if one is missing."""
+    state = {
+        "embeddings.class_embedding": tensors["cls_embedding"].flatten(),
+        "embeddings.position_embedding.weight": tensors["pos_embedding"][0],
+        "embeddings.patch_embedding.weight": tensors["patch_embedding.weight"],
+    }
+    for kind in ("weight", "bias"):
+        state[f"pre_layrnorm.{kind}"] = tensors[f"pre_norm.{kind}"]  # transformers' own spelling
+        for i in range(num_layers):
+            ours, theirs = f"transformer.{i}", f"encoder.layers.{i}"
+            for name, target in _BLOCK_NAMES.items():
+                state[f"{theirs}.{target}.{kind}"] = tensors[f"{ours}.{name}.{kind}"]
+            for part, tensor in zip("qkv", tensors[f"{ours}.attn.to_qkv.{kind}"].chunk(3), strict=True):
+                state[f"{theirs}.self_attn.{part}_proj.{kind}"] = tensor
+    return state
+
+
+def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionModel:
+    """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the text half is not used.
+
+    Raises RuntimeError if the file is damaged or lacks tensors.
+    """
+    tensors = load_pth(checkpoint_path)
+    tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
+    try:
+        config = config_from(tensors, num_heads)
+        state = renamed(tensors, config.num_hidden_layers)
+    except KeyError as missing:
+        raise RuntimeError(f"cannot read {checkpoint_path}: tensor visual.{missing.args[0]} is missing") from None
+    with torch.device("meta"):
+        model = CLIPVisionModel(config)
+    tower = getattr(model, "vision_model", model)  # some versions of transformers wrap it once more
+    tower.post_layernorm = torch.nn.Identity()  # only for the pooled output, which is not used
+    tower.load_state_dict(state, assign=True)
+    # a buffer that no file holds
+    tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+class CLIPModel:
+    """Turns images into features. tokenizer_path is upstream's; no text is encoded, so nothing is read from it."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        checkpoint_path: str,
+        tokenizer_path: str | None = None,
+        num_heads: int = 16,
+    ):
+        self.dtype, self.device = dtype, device
+        self.model = load_tower(checkpoint_path, num_heads, dtype, device)
+
+    @torch.no_grad()
+    def visual(self, videos: list[torch.Tensor]) -> torch.Tensor:
+        """videos: [3, frames, H, W] in [-1, 1], sizes may differ. Returns features [all frames, 1 + patches, width] of
+        the encoder's device and dtype, each frame squeezed to the encoder's square."""
+        weight = next(self.model.parameters())
+        size = [self.model.config.image_size] * 2
+        # bicubic without antialias and unclamped, as the model was trained
+        images = torch.cat(
+            [F.interpolate(video.transpose(0, 1).to(weight.device).float(), size, mode="bicubic") for video in videos]
+        )
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        pixels = ((images * 0.5 + 0.5) - mean) / std
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.model(pixels.to(weight.dtype)).last_hidden_state

@@ -1,0 +1,315 @@
+"""Prompt extension: a language model rewrites a short prompt into the detailed description Wan2.1 was trained on.
+
+Importing this and making an expander loads neither torch nor weights, so that a bad request fails at once.
+"""
+
+import abc
+import base64
+import functools
+import gc
+import importlib.util
+import io
+import json
+import math
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+_RULES = {
+    "en": (
+        " Treat the user's words as an idea to describe, not as a question to answer. Keep all that they ask for and "
+        "change none of it; what they leave open, fill in with things a viewer would see: how the subject looks, what "
+        "it does and how it moves, the surroundings and the light, the framing and the movement of the camera, the "
+        "visual style. Words that are to be readable in the picture stay in quotation marks, letter by letter. Write "
+        "one paragraph of about 80 to 100 words, in English whatever language the user writes. Answer with that "
+        "paragraph alone: no title, no comment, no list."
+    ),
+    "zh": (
+        "把用户的话当作要描绘的构想，而不是要回答的问题。用户提出的内容必须全部保留，不得改动；用户没有说明的地方，"
+        "用观众能看到的细节补充：主体的外貌、动作与运动方式、周围环境与光线、景别与镜头运动、画面风格。"
+        "需要在画面中出现的文字，逐字保留在引号内。无论用户使用哪种语言，都用中文写成一段话，约八十到一百字。"
+        "只输出这段话，不要标题、解释或列表。"
+    ),
+}
+_TASKS = {  # by the number of pictures the model sees
+    "en": (
+        "You write prompts for a model that makes videos from text. The user gives an idea for a short video; turn it "
+        "into one complete description of that video.",
+        "You write prompts for a model that makes a short video from a picture, which is its first frame. Begin with "
+        "what the picture shows, its subject, surroundings and style, as they are; go on with the motion that the user "
+        "asks for. Nothing may contradict the picture.",
+        "You write prompts for a model that makes the video between two pictures: the first is its first frame, the "
+        "second its last. Begin with what the first picture shows, as it is; go on with one continuous motion, as the "
+        "user asks for it, that ends in what the second shows. Nothing may contradict either picture.",
+    ),
+    "zh": (
+        "你为文字生成视频的模型撰写提示词。用户给出一段短视频的构想，请把它写成对整段视频的完整描述。",
+        "你为图片生成视频的模型撰写提示词，所给图片是视频的第一帧。先如实描述图片中的主体、环境与风格，"
+        "再接着写用户要求的动作和变化，任何内容都不得与图片矛盾。",
+        "你为首尾帧生成视频的模型撰写提示词，第一张图片是视频的第一帧，第二张是最后一帧。先如实描述第一张图片的内容，"
+        "再按用户的要求写出一个连贯的运动过程，最后到达第二张图片的画面，任何内容都不得与两张图片矛盾。",
+    ),
+}
+_SHORT_NAMES = {
+    "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "Qwen2.5_3B": "Qwen/Qwen2.5-3B-Instruct",
+    "Qwen2.5_7B": "Qwen/Qwen2.5-7B-Instruct",
+    "Qwen2.5_14B": "Qwen/Qwen2.5-14B-Instruct",
+}
+_SEES_PICTURES = {"qwen2": False, "qwen2_vl": True, "qwen2_5_vl": True}  # by model_type
+_IMAGE_TOKEN = "<|image_pad|>"
+
+Picture = Image.Image | str | os.PathLike
+
+
+@dataclass
+class PromptOutput:
+    """What came of an extension. status: False if it failed; then `prompt` is the original and `message` says why."""
+
+    status: bool
+    prompt: str
+    seed: int
+    system_prompt: str
+    message: str
+
+
+def default_system_prompt(tar_lang: str, pictures: int) -> str:
+    """The instructions for a target language ("zh", "en") and a number of pictures (0, 1, 2: first and last frame).
+
+    Raises ValueError for others.
+    """
+    if tar_lang not in _RULES:
+        raise ValueError(f"the target language must be zh or en, got {tar_lang!r}")
+    if pictures > 2:
+        raise ValueError(f"one picture, or a first and a last frame, can be looked at, got {pictures}")
+    return _TASKS[tar_lang][pictures] + _RULES[tar_lang]
+
+
+def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
+    """The folder of a local model, and whether that model sees pictures; reads no weights.
+
+    model_name: a folder, a short name such as "Qwen2.5_7B", or a name on the Hugging Face hub, which is looked up in
+    the local cache only; None: the default for is_vl. Raises ValueError if nothing there can be used.
+    """
+    from huggingface_hub import snapshot_download
+
+    name = model_name or ("QwenVL2.5_7B" if is_vl else "Qwen2.5_14B")
+    name = _SHORT_NAMES.get(name, name)
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (ValueError, OSError):
+            raise ValueError(
+                f"prompt extension model {name} is neither a folder nor in the Hugging Face cache: "
+                "download it first (`hf download NAME`), or give the folder of a Qwen2.5 or Qwen2.5-VL model"
+            ) from None
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        index = folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise ValueError(f"prompt extension model {folder} has no usable config.json or index: {fault!r}") from None
+    if kind not in _SEES_PICTURES:
+        raise ValueError(f"prompt extension model {folder} is of type {kind}, a Qwen2.5 or Qwen2.5-VL model is needed")
+    missing = [name for name in ("tokenizer_config.json", *sorted(names)) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"prompt extension model {folder} is incomplete, it lacks {missing[0]}: download it again")
+    return folder, _SEES_PICTURES[kind]
+
+
+def _load_picture(picture: Picture, max_area: int) -> Image.Image:
+    """As RGB, made smaller where it has more than max_area pixels."""
+    image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
+    scale = math.sqrt(max_area / (image.width * image.height))
+    if scale < 1:
+        image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    return image
+
+
+class _PromptExpander(abc.ABC):
+    def __init__(self, model_name: str, is_vl: bool, max_image_size: int):
+        self.model_name, self.is_vl, self.max_image_size = model_name, is_vl, max_image_size
+
+    @abc.abstractmethod
+    def _answer(self, prompt: str, system_prompt: str, pictures: list[Image.Image], seed: int) -> str:
+        """The model's answer; may raise anything."""
+
+    def __call__(
+        self,
+        prompt: str,
+        system_prompt: str | None = None,
+        tar_lang: str = "zh",
+        image: Picture | list[Picture] | None = None,
+        seed: int = -1,
+    ) -> PromptOutput:
+        """Extends a prompt; whatever goes wrong, it returns the original one and says why.
+
+        system_prompt: instructions for the model (default: ours, in tar_lang "zh" or "en"). image: one, or the first
+        and the last frame; a model that sees no pictures extends the text alone and the message says so.
+        seed: of the model's choices; negative: a random one.
+        """
+        seed = seed if seed >= 0 else secrets.randbelow(2**31)  # leaves the state of `random` alone
+        images = image if isinstance(image, list | tuple) else [] if image is None else [image]
+        message = ""
+        if images and not self.is_vl:
+            images, message = [], f"{self.model_name} sees no pictures, so only the text was extended"
+        try:
+            if system_prompt is None:
+                system_prompt = default_system_prompt(tar_lang, len(images))
+            pictures = [_load_picture(item, self.max_image_size) for item in images]
+            answer = " ".join(self._answer(prompt, system_prompt, pictures, seed).split())
+            if not answer:
+                raise ValueError(f"{self.model_name} gave an empty answer")
+        except Exception as fault:
+            reason = " ".join(f"{type(fault).__name__}: {fault}".split())
+            return PromptOutput(False, prompt, seed, system_prompt or "", reason)
+        return PromptOutput(True, answer, seed, system_prompt, message)
+
+
+class DashScopePromptExpander(_PromptExpander):
+    """Extends prompts with a model of Alibaba's DashScope service; pictures are sent along if is_vl.
+
+    api_key: default: the environment's DASH_API_KEY. DASH_API_URL there: another base address of the service.
+    model_name: default: qwen-plus, or qwen-vl-max if is_vl. max_image_size: pixels of a picture that is sent.
+    retry_times: how often to try while the service is out of reach or busy. Other arguments, those of
+    QwenPromptExpander, are ignored. Raises ValueError without a key or without the package dashscope.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        model_name: str | None = None,
+        max_image_size: int = 512 * 512,
+        retry_times: int = 4,
+        is_vl: bool = False,
+        **kwargs,
+    ):
+        super().__init__(model_name or ("qwen-vl-max" if is_vl else "qwen-plus"), is_vl, max_image_size)
+        self.api_key = api_key or os.environ.get("DASH_API_KEY")
+        self.retry_times = max(1, retry_times)
+        if importlib.util.find_spec("dashscope") is None:
+            raise ValueError("prompt extension with DashScope needs its package: pip install dashscope")
+        if not self.api_key:
+            raise ValueError("prompt extension with DashScope needs an API key: set DASH_API_KEY in the environment")
+
+    def _answer(self, prompt, system_prompt, pictures, seed):
+        for left in reversed(range(self.retry_times)):
+            try:
+                return self._request(prompt, system_prompt, pictures, seed)
+            except OSError:  # all network errors are
+                if not left:
+                    raise
+                time.sleep(1)
+
+    def _request(self, prompt: str, system_prompt: str, pictures: list[Image.Image], seed: int) -> str:
+        """Asks once. Raises OSError where trying again may help, ValueError if the service refuses the request."""
+        import dashscope
+
+        call = dashscope.Generation.call
+        contents = {"system": system_prompt, "user": prompt}
+        if self.is_vl:
+            call = dashscope.MultiModalConversation.call
+            images = [{"image": _data_url(picture)} for picture in pictures]
+            contents = {"system": [{"text": system_prompt}], "user": [*images, {"text": prompt}]}
+        response = call(
+            model=self.model_name,
+            messages=[{"role": role, "content": content} for role, content in contents.items()],
+            result_format="message",
+            seed=seed % 2**31,  # the service takes no larger ones
+            api_key=self.api_key,
+            base_address=os.environ.get("DASH_API_URL"),
+        )
+        if response.status_code != 200:
+            final = 400 <= response.status_code < 500 and response.status_code != 429
+            reason = f"{self.model_name}: {response.status_code} {response.code}: {response.message}"
+            raise ValueError(reason) if final else OSError(reason)
+        content = response.output["choices"][0]["message"]["content"]
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class QwenPromptExpander(_PromptExpander):
+    """Extends prompts with a Qwen2.5 or Qwen2.5-VL model on this machine; nothing is ever downloaded.
+
+    model_name: see resolve_model; what the folder holds decides whether pictures are looked at, is_vl only which model
+    is the default. device: index of a GPU, or a torch device; without CUDA an index means the CPU. max_image_size:
+    pixels of a picture that the model sees. Other arguments, those of DashScopePromptExpander, are ignored.
+    The weights are read for every call and dropped after it, as the video model needs the memory.
+    Raises ValueError if there is no such model.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        device: int | str = 0,
+        is_vl: bool = False,
+        max_image_size: int = 512 * 512,
+        **kwargs,
+    ):
+        self.folder, sees = resolve_model(model_name, is_vl)
+        super().__init__(model_name or str(self.folder), sees, max_image_size)
+        self.device = device
+
+    @functools.wraps(_PromptExpander.__call__)
+    def __call__(self, *args, **kwargs):
+        import torch
+
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:  # by now no traceback of a failure holds the weights either
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _answer(self, prompt, system_prompt, pictures, seed):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+        device = self.device
+        if isinstance(device, int):
+            device = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        inputs = self._inputs(tokenizer, prompt, system_prompt, pictures)
+        model_class = AutoModelForImageTextToText if self.is_vl else AutoModelForCausalLM
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            model = model_class.from_pretrained(
+                self.folder,
+                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                device_map={"": device},
+                local_files_only=True,
+            )
+            torch.manual_seed(seed)
+            tokens = model.generate(**inputs.to(device), max_new_tokens=512)
+        return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _inputs(self, tokenizer, prompt: str, system_prompt: str, pictures: list[Image.Image]):
+        """The model's inputs. Put together here since the ready-made processor needs torchvision, for videos."""
+        from transformers import AutoImageProcessor
+
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}] if pictures else prompt
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if not pictures:
+            return tokenizer([text], return_tensors="pt")
+        processor = AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+        pixels = processor(images=pictures, return_tensors="pt")
+        counts = (pixels["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
+        before, *rest = text.split(_IMAGE_TOKEN)  # the template has one such token for a picture
+        text = before + "".join(_IMAGE_TOKEN * count + part for count, part in zip(counts, rest, strict=True))
+        inputs = tokenizer([text], return_tensors="pt")
+        of_picture = inputs["input_ids"] == tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+        inputs.update({**pixels, "mm_token_type_ids": of_picture.long()})
+        return inputs
