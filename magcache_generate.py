@@ -173,6 +173,8 @@ def check_request(args, error) -> None:
         print("note: --frame_num is not used with --src_video, whose own length decides")
     if kind == "t2i" and args.frame_num != 1:
         error(f"t2i makes one image: --frame_num must be 1, got {args.frame_num}")
+    if kind == "flf2v" and args.frame_num < 5:
+        error(f"task {args.task} needs --frame_num 5 or more, got {args.frame_num}")
     if args.frame_num < 1 or args.frame_num % 4 != 1:
         error(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {args.frame_num}")
     if args.sample_steps is None:

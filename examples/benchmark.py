@@ -1,12 +1,11 @@
-"""Measures on the demo model what MagCache gains in time and costs in quality, next to the plain alternatives.
+"""Measures on the demo models what MagCache gains in time and costs in quality, next to the plain alternatives.
 
-python -m examples.benchmark [--pairs 24] [--only speed|quality]
+python -m examples.benchmark [--task t2v-tiny|i2v-tiny] [--pairs 24] [--only speed|quality]
 
-Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls). The
-runs alternate and the best of each counts, since what else the machine does can only slow a run. Long runs on a noisy
-machine still differ by several percent; the time of the computed calls within the cached loop, over that loop's time,
-is the same share without comparing two runs (the sampler counts against it). The random model is
-as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
+Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls): the
+median over rounds of one uncached and the cached runs each, since what else the machine does slows any of them. Beside
+it, the time of the computed calls within a cached loop over that loop's time, which needs no second run. The random
+model is as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
 Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, of MagCache and
 of simply taking fewer sampler steps at the same number of computed calls.
 """
@@ -16,26 +15,22 @@ import math
 import random
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import magcache
-import wan
-from examples.train_tiny.check_prompts import check_pairs
-from examples.train_tiny.shapes import CAPTIONS
-from wan.configs import WAN_CONFIGS
+from examples.train_tiny.check_prompts import DEMOS, check_pairs, generate, load_demo, psnr
+from examples.train_tiny.shapes import CAPTIONS, Caption
 from wan.modules.model import WanModel
 from wan.utils.samplers import make_sampler
 
-HERE = Path(__file__).parent
 STEPS = 50
 SETTINGS = ((0.12, 2), (0.12, 4), (0.24, 6))
 
 
-def schedule_of(thresh: float, K: int) -> magcache.Schedule:
-    return magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, thresh, K)
+def schedule_of(task: str, thresh: float, K: int) -> magcache.Schedule:
+    return magcache.plan(magcache.load_ratios(task), STEPS, thresh, K)
 
 
 @torch.inference_mode()  # as the pipelines do
@@ -50,25 +45,25 @@ def denoise_seconds(model: WanModel, shape: tuple[int, ...], context: list, step
     return time.perf_counter() - start
 
 
-def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, repeats: int) -> None:
-    schedules = [None, *(schedule_of(*setting) for setting in SETTINGS[:2])]
-    best, in_blocks = [math.inf] * len(schedules), [0.0] * len(schedules)
+def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rounds: int) -> None:
+    schedules = [schedule_of("t2v-tiny", *setting) for setting in SETTINGS[:2]]
+    speedups, in_blocks = ([[] for _ in schedules] for _ in range(2))
     denoise_seconds(model, shape, context, steps=2)  # warms up
-    for _ in range(repeats):
+    for _ in tqdm(range(rounds), desc=name):
+        magcache.remove_magcache(model)
+        uncached = denoise_seconds(model, shape, context)
         for i, schedule in enumerate(schedules):
-            magcache.remove_magcache(model)
-            cache = magcache.apply_magcache(model, schedule) if schedule else None
+            cache = magcache.apply_magcache(model, schedule)
             seconds = denoise_seconds(model, shape, context)
-            if seconds < best[i]:
-                best[i] = seconds
-                in_blocks[i] = sum(t for _, skipped, t in cache.log if not skipped) / seconds if cache else 1.0
+            speedups[i].append(uncached / seconds)
+            in_blocks[i].append(sum(t for _, skipped, t in cache.log if not skipped) / seconds)
     magcache.remove_magcache(model)
-    for i, (thresh, K) in enumerate(SETTINGS[:2], start=1):
-        ratio, bound = best[0] / best[i], schedules[i].speedup_bound
+    for i, (thresh, K) in enumerate(SETTINGS[:2]):
+        speedup, bound = statistics.median(speedups[i]), schedules[i].speedup_bound
         print(
-            f"{name}, thresh {thresh}, K {K}: {schedules[i].computed} of {2 * STEPS} calls, {best[0]:.2f} s to "
-            f"{best[i]:.2f} s, {ratio:.2f}x of at most {bound:.2f}x, share {ratio / bound:.3f} (best of {repeats}); "
-            f"computed calls took {in_blocks[i]:.3f} of the cached loop",
+            f"{name}, thresh {thresh}, K {K}: {schedules[i].computed} of {2 * STEPS} calls, {speedup:.2f}x of at most "
+            f"{bound:.2f}x, share {speedup / bound:.3f} (rounds: {min(speedups[i]) / bound:.3f} to "
+            f"{max(speedups[i]) / bound:.3f}); computed calls took {statistics.median(in_blocks[i]):.3f} of the loop",
             flush=True,
         )
 
@@ -80,29 +75,24 @@ def random_model() -> tuple[WanModel, tuple[int, ...], list]:
     return model.requires_grad_(False), (16, 5, 20, 40), [torch.randn(20, 64), torch.randn(5, 64)]
 
 
-def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
-    """In dB, of values in [-1, 1]; 100 for equal videos."""
-    mse = (video - reference).square().mean().item()
-    return min(100.0, 10 * math.log10(4 / mse)) if mse else 100.0
-
-
-def benchmark_pairs(count: int) -> list[tuple[str, int]]:
+def benchmark_pairs(count: int) -> list[tuple[Caption, int]]:
     """Random captions and seeds, none of which the prompt check or the calibration (seed 77) uses."""
     used = {caption for caption, _ in check_pairs()}
     chosen = random.Random(2026).sample([caption for caption in CAPTIONS if caption not in used], count)
-    return [(str(caption), 5000 + i) for i, caption in enumerate(chosen)]
+    return [(caption, 5000 + i) for i, caption in enumerate(chosen)]
 
 
-def quality(pipeline, pairs: list[tuple[str, int]]) -> None:
-    schedules = [schedule_of(*setting) for setting in SETTINGS]
+def quality(task: str, pairs: list[tuple[Caption, int]]) -> None:
+    pipeline = load_demo(task)
+    schedules = [schedule_of(task, *setting) for setting in SETTINGS]
     scores = {}
-    for prompt, seed in tqdm(pairs, desc="quality"):
+    for caption, seed in tqdm(pairs, desc=f"quality of {task}"):
 
-        def run(schedule=None, steps=STEPS, prompt=prompt, seed=seed):
+        def run(schedule=None, steps=STEPS, caption=caption, seed=seed):
             magcache.remove_magcache(pipeline.model)
             if schedule:
                 magcache.apply_magcache(pipeline.model, schedule)
-            return pipeline.generate(prompt, (64, 64), 17, sampling_steps=steps, seed=seed)
+            return generate(pipeline, caption, seed, sampling_steps=steps)
 
         reference = run()
         for setting, schedule in zip(SETTINGS, schedules, strict=True):
@@ -110,7 +100,8 @@ def quality(pipeline, pairs: list[tuple[str, int]]) -> None:
             scores.setdefault((setting, "MagCache"), []).append(psnr(run(schedule), reference))
             scores.setdefault((setting, "fewer steps"), []).append(psnr(run(steps=fewer), reference))
     print(
-        f"PSNR in dB against the uncached {STEPS}-step video, {len(pairs)} (prompt, seed) pairs, mean (standard error)"
+        f"{task}: PSNR in dB against the uncached {STEPS}-step video, {len(pairs)} (prompt, seed) pairs, "
+        "mean (standard error)"
     )
     print("| thresh, K | computed calls | MagCache | fewer steps, no cache | MagCache minus fewer |")
     print("|---|---|---|---|---|")
@@ -127,18 +118,18 @@ def quality(pipeline, pairs: list[tuple[str, int]]) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_dir", type=Path, default=HERE / "Wan2.1-T2V-tiny")
+    parser.add_argument("--task", default="t2v-tiny", choices=tuple(DEMOS), help="of the quality part")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--only", choices=("speed", "quality"))
     args = parser.parse_args()
-    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(args.ckpt_dir), rank=0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
     if args.only != "quality":
+        pipeline = load_demo("t2v-tiny")
         context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
-        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], repeats=15)
-        speed("random model", *random_model(), repeats=2)
+        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], rounds=15)
+        speed("random model", *random_model(), rounds=2)
     if args.only != "speed":
-        quality(pipeline, benchmark_pairs(args.pairs))
+        quality(args.task, benchmark_pairs(args.pairs))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import write_checkpoint
+from PIL import Image
 
 import magcache
 import magcache_generate
@@ -105,20 +106,46 @@ def test_flags_are_those_of_the_reference():
 
 def readme_commands():
     text = (REPO / "README.md").read_text()
-    return re.findall(r"^python (magcache_generate\.py .*--task t2v-1.*)$", text, flags=re.MULTILINE)
+    return re.findall(r"^python (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
 
 
 def test_readme_commands_parse_and_plan():
-    computed = {}
+    plans = {}
     for command in readme_commands():
         args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
         magcache_generate.check_request(args, pytest.fail)
         schedule, table = magcache_generate.make_schedule(args, pytest.fail)
-        computed[table] = schedule.computed
-        assert (args.frame_num, args.sample_steps, args.sample_shift, args.offload_model) == (81, 50, 5.0, True)
-    assert computed == {"t2v-1.3B": 42, "t2v-14B": 36}
+        magcache_generate.read_inputs(args, pytest.fail)
+        assert args.offload_model
+        plans[args.task] = (table, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
+    assert plans == {
+        "t2v-1.3B": ("t2v-1.3B", 42, 81, 50, 5.0),
+        "t2v-14B": ("t2v-14B", 36, 81, 50, 5.0),
+        "i2v-14B": ("i2v-14B-480P", 30, 81, 40, 3.0),
+        "flf2v-14B": ("i2v-14B-720P", 44, 81, 50, 16.0),
+        "vace-1.3B": ("vace-1.3B", 58, 81, 50, 16.0),
+        "t2i-14B": ("t2v-14B", 50, 1, 50, 5.0),
+    }
 
 
+def test_calibration_of_61_frames_is_planned():
+    """The reference fails on it."""
+    command = (
+        "--task i2v-14B --size 1280*720 --ckpt_dir ./Wan2.1-I2V-14B-720P --image examples/wan_i2v.png "
+        '--magcache_calibration --offload_model True --t5_cpu --frame_num 61 --base_seed 0 --prompt "..."'
+    )
+    args = magcache_generate.make_parser().parse_args(shlex.split(command))
+    magcache_generate.check_request(args, pytest.fail)
+    inputs = magcache_generate.read_inputs(args, pytest.fail)
+    assert magcache_generate.video_shape(args, inputs) == (61, 720, 1280)
+    assert (args.sample_steps, args.sample_shift) == (40, 5.0)
+
+
+I2V = ("--task", "i2v-14B", "--ckpt_dir", "{i2v}")
+FLF2V = ("--task", "flf2v-14B", "--ckpt_dir", "{flf2v}")
+VACE = ("--task", "vace-1.3B", "--ckpt_dir", "{vace}")
+FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/whole.png")
+VIDEO = ("--src_video", "{pictures}/film.mp4")
 BAD = [
     ((), "--ckpt_dir is needed"),
     (("--ckpt_dir", "nowhere"), "nowhere is not a folder"),
@@ -129,6 +156,7 @@ BAD = [
     (("--ckpt_dir", "{no_tokenizer}"), "lacks google/umt5-xxl/tokenizer.json"),
     (("--ckpt_dir", "{broken}"), "broken config.json"),
     (("--ckpt_dir", "{i2v}"), "holds a model of type i2v, task t2v-1.3B needs t2v"),
+    (("--ckpt_dir", "{vace}"), "holds a model of type vace, task t2v-1.3B needs t2v"),
     (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B supports 480*832, 832*480, not 1280*720"),
     (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
     (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
@@ -155,10 +183,54 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
     (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "does not exist: no/such/folder"),
     (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "t2i makes one image"),
-    (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "not part of this release"),
+    (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "holds a model of type t2v, task flf2v-14B needs flf2v"),
+    (("--ckpt_dir", "{ok}", "--task", "i2v-14B"), "holds a model of type t2v, task i2v-14B needs i2v"),
+    (("--ckpt_dir", "{ok}", "--task", "vace-1.3B"), "holds a model of type t2v, task vace-1.3B needs vace"),
+    ((*I2V, "--ckpt_dir", "{no_clip}"), "lacks models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
+    ((*I2V, "--prompt", "a"), "task i2v-14B needs --image"),
+    ((*I2V, "--image", "{pictures}/whole.png"), "--prompt is needed"),
+    ((*I2V, "--prompt", "a", "--image", "none.png"), "cannot read none.png: no such file"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/cut.png"), "cut.png: not a complete image"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/config.json"), "config.json: not a complete image"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/alpha.png"), "transparent (alpha channel)"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/line.png"), "1x400 pixels, it needs at least 16"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/wide.png"), "one side may be 5 times the other"),
+    ((*FLF2V, "--prompt", "a", "--first_frame", "{pictures}/whole.png"), "needs --last_frame"),
+    ((*FLF2V, "--prompt", "a", "--last_frame", "{pictures}/whole.png"), "needs --first_frame"),
+    ((*FLF2V, "--prompt", "a", *FRAMES, "--frame_num", "1"), "needs --frame_num 5 or more"),
+    ((*FLF2V, "--prompt", "a", *FRAMES, "--use_magcache"), "no ratio table fits task flf2v-14B"),
+    ((*FLF2V, "--prompt", "a", *FRAMES, "--use_magcache"), "or name the table of another model"),
+    ((*VACE, "--prompt", "a", "--src_video", "none.mp4"), "cannot read none.mp4: no such file"),
+    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/cut.mp4"), "cannot read"),
+    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/text.png"), "cannot read"),
+    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/thin.mp4"), "2*48 pixels are too few or too narrow"),
+    ((*VACE, "--prompt", "a", "--src_mask", "{pictures}/long.mp4"), "needs a source video"),
+    ((*VACE, "--prompt", "a", *VIDEO, "--src_mask", "{pictures}/long.mp4"), "has 9 frames, the video"),
+    ((*VACE, "--prompt", "a", *VIDEO, "--src_mask", "{pictures}/large.mp4"), "has 80*48 pixels, the video"),
+    ((*VACE, "--prompt", "a", "--src_ref_images", "{pictures}/whole.png,no.png"), "cannot read no.png"),
+    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "{empty}"), "no usable config.json"),
+    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "no/such"), "neither a folder nor in the"),
+    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_method", "dashscope"), "set DASH_API_KEY"),
     (("--ckpt_dir", "{ok}", "--dit_fsdp"), "not part of this release"),
     (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "one device"),
 ]
+
+
+def write_bad_pictures(folder):
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (24, 400, 4), np.uint8)
+    Image.fromarray(noise[:, :40, :3]).save(folder / "whole.png")
+    content = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "config.json").write_text("{}")
+    Image.fromarray(noise[:, :40]).save(folder / "alpha.png")
+    Image.fromarray(noise[:, :, :3]).save(folder / "wide.png")
+    Image.fromarray(noise[0, :, None, :3]).save(folder / "line.png")
+    for name, frames, width in (("film", 5, 64), ("long", 9, 64), ("large", 5, 80), ("thin", 5, 2)):
+        cache_video(torch.rand(1, 3, frames, 48, width) * 2 - 1, str(folder / f"{name}.mp4"), fps=16)
+    content = (folder / "film.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +251,11 @@ def folders(tmp_path_factory):
     (root / "no_shard" / "diffusion_pytorch_model.safetensors").rename(root / "no_shard" / first)
     shutil.copytree(root / "no_shard", root / "no_index")
     (root / "no_index" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    shutil.copytree(root / "ok", root / "i2v")
-    config = json.loads((root / "ok" / "config.json").read_text()) | {"model_type": "i2v"}
-    (root / "i2v" / "config.json").write_text(json.dumps(config))
+    for kind in ("i2v", "flf2v", "vace"):
+        write_checkpoint(kind, root / kind)
+    shutil.copytree(root / "i2v", root / "no_clip")
+    (root / "no_clip" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth").unlink()
+    write_bad_pictures(root / "pictures")
     return {path.name: path for path in root.iterdir()}
 
 

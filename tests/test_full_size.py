@@ -11,13 +11,28 @@ from wan.modules.vace_model import VaceWanModel
 
 FRAMES = 81
 SCHEDULE = magcache.Schedule((None, None, (1.0,), (1.0,)))
+IMAGES = {"i2v": 1, "flf2v": 2}  # that the image encoder sees
 VACE_LAYERS = {"vace-1.3B": range(0, 30, 2), "vace-14B": range(0, 40, 5)}
 
 
 def make_model(task):
     keys = ("text_len", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
     sizes = {key: WAN_CONFIGS[task][key] for key in keys}
-    return VaceWanModel(list(VACE_LAYERS[task]), 96, **sizes) if task in VACE_LAYERS else WanModel("t2v", **sizes)
+    if task in VACE_LAYERS:
+        return VaceWanModel(list(VACE_LAYERS[task]), 96, **sizes)
+    kind = task.split("-")[0]
+    image = {"in_dim": 36, "clip_positions": 514 if kind == "flf2v" else 0} if kind in IMAGES else {}
+    return WanModel(kind, **sizes, **image)
+
+
+def conditioning(task, latent_shape):
+    """What the transformer gets beside latent, timestep and text."""
+    if task in VACE_LAYERS:
+        return {"vace_context": [torch.empty(96, *latent_shape[1:])]}
+    count = IMAGES.get(task.split("-")[0])
+    if not count:
+        return {}
+    return {"y": [torch.empty(20, *latent_shape[1:])], "clip_fea": torch.empty(count, 257, 1280)}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +42,9 @@ def make_model(task):
         ("t2v-1.3B", "1280*720", 75600, 0.464),
         ("t2v-14B", "832*480", 32760, 0.671),
         ("t2v-14B", "1280*720", 75600, 1.548),
+        ("i2v-14B", "832*480", 32760, 0.671),
+        ("i2v-14B", "1280*720", 75600, 1.548),
+        ("flf2v-14B", "1280*720", 75600, 1.548),
         ("vace-1.3B", "832*480", 32760, 0.201),
         ("vace-14B", "1280*720", 75600, 1.548),
     ],
@@ -36,8 +54,8 @@ def test_computed_and_reused_forward(task, size, tokens, gigabytes):
     latent_shape = (16, (FRAMES - 1) // 4 + 1, height // 8, width // 8)
     with FakeTensorMode(), torch.no_grad():
         model = make_model(task)
-        control = {"vace_context": [torch.empty(96, *latent_shape[1:])]} if task in VACE_LAYERS else {}
-        blocks = [*model.blocks, *(model.vace_blocks if control else ())]
+        control = conditioning(task, latent_shape)
+        blocks = [*model.blocks, *(model.vace_blocks if task in VACE_LAYERS else ())]
         cache, calls, peak = magcache.apply_magcache(model, SCHEDULE), [], []
         for block in blocks:
             block.register_forward_hook(lambda module, args, out: calls.append(out))
@@ -58,7 +76,15 @@ def test_computed_and_reused_forward(task, size, tokens, gigabytes):
 
 
 @pytest.mark.parametrize(
-    ("task", "billions"), [("t2v-1.3B", 1.42), ("t2v-14B", 14.29), ("vace-1.3B", 2.15), ("vace-14B", 17.34)]
+    ("task", "billions"),
+    [
+        ("t2v-1.3B", 1.42),
+        ("t2v-14B", 14.29),
+        ("i2v-14B", 16.395),
+        ("flf2v-14B", 16.396),
+        ("vace-1.3B", 2.15),
+        ("vace-14B", 17.34),
+    ],
 )
 def test_parameter_count(task, billions):
     with torch.device("meta"):

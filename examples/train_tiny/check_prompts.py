@@ -1,10 +1,14 @@
-"""Does the demo model follow its prompts? Measures 24 generated videos, uncached and cached, and draws them.
+"""Does a demo model follow its prompts? Measures 24 generated videos, uncached and cached, and draws them.
 
-python -m examples.train_tiny.check_prompts [--ckpt_dir DIR] [--picture FILE.png]
+python -m examples.train_tiny.check_prompts [--task i2v-tiny] [--ckpt_dir DIR] [--picture FILE.png]
+
+i2v-tiny gets the first frame of a drawn video; how far its first frame is from that one is measured, too.
 """
 
 import argparse
+import math
 import random
+import statistics
 from pathlib import Path
 
 import torch
@@ -16,17 +20,23 @@ from examples.train_tiny.shapes import (
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
+    FRAMES,
     HELD_OUT,
     SHAPES,
     SIZE,
     TRAINABLE,
     Caption,
+    render,
     signed_distance,
 )
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import grid_rows, to_uint8
 
 HERE = Path(__file__).parent
+DEMOS = {  # task -> pipeline, checkpoint folder
+    "t2v-tiny": ("WanT2V", HERE.parent / "Wan2.1-T2V-tiny"),
+    "i2v-tiny": ("WanI2V", HERE.parent / "Wan2.1-I2V-tiny"),
+}
 SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4": (0.12, 4)}
 
 
@@ -88,29 +98,59 @@ def see(video: torch.Tensor) -> Caption:
     )
 
 
+def load_demo(task: str, folder: Path | None = None):
+    """The pipeline of a demo model, by default the one in the repository."""
+    name, own = DEMOS[task]
+    return getattr(wan, name)(WAN_CONFIGS[task], str(folder or own))
+
+
+def generate(pipeline, caption: Caption, seed: int, **sampling) -> torch.Tensor:
+    """A video [3, 17, 64, 64] of the caption; image-to-video starts with `first_frame(caption, seed)`."""
+    if isinstance(pipeline, wan.WanT2V):
+        return pipeline.generate(str(caption), (SIZE, SIZE), FRAMES, seed=seed, **sampling)
+    image = Image.fromarray(to_uint8(first_frame(caption, seed).permute(1, 2, 0)))
+    return pipeline.generate(str(caption), image, SIZE * SIZE, FRAMES, seed=seed, **sampling)
+
+
+def first_frame(caption: Caption, seed: int) -> torch.Tensor:
+    """[3, 64, 64] in [-1, 1]."""
+    return render([caption], torch.Generator().manual_seed(seed))[0, :, 0]
+
+
+def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
+    """In dB, of values in [-1, 1]; 100 for equal videos."""
+    mse = (video - reference).square().mean().item()
+    return min(100.0, 10 * math.log10(4 / mse)) if mse else 100.0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_dir", type=Path, default=HERE.parent / "Wan2.1-T2V-tiny")
+    parser.add_argument("--task", default="t2v-tiny", choices=tuple(DEMOS))
+    parser.add_argument("--ckpt_dir", type=Path, help="(default: the demo model of the task)")
     parser.add_argument("--picture", type=Path, help="first, middle and last frame of every video, a column each")
     args = parser.parse_args()
 
-    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(args.ckpt_dir), rank=0)
+    pipeline = load_demo(args.task, args.ckpt_dir)
     pairs = check_pairs()
     print(f"{len(pairs)} videos, {sum(caption in HELD_OUT for caption, _ in pairs)} of captions held out of training")
     rows = []
     for name, settings in SCHEDULES.items():
         magcache.remove_magcache(pipeline.model)
         if settings:
-            schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 50, *settings)
+            schedule = magcache.plan(magcache.load_ratios(args.task), 50, *settings)
             magcache.apply_magcache(pipeline.model, schedule)
-        videos = [pipeline.generate(str(c), (SIZE, SIZE), 17, sampling_steps=50, seed=seed) for c, seed in pairs]
+        videos = [generate(pipeline, c, seed, sampling_steps=50) for c, seed in pairs]
         rows += [torch.stack(videos)[:, :, [frame]] for frame in (0, 8, 16)]
         seen = [see(video) for video in videos]
         counts = {
             part: sum(getattr(c, part) == getattr(s, part) for (c, _), s in zip(pairs, seen, strict=True))
             for part in ("color", "background", "direction", "shape")
         }
-        print(f"{name}: " + ", ".join(f"{part} {count}" for part, count in counts.items()), flush=True)
+        line = f"{name}: " + ", ".join(f"{part} {count}" for part, count in counts.items())
+        if args.task == "i2v-tiny":
+            start = [psnr(video[:, 0], first_frame(c, seed)) for video, (c, seed) in zip(videos, pairs, strict=True)]
+            line += f"; first frame against the image {statistics.mean(start):.1f} dB, least {min(start):.1f}"
+        print(line, flush=True)
     if args.picture:
         Image.fromarray(to_uint8(grid_rows(torch.cat(rows), len(pairs)))[0]).save(args.picture)
 

@@ -8,7 +8,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from wan.utils.checkpoints import load_pth
 
 # official tensor name (inside a block, without .weight or .bias) -> transformers name
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "norm1": "layer_norm1",
     "attn.proj": "self_attn.out_proj",
     "norm2": "layer_norm2",
@@ -45,7 +45,7 @@ def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
         state[f"pre_layrnorm.{kind}"] = tensors[f"pre_norm.{kind}"]  # transformers' own spelling
         for i in range(num_layers):
             ours, theirs = f"transformer.{i}", f"encoder.layers.{i}"
-            for name, target in _BLOCK_NAMES.items():
+            for name, target in BLOCK_NAMES.items():
                 state[f"{theirs}.{target}.{kind}"] = tensors[f"{ours}.{name}.{kind}"]
             for part, tensor in zip("qkv", tensors[f"{ours}.attn.to_qkv.{kind}"].chunk(3), strict=True):
                 state[f"{theirs}.self_attn.{part}_proj.{kind}"] = tensor
