@@ -6,6 +6,7 @@ Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside i
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -146,7 +147,15 @@ def make_parser() -> Parser:
     add("--magcache_K", type=int, default=2, help="most reused steps in a row (default: 2)")
     add("--retention_ratio", type=float, default=0.2, help="share of the steps, from the start, in full (default: 0.2)")
     add("--magcache_calibration", action="store_true", help="measure the ratio table of this model in a full run")
+    add("--prompt_file", metavar="FILE", help="calibrate on several prompts, one a line")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
+    add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
+    add(
+        "--magcache_resample",
+        choices=("nearest", "sigma"),
+        help="how a table answers other steps than it was measured with: by the nearest ratio (default for tables by "
+        "name, as upstream), or along the noise level, which also answers another shift or solver (default for files)",
+    )
     add("--magcache_smooth", default="none", choices=("none", "sqrt"), help="sqrt: square root of the ratios")
     add(
         "--magcache_dtype",
@@ -194,6 +203,8 @@ def check_request(args, error) -> None:
         args.base_seed = random.randrange(2**32)
     if args.offload_model is None:
         args.offload_model = True
+    if args.prompt_file:
+        read_prompts(args, error)
     choose_inputs(args, error)
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
@@ -204,12 +215,29 @@ def check_request(args, error) -> None:
         error(fault)
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
-    if args.mag_ratios and not args.use_magcache:
-        error("--mag_ratios needs --use_magcache")
+    for flag in ("mag_ratios", "mag_ratios_force"):
+        if getattr(args, flag) and not args.use_magcache:
+            error(f"--{flag} needs --use_magcache")
     if args.magcache_calibration:
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)
+
+
+def read_prompts(args, error) -> None:
+    """Sets args.prompts to the lines of --prompt_file."""
+    if not args.magcache_calibration:
+        error("--prompt_file needs --magcache_calibration")
+    if args.prompt is not None:
+        error("--prompt and --prompt_file exclude each other")
+    try:
+        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as fault:
+        error(f"cannot read --prompt_file {args.prompt_file}: {fault}")
+    args.prompts = [line.strip() for line in lines if line.strip()]
+    if not args.prompts:
+        error(f"--prompt_file {args.prompt_file} holds no prompt")
+    args.prompt = args.prompts[0]
 
 
 def choose_inputs(args, error) -> None:
@@ -321,11 +349,13 @@ def make_schedule(args, error):
     if not args.use_magcache:
         return None, None
     try:
-        table, notice = args.mag_ratios, None
-        if not table:
-            table, notice = magcache.choose_table(args.task, args.ckpt_dir, args.size)
+        name, notice = args.mag_ratios, None
+        if not name:
+            name, notice = magcache.choose_table(args.task, args.ckpt_dir, args.size)
+        table = magcache.load_table(name)
+        notices = [notice] if notice else magcache.compare_settings(table, settings_of(args), args.mag_ratios_force)
         schedule = magcache.plan(
-            magcache.load_ratios(table),
+            resampled(table, args, notices),
             args.sample_steps,
             args.magcache_thresh,
             args.magcache_K,
@@ -334,9 +364,28 @@ def make_schedule(args, error):
         )
     except ValueError as fault:
         error(fault)
-    if notice:
+    for notice in notices:
         print(f"note: {notice}")
-    return schedule, table
+    return schedule, name
+
+
+def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
+    """The table's ratios for this run. Notices say what was done, where it was not measured with the same steps."""
+    wanted = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
+    method = args.magcache_resample or ("nearest" if table.named or table.sigmas is None else "sigma")
+    if wanted == table.sigmas:
+        return table.ratios
+    if table.steps != args.sample_steps or method == "sigma":
+        how = "by nearest index" if method == "nearest" else "along the noise level"
+        notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's {how}")
+    if method == "nearest":
+        return table.ratios  # `magcache.plan` does it
+    if table.sigmas is None:
+        raise ValueError(
+            f"--magcache_resample sigma needs to know the noise levels that ratio table {table.name} was measured at, "
+            "and it does not tell its shift and solver"
+        )
+    return magcache.resample_sigma(table.ratios, table.sigmas, wanted)
 
 
 def make_expander(args, error):
@@ -352,21 +401,33 @@ def make_expander(args, error):
         error(fault)
 
 
-def extend_prompt(args, expander, images: list) -> None:
-    """Replaces the prompt by its extension, if that comes off."""
-    image = {0: None, 1: images[0]}.get(len(images), images) if images else None
+def extend_prompt(args, prompt: str, expander, images: list) -> str:
+    """The prompt's extension, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
-    out = expander(args.prompt, tar_lang=args.prompt_extend_target_lang, image=image, seed=args.base_seed)
+    image = None if not images else images[0] if len(images) == 1 else images
+    out = expander(prompt, tar_lang=args.prompt_extend_target_lang, image=image, seed=args.base_seed)
     if not out.status:
         print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
-        return
+        return prompt
     if out.message:
         print(f"note: {out.message}")
-    args.prompt = out.prompt
-    print(f"prompt    {args.prompt}")
+    print(f"prompt    {out.prompt}")
+    return out.prompt
 
 
-def result_path(args, error) -> Path:
+def make_requests(args, error) -> list[tuple[str, int, Path]]:
+    """(prompt, seed, path of the result) of every video; seeds count up."""
+    prompts = args.prompts if args.prompt_file else [args.prompt]
+    if len(prompts) == 1:
+        return [(prompts[0], args.base_seed, result_path(args, prompts[0], error))]
+    paths = [result_path(args, prompt, error) for prompt in prompts]
+    return [
+        (prompt, args.base_seed + i, path.with_stem(f"{path.stem}_{i + 1}"))
+        for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
+    ]
+
+
+def result_path(args, prompt: str, error) -> Path:
     """The given path, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
     endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
     if args.save_file:
@@ -381,7 +442,7 @@ def result_path(args, error) -> Path:
             error(f"the folder of --save_file does not exist: {path.parent}")
     else:
         size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
-        prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in args.prompt[:50])
+        prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in prompt[:50])
         prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
         parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
         parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
@@ -393,11 +454,12 @@ def result_path(args, error) -> Path:
     return path
 
 
-def announce(args, schedule, table, shape: tuple[int, int, int], path: Path) -> None:
+def announce(args, schedule, table: str | None, shape: tuple[int, int, int], requests: list) -> None:
     """Says before the models are loaded what is going to happen."""
     calls = 2 * args.sample_steps
     frames, height, width = shape
-    print(f"prompt    {args.prompt}")
+    for prompt, *_ in requests:
+        print(f"prompt    {prompt}")
     for flag in INPUTS.get(args.task.split("-")[0], ()):
         if getattr(args, flag):
             print(f"{flag.removeprefix('src_'):<9} {getattr(args, flag)}")
@@ -417,24 +479,46 @@ def announce(args, schedule, table, shape: tuple[int, int, int], path: Path) -> 
         print(f"MagCache  off: all {calls} transformer calls computed")
     if args.magcache_calibration:
         print(f"          their ratios are measured and written to {args.calibration_dir}/")
-    print(f"result    {path}", flush=True)
+    for *_, path in requests:
+        print(f"result    {path}", flush=True)
 
 
-def measured_on(args) -> dict:
-    """What a calibration was measured on."""
-    keys = ["task", "size", "frame_num", "sample_steps", "sample_solver", "sample_shift", "sample_guide_scale"]
-    keys += ["prompt", "base_seed", *INPUTS.get(args.task.split("-")[0], ())]
-    return {key: getattr(args, key) for key in keys} | {
-        "checkpoint": Path(args.ckpt_dir).resolve().name,
+def settings_of(args) -> dict:
+    """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
+    keys = ("task", "size", "frame_num", "sample_solver", "sample_shift", "sample_guide_scale")
+    settings = {key: getattr(args, key) for key in keys} | {"checkpoint": Path(args.ckpt_dir).resolve().name}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # refused with the rest of the folder, later
+        model = json.loads((Path(args.ckpt_dir) / "config.json").read_text())
+        shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
+        settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+    return settings
+
+
+def save_calibration(args, runs: list[dict], done: list[tuple[str, int, Path]]) -> None:
+    """Writes one table of the calibrated runs; `done` are their requests."""
+    import diffusers
+    import torch
+    import transformers
+
+    sigmas = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
+    measured_on = settings_of(args) | {
+        "sample_steps": args.sample_steps,
+        "prompts": [prompt for prompt, *_ in done],
+        "seeds": [seed for _, seed, _ in done],
+        "inputs": {flag: getattr(args, flag) for flag in INPUTS.get(args.task.split("-")[0], ())},
+        "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
+        "timesteps": [int(1000 * sigma) for sigma in sigmas],
+        "sigmas": sigmas,
+        "versions": {module.__name__: module.__version__ for module in (magcache, torch, diffusers, transformers)},
         "date": datetime.now().isoformat("T", "seconds"),
     }
-
-
-def save_calibration(args, calibration) -> Path:
     stem = f"{args.task}_{args.size.replace('*', 'x')}_{args.frame_num}f_{args.sample_steps}steps"
-    path = Path(args.calibration_dir) / f"{stem}_{datetime.now():%Y%m%d_%H%M%S}.json"
-    magcache.save_table(path, calibration.table(path.stem, measured_on(args)))
-    return path
+    table = magcache.make_table(f"{stem}_{datetime.now():%Y%m%d_%H%M%S}", runs, measured_on)
+    published = None
+    with contextlib.suppress(ValueError):
+        published = magcache.load_table(magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
+    path = magcache.save_calibration(args.calibration_dir, table, published)
+    print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
 
 
 def save_result(video, path: Path, fps: int) -> None:
@@ -483,7 +567,7 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
 
-def generate(args, config, schedule, table, inputs: list, expander, path: Path) -> None:
+def generate(args, config, schedule, table: str | None, inputs: list, expander, requests: list) -> None:
     import torch
 
     import wan
@@ -493,10 +577,12 @@ def generate(args, config, schedule, table, inputs: list, expander, path: Path) 
 
     def lap(name):
         nonlocal clock
-        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+        seconds[name] = seconds.get(name, 0) + time.perf_counter() - clock
+        clock = time.perf_counter()
 
     if expander:
-        extend_prompt(args, expander, [] if args.task.startswith("vace") else inputs)
+        images = [] if args.task.startswith("vace") else inputs
+        requests = [(extend_prompt(args, prompt, expander, images), *rest) for prompt, *rest in requests]
         lap("extend")
     cuda = torch.cuda.is_available()
     print(f"device    {torch.cuda.get_device_name() if cuda else 'CPU, float32'}; loading {args.ckpt_dir}", flush=True)
@@ -519,27 +605,40 @@ def generate(args, config, schedule, table, inputs: list, expander, path: Path) 
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
-    video = pipeline.generate(
-        args.prompt,
-        *inputs,
-        **given,
-        frame_num=args.frame_num,
-        shift=args.sample_shift,
-        sample_solver=args.sample_solver,
-        sampling_steps=args.sample_steps,
-        guide_scale=args.sample_guide_scale,
-        seed=args.base_seed,
-        offload_model=args.offload_model,
-    )
-    lap("generate")
-    table_path = save_calibration(args, calibration) if calibration else None
-    save_result(video, path, config.sample_fps)
-    lap("save")
+    runs = []  # what was measured on the requests so far
+    try:
+        for prompt, seed, path in requests:
+            video = pipeline.generate(
+                prompt,
+                *inputs,
+                **given,
+                frame_num=args.frame_num,
+                shift=args.sample_shift,
+                sample_solver=args.sample_solver,
+                sampling_steps=args.sample_steps,
+                guide_scale=args.sample_guide_scale,
+                seed=seed,
+                offload_model=args.offload_model,
+            )
+            lap("generate")
+            if calibration:
+                runs.append(calibration.lists())
+            save_result(video, path, config.sample_fps)
+            lap("save")
+            frames, height, width = video.shape[1:]
+            print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
+    except BaseException:
+        if calibration and len(runs) < len(requests):
+            print(
+                f"the calibration stopped in prompt {len(runs) + 1} of {len(requests)}, after {calibration.reached} of "
+                f"{calibration.calls} calls; {'only the prompts before count' if runs else 'nothing is written'}",
+                file=sys.stderr,
+            )
+        raise
+    finally:
+        if runs:
+            save_calibration(args, runs, requests[: len(runs)])
     summarise(schedule, cache, table, seconds)
-    if table_path:
-        print(f"table     {table_path} (use it with --use_magcache --mag_ratios)")
-    frames, height, width = video.shape[1:]
-    print(f"saved     {path} ({width}x{height}, {frames} frames)")
 
 
 def main() -> None:
@@ -547,12 +646,12 @@ def main() -> None:
     args = parser.parse_args()
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
-    path = result_path(args, parser.error)
+    requests = make_requests(args, parser.error)
     config = check_wan(args, parser.error)
     expander = make_expander(args, parser.error)
     inputs = read_inputs(args, parser.error)
-    announce(args, schedule, table, video_shape(args, inputs), path)
-    generate(args, config, schedule, table, inputs, expander, path)
+    announce(args, schedule, table, video_shape(args, inputs), requests)
+    generate(args, config, schedule, table, inputs, expander, requests)
 
 
 if __name__ == "__main__":

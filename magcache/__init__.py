@@ -11,7 +11,17 @@ Planning is pure Python; torch is imported with the first use of what runs a mod
 
 import importlib
 
-from magcache.ratios import choose_table, load_ratios, save_table, table_names
+from magcache.ratios import (
+    RatioTable,
+    choose_table,
+    compare_settings,
+    load_ratios,
+    load_table,
+    noise_levels,
+    resample_sigma,
+    save_table,
+    table_names,
+)
 from magcache.schedule import Schedule, Settings, plan
 
 __version__ = "0.1.0"
@@ -22,14 +32,21 @@ _NEED_TORCH = {
     "ResidualCache": "magcache.patch",
     "apply_calibration": "magcache.calibrate",
     "Calibration": "magcache.calibrate",
+    "make_table": "magcache.calibrate",
+    "save_calibration": "magcache.calibrate",
 }
 
 __all__ = [
+    "RatioTable",
     "Schedule",
     "Settings",
     "choose_table",
+    "compare_settings",
     "load_ratios",
+    "load_table",
+    "noise_levels",
     "plan",
+    "resample_sigma",
     "save_table",
     "table_names",
     *_NEED_TORCH,

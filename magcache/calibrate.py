@@ -1,9 +1,21 @@
 """Measures a model's magnitude ratios in a full run, in which every call computes."""
 
+import json
+import os
+import statistics
+from pathlib import Path
+
 import torch
 
 from magcache.patch import attach, run_blocks
-from magcache.ratios import CALLS_PER_STEP
+from magcache.plot import draw_calibration
+from magcache.ratios import CALLS_PER_STEP, RatioTable, save_table
+
+FLAT_LISTS = {
+    "mag_ratio": "wan2_1_mag_ratio.json",
+    "mag_std": "wan2_1_mag_std.json",
+    "cos_dis": "wan2_1_cos_dis.json",
+}
 
 
 class Calibration:
@@ -11,11 +23,12 @@ class Calibration:
 
     Three lists in call order from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|; `stds`,
     its standard deviation over tokens (unbiased); `cosine_distances`, the mean of 1 - cos(r_t, r_{t-1}). A run begins
-    with empty lists.
+    with empty lists. `reached` is the number of calls that have returned in the latest run, also if that failed.
     """
 
     def __init__(self, steps: int):
         self.calls = CALLS_PER_STEP * steps
+        self.reached = 0
         self.reset()
 
     def reset(self) -> None:
@@ -41,25 +54,61 @@ class Calibration:
         return out
 
     def done(self, call: int, seconds: float) -> None:
+        self.reached = call + 1
         if call == self.calls - 1:
             self.previous = [None] * CALLS_PER_STEP
 
-    @property
-    def complete(self) -> bool:
-        return len(self.ratios) == self.calls - CALLS_PER_STEP
-
-    def table(self, name: str, measured_on: dict) -> dict:
-        """The measured lists, rounded to 5 decimals, in the format of `load_ratios`; raises RuntimeError before the
-        run is complete."""
-        if not self.complete:
-            raise RuntimeError(f"the calibration run stopped after {len(self.ratios)} of {self.calls - 2} ratios")
+    def lists(self) -> dict[str, list[float]]:
+        """The three lists of a complete run by their names in a table, rounded to 5 decimals as the released script
+        does. Raises RuntimeError before the run is complete."""
+        if len(self.ratios) != self.calls - CALLS_PER_STEP:
+            raise RuntimeError(f"the run stopped after {len(self.ratios) + CALLS_PER_STEP} of {self.calls} calls")
         lists = {"mag_ratio": self.ratios, "mag_std": self.stds, "cos_dis": self.cosine_distances}
-        return {
-            "name": name,
-            "calibrated_steps": self.calls // CALLS_PER_STEP,
-            "order": "cond, uncond interleaved; one pair per step from step 1 on (step 0 has no predecessor)",
-            "measured_on": measured_on,
-        } | {key: [round(value, 5) for value in values] for key, values in lists.items()}
+        return {key: [round(value, 5) for value in values] for key, values in lists.items()}
+
+
+def make_table(name: str, runs: list[dict[str, list[float]]], measured_on: dict) -> dict:
+    """One table of several runs' `Calibration.lists()`: their means, rounded to 5 decimals, in the format of
+    `magcache.load_table`.
+
+    With two runs or more, "mag_ratio_spread" is the standard deviation (unbiased) of the ratios over the runs.
+    """
+    table = {
+        "name": name,
+        "calibrated_steps": len(runs[0]["mag_ratio"]) // CALLS_PER_STEP + 1,
+        "order": "cond, uncond interleaved; one pair per step from step 1 on (step 0 has no predecessor)",
+        "measured_on": measured_on,
+    }
+    for key in runs[0]:
+        columns = list(zip(*(run[key] for run in runs), strict=True))
+        table[key] = [round(statistics.fmean(column), 5) for column in columns]
+        if key == "mag_ratio" and len(runs) > 1:
+            table["mag_ratio_spread"] = [round(statistics.stdev(column), 5) for column in columns]
+    return table
+
+
+def save_calibration(folder: str | os.PathLike, table: dict, published: RatioTable | None = None) -> Path:
+    """Writes a table of `make_table` into a folder as NAME.json, with a picture of it, NAME.png, and the three flat
+    lists under the names that the released script gives them. Each file is written whole or not at all.
+
+    published: a table to draw beside it. Returns the path of the JSON. Raises FileExistsError rather than replace one;
+    the flat lists are of the latest calibration, which is said where they replace another's.
+    """
+    folder = Path(folder)
+    path = folder / f"{table['name']}.json"
+    save_table(path, table)
+    flat = {folder / name: table[key] for key, name in FLAT_LISTS.items()}
+    if any(file.exists() for file in flat):
+        print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
+    for file, values in flat.items():
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(values))
+        os.replace(part, file)
+    try:
+        draw_calibration(table, path.with_suffix(".png"), published)
+    except ImportError:
+        print(f"note: no picture without matplotlib; later: python -m magcache.plot {path} --out {path.stem}.png")
+    return path
 
 
 def apply_calibration(model: torch.nn.Module, steps: int) -> Calibration:

@@ -7,7 +7,10 @@ transformer call of a run in call order: cond, uncond, cond, uncond, ...
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 CALLS_PER_STEP = 2  # cond, uncond
@@ -16,21 +19,53 @@ HOW_TO_CALIBRATE = (
     "then give its file with --mag_ratios"
 )
 TABLES = Path(__file__).with_name("ratios")
+ABSURD = (0.01, 100)  # ratios beyond were not measured on any model
+
+
+@dataclass(frozen=True)
+class RatioTable:
+    """A table and where it comes from.
+
+    name: what it was loaded by. ratios: in call order, with the leading 1.0, 1.0 of the step that has no predecessor.
+    measured_on: what it was measured on, as far as that is known. named: whether it is one of `table_names()`.
+    """
+
+    name: str
+    ratios: tuple[float, ...]
+    measured_on: dict
+    named: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.ratios) // CALLS_PER_STEP
+
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Noise levels of the measured steps, None where solver or shift are not known."""
+        keys = ("sample_shift", "sample_solver")
+        if not all(key in self.measured_on for key in keys):
+            return None
+        return noise_levels(self.steps, *(self.measured_on[key] for key in keys))
 
 
 def table_names() -> tuple[str, ...]:
-    """Names that `load_ratios` knows: the published tables and the demo model's."""
+    """Names that `load_table` knows: the published tables and the demo models'."""
     return tuple(sorted(path.stem for path in TABLES.glob("*.json")))
 
 
 def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
-    """Loads a table by name (`table_names()`) or from a JSON file with a list "mag_ratio".
+    """The ratios of `load_table`: 2 * steps numbers in call order. Raises ValueError as that does."""
+    return load_table(name_or_path).ratios
 
-    Returns the ratios in call order with the leading 1.0, 1.0 of the step that has no predecessor, so 2 * steps
-    numbers. Raises ValueError with one line that says what is wrong.
+
+def load_table(name_or_path: str | os.PathLike) -> RatioTable:
+    """Loads a table by name (`table_names()`) or from a file: a calibration, or a flat list as the released MagCache
+    script writes, with or without the leading 1.0, 1.0.
+
+    Raises ValueError with one line that says what is wrong.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in table_names():
+    if named := str(name_or_path) in table_names():
         path = TABLES / f"{name_or_path}.json"
     try:
         content = json.loads(path.read_text())
@@ -39,19 +74,55 @@ def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
         raise ValueError(
             f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}; {HOW_TO_CALIBRATE}"
         ) from None
-    except (OSError, ValueError) as error:  # a directory, no permission, no JSON, no text
+    except (OSError, ValueError, RecursionError) as error:  # a directory, no permission, no JSON, no text
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
+    if isinstance(content, list):
+        content = {"mag_ratio": content}
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
-    if not isinstance(ratios, list) or not all(isinstance(r, (int, float)) for r in ratios):
-        raise ValueError(f'{path} is not a ratio table: it needs a list of numbers "mag_ratio"')
-    steps = content.get("calibrated_steps")
-    if isinstance(steps, int) and len(ratios) == CALLS_PER_STEP * (steps - 1):
-        ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
+    if not isinstance(ratios, list) or not all(type(r) in (int, float) for r in ratios):
+        raise ValueError(f'{path} is not a ratio table: it needs a list of numbers, alone or as "mag_ratio"')
+    steps, measured_on = content.get("calibrated_steps"), content.get("measured_on", {})
+    if not isinstance(measured_on, dict):
+        raise ValueError(f'{path} is not a ratio table: "measured_on" holds no settings')
+    if type(steps) is int:
+        if len(ratios) == CALLS_PER_STEP * (steps - 1):
+            ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
+        if len(ratios) != CALLS_PER_STEP * steps:
+            raise ValueError(f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {steps} steps")
     try:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
         raise ValueError(f"{path} is not a ratio table: {error}") from None
-    return tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
+    flat = tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
+    return RatioTable(str(name_or_path), flat, measured_on, named)
+
+
+def compare_settings(table: RatioTable, run: dict, force: bool = False) -> list[str]:
+    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it.
+
+    Raises ValueError for a file that was measured on another task or model, unless `force` makes that a notice, too.
+    A table that is named says what it is for, so it is never refused.
+    """
+    different = {
+        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
+    }
+    notices = []
+    for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
+        if key in different:
+            notice = "ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key])
+            if not (force or table.named):
+                raise ValueError(f"{notice}; --mag_ratios_force uses it all the same")
+            notices.append(notice)
+    described = {
+        "checkpoint": "checkpoint",
+        "size": "--size",
+        "frame_num": "--frame_num",
+        "sample_shift": "--sample_shift",
+        "sample_solver": "--sample_solver",
+        "sample_guide_scale": "--sample_guide_scale",
+    }
+    parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
+    return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
 
 
 def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:
@@ -96,14 +167,14 @@ def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[fl
     """Splits a flat table in call order into (cond, uncond), one ratio a step, 1.0 for the step without predecessor.
 
     A table may come with that leading pair of 1.0 or without (as the upstream lists do). Raises ValueError if its
-    length is odd, it is empty, or a value is not a positive finite number.
+    length is odd, it is empty, or a value is none that a model could have (NaN, 0, negative, below 0.01, above 100).
     """
     flat = tuple(float(ratio) for ratio in ratios)
     if not flat or len(flat) % CALLS_PER_STEP:
         raise ValueError(f"a ratio table holds pairs of cond and uncond, got {len(flat)} numbers")
     for index, ratio in enumerate(flat):
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise ValueError(f"ratio {index} is {ratio}, but a ratio of sizes is positive and finite")
+        if not ABSURD[0] < ratio < ABSURD[1]:
+            raise ValueError(f"ratio {index} is {ratio}; ratios of one step to the next are near 1")
     if flat[:CALLS_PER_STEP] != (1.0, 1.0):
         flat = (1.0, 1.0, *flat)
     return flat[0::2], flat[1::2]
@@ -114,6 +185,42 @@ def resample_nearest(values: Sequence[float], steps: int) -> tuple[float, ...]:
     if steps == 1:
         return (values[-1],)
     return tuple(values[round(i * (len(values) - 1) / (steps - 1))] for i in range(steps))
+
+
+def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float, ...]:
+    """Sigmas of the sampling steps in Wan2.1, falling, without the final 0: linear, then shifted by
+    s x / (1 + (s - 1) x). UniPC ("unipc") starts at 0.999, DPM++ ("dpm++") at pure noise. KeyError for another."""
+    first = {"unipc": 0.9990000128746033, "dpm++": 1.0}[solver]  # 0.999 in float32
+    linear = (first * (1 - step / steps) for step in range(steps))
+    return tuple(shift * x / (1 + (shift - 1) * x) for x in linear)
+
+
+def resample_sigma(ratios: Sequence[float], measured: Sequence[float], wanted: Sequence[float]) -> tuple[float, ...]:
+    """The ratios between neighbouring steps of another schedule.
+
+    ratios: a table in call order. measured, wanted: noise levels of its steps and of those wanted, falling.
+
+    The logarithms of the ratios, added up, are the residual's log magnitude as a curve over the noise level, here
+    joined by straight lines and continued by the outermost ones. A ratio between any two levels is the difference of
+    two points of that curve. Returns a table in call order. Raises ValueError as `split_branches`, or if `measured`
+    does not fit.
+    """
+    branches = split_branches(ratios)
+    if len(measured) != len(branches[0]) or len(measured) < 2:
+        raise ValueError(f"{len(measured)} noise levels do not fit a table of {len(branches[0])} steps, 2 at least")
+    rising = measured[::-1]
+
+    def magnitude(curve, level):
+        right = min(max(bisect_left(rising, level), 1), len(rising) - 1)
+        (x0, x1), (y0, y1) = rising[right - 1 : right + 1], curve[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (level - x0) / (x1 - x0)
+
+    resampled = []
+    for values in branches:
+        curve = list(accumulate(math.log(value) for value in values))[::-1]
+        at_steps = [magnitude(curve, level) for level in wanted]
+        resampled.append([1.0, *(math.exp(b - a) for a, b in pairwise(at_steps))])
+    return tuple(ratio for step in zip(*resampled, strict=True) for ratio in step)
 
 
 def smooth_sqrt(values: Sequence[float]) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import magcache
 import magcache_generate
 import wan
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
+from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
 
 REPO = Path(__file__).parent.parent
@@ -146,6 +148,8 @@ FLF2V = ("--task", "flf2v-14B", "--ckpt_dir", "{flf2v}")
 VACE = ("--task", "vace-1.3B", "--ckpt_dir", "{vace}")
 FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/whole.png")
 VIDEO = ("--src_video", "{pictures}/film.mp4")
+RATIOS = ("--use_magcache", "--mag_ratios")
+PROMPTS = ("--magcache_calibration", "--prompt_file")
 BAD = [
     ((), "--ckpt_dir is needed"),
     (("--ckpt_dir", "nowhere"), "nowhere is not a folder"),
@@ -173,6 +177,18 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--mag_ratios", "t2v-14B"), "--mag_ratios needs --use_magcache"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--calibration_dir", "{ok}/config.json/x"), "cannot write to"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}"), "cannot read the ratio table"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/empty.json"), "cannot read the ratio table"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/odd.json"), "pairs of cond and uncond, got 3 numbers"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/nan.json"), "ratio 1 is nan"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/absurd.json"), "ratio 0 is 1e+30"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/other.json"), "was measured on task i2v-14B, not t2v-1.3B"),
+    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/flat.json", "--magcache_resample", "sigma"), "needs to know the noise"),
+    (("--ckpt_dir", "{ok}", "--mag_ratios_force"), "--mag_ratios_force needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", "--prompt_file", "{tables}/flat.json"), "--prompt_file needs --magcache_calibration"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "cannot read --prompt_file none.txt"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/empty.json"), "holds no prompt"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/flat.json", "--prompt", "a"), "exclude each other"),
     (("--ckpt_dir", "{ok}", "--base_seed", "99999999999999999999"), "--base_seed must be below"),
     (("--ckpt_dir", "{ok}", "--sample_guide_scale", "nan"), "--sample_guide_scale must be finite"),
     (("--ckpt_dir", "{ok}", "--save_file", "film.png"), "must end in one of .mp4"),
@@ -256,6 +272,11 @@ def folders(tmp_path_factory):
     shutil.copytree(root / "i2v", root / "no_clip")
     (root / "no_clip" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth").unlink()
     write_bad_pictures(root / "pictures")
+    (root / "tables").mkdir()
+    other = {"mag_ratio": [0.9, 0.9], "measured_on": {"task": "i2v-14B"}}
+    contents = {"empty": "", "odd": "[1, 1, 1]", "nan": "[0.9, NaN]", "absurd": "[1e30, 1]", "flat": "[0.9, 0.9]"}
+    for name, content in (contents | {"other": json.dumps(other)}).items():
+        (root / "tables" / f"{name}.json").write_text(content)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -304,8 +325,7 @@ NASTY = [
 def test_file_names_are_safe(prompt, tmp_path):
     flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
     args = magcache_generate.make_parser().parse_args(flags)
-    args.prompt = prompt
-    name = str(magcache_generate.result_path(args, pytest.fail))
+    name = str(magcache_generate.result_path(args, prompt, pytest.fail))
     assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
     path = tmp_path / name
     frames = frames_of(torch.zeros(3, 5, 16, 16), path)
@@ -314,14 +334,13 @@ def test_file_names_are_safe(prompt, tmp_path):
 
 
 def test_file_names_without_the_cache():
-    args = magcache_generate.make_parser().parse_args(
-        ["--task", "t2i-14B", "--prompt", "one fox", "--size", "1024*1024"]
-    )
+    args = magcache_generate.make_parser().parse_args(["--task", "t2i-14B", "--size", "1024*1024"])
     assert re.fullmatch(
-        r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png", str(magcache_generate.result_path(args, pytest.fail))
+        r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png",
+        str(magcache_generate.result_path(args, "one fox", pytest.fail)),
     )
     args.save_file = "film"
-    assert magcache_generate.result_path(args, pytest.fail) == Path("film.png")
+    assert magcache_generate.result_path(args, "one fox", pytest.fail) == Path("film.png")
 
 
 def test_uncached_equals_the_unpatched_model(tmp_path):
@@ -348,16 +367,86 @@ def test_cached(tmp_path):
 
 
 def test_calibrate_then_use(tmp_path):
-    flags = ("--magcache_calibration", "--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "a.mp4")
-    result = demo(*flags)
-    (path,) = (tmp_path / "dumps").iterdir()
+    dumps = tmp_path / "dumps"
+    result = demo("--magcache_calibration", "--calibration_dir", dumps, "--save_file", tmp_path / "a.mp4")
+    (path,) = dumps.glob("t2v-tiny_64x64_17f_10steps_*.json")
     assert str(path) in result.stdout
     table = json.loads(path.read_text())
-    assert len(table["mag_ratio"]) == len(table["mag_std"]) == len(table["cos_dis"]) == 18
-    assert table["measured_on"]["prompt"] == PROMPT
+    flat = {"mag_ratio": "wan2_1_mag_ratio", "mag_std": "wan2_1_mag_std", "cos_dis": "wan2_1_cos_dis"}
+    for key, name in flat.items():
+        assert len(table[key]) == 18
+        assert json.loads((dumps / f"{name}.json").read_text()) == table[key]
+    measured_on = table["measured_on"]
+    assert (measured_on["prompts"], measured_on["seeds"]) == ([PROMPT], [3])
+    assert measured_on["timesteps"] == make_sampler("unipc", 10, 5.0).timesteps.tolist()
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.width > 500
+    names = {path.name, path.with_suffix(".png").name, *(f"{name}.json" for name in flat.values())}
+    assert {file.name for file in dumps.iterdir()} == names
     assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
+
     cached = demo("--use_magcache", "--mag_ratios", path, "--magcache_K", 1, "--save_file", tmp_path / "b.mp4")
+    by_hand = magcache.plan([1.0, 1.0, *table["mag_ratio"]], 10, 0.12, 1)
+    assert any(by_hand.reuse)
+    assert f"{by_hand.computed} of 20 transformer calls computed" in cached.stdout
     assert f"table {path}" in cached.stdout
+    assert "note: " not in cached.stdout
+
+
+def test_calibration_on_several_prompts(tmp_path):
+    prompts = ["a red circle moves left on a black background", "a blue square moves up on a white background"]
+    (tmp_path / "prompts.txt").write_text(f"{prompts[0]}\n\n  {prompts[1]}\n")
+    flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3, "--base_seed", 5)
+    calibrate = (*flags, "--magcache_calibration", "--calibration_dir", tmp_path / "dumps")
+    both = run(*calibrate, "--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "film.mp4")
+    assert both.returncode == 0, both.stderr
+    single = run(*calibrate, "--prompt", prompts[1], "--base_seed", 6, "--save_file", tmp_path / "single.mp4")
+    assert "now hold this calibration, not the one before" in single.stdout
+    tables = {
+        tuple(t["measured_on"]["prompts"]): t for t in map(read_table, (tmp_path / "dumps").glob("t2v-tiny_*.json"))
+    }
+    average, second = tables[tuple(prompts)], tables[(prompts[1],)]
+    assert average["measured_on"]["seeds"] == [5, 6]
+    for mean, spread, value in zip(
+        *(average[k] for k in ("mag_ratio", "mag_ratio_spread")), second["mag_ratio"], strict=True
+    ):
+        assert spread == pytest.approx(2**0.5 * abs(mean - value), abs=3e-5)  # of two values
+    assert np.array_equal(iio.imread(tmp_path / "film_2.mp4"), iio.imread(tmp_path / "single.mp4"))
+    assert not np.array_equal(iio.imread(tmp_path / "film_1.mp4"), iio.imread(tmp_path / "film_2.mp4"))
+
+
+def read_table(path):
+    return json.loads(path.read_text())
+
+
+def test_an_aborted_calibration_leaves_nothing(tmp_path):
+    flags = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3000, "--prompt", PROMPT]
+    flags += ["--magcache_calibration", "--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "film.mp4"]
+    command = [sys.executable, "-u", REPO / "magcache_generate.py", *flags]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    seen = b""
+    while b" 5/3000" not in seen:  # of the progress bar
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(rb"stopped in prompt 1 of 1, after \d+ of 6000 calls; nothing is written", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(10, 5.0), (50, 8.0), (50, 5.0)])
+def test_resampling_by_noise_level(steps, shift):
+    flags = "--task t2v-1.3B --size 832*480 --ckpt_dir x --use_magcache --magcache_thresh 0.24 --magcache_K 6 "
+    flags += f"--sample_steps {steps} --sample_shift {shift}"
+    schedules = []
+    for resample in ("nearest", "sigma"):
+        args = magcache_generate.make_parser().parse_args([*flags.split(), "--magcache_resample", resample])
+        magcache_generate.check_request(args, pytest.fail)
+        schedules.append(magcache_generate.make_schedule(args, pytest.fail)[0])
+    table = magcache.load_table("t2v-1.3B")
+    by_hand = magcache.resample_sigma(table.ratios, table.sigmas, magcache.noise_levels(steps, shift))
+    assert schedules == [magcache.plan(table.ratios, steps, 0.24, 6), magcache.plan(by_hand, steps, 0.24, 6)]
+    assert (schedules[0] == schedules[1]) == ((steps, shift) == (50, 5.0))
 
 
 def test_text_to_image(tmp_path, folders):

@@ -1,5 +1,7 @@
 """Properties of the plan, stated without the loop that makes it."""
 
+import itertools
+import json
 import math
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 import magcache
 from magcache.ratios import split_branches
+from wan.utils.samplers import sampling_sigmas
 
 ratio = st.floats(0.5, 1.5)
 tables = st.lists(st.tuples(ratio, ratio), min_size=1, max_size=60).map(lambda pairs: [r for p in pairs for r in p])
@@ -135,6 +138,11 @@ def test_table_choice():
     name, notice = magcache.choose_table("t2i-14B", "./Wan2.1-T2V-14B")
     assert name == "t2v-14B"
     assert "calibrated on video" in notice
+    name, notice = magcache.choose_table("i2v-14B", "./renamed", "480*832")
+    assert name == "i2v-14B-480P"
+    assert "taken by --size" in notice
+    assert magcache.choose_table("i2v-14B", "./480P-and-720P", "1280*720")[0] == "i2v-14B-720P"
+    assert magcache.choose_table("i2v-14B", "./Wan2.1-I2V-14B-480P", "1280*720") == ("i2v-14B-480P", None)
     for task, folder in (("flf2v-14B", "./Wan2.1-FLF2V-14B-720P"), ("i2v-14B", "./renamed")):
         with pytest.raises(ValueError, match="--magcache_calibration"):
             magcache.choose_table(task, folder)
@@ -154,15 +162,85 @@ def test_tables_are_saved_whole_and_never_replaced(tmp_path):
         magcache.save_table(path, {"mag_ratio": [1.5, 1.5]})
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[1, 2]", '{"mag_ratio": "x"}', '{"mag_ratio": [1, null]}', '{"mag_ratio": [0.9, NaN]}']
-)
+NO_TABLES = ["", "{", "3", "[]", "[[1, 2]]", "[true, true]", "[0.9, 0.9, 0.9]", "[0.9, NaN]", "[0.9, 0]", "[0.9, -1]"]
+NO_TABLES += ["[0.9, 1e9]", "[0.9, Infinity]", '{"mag_ratio": "x"}', '{"mag_ratio": [1, null]}', "[" * 100_000]
+NO_TABLES += ['{"mag_ratio": [0.9, 0.9], "calibrated_steps": 9}', '{"mag_ratio": [1, 1], "measured_on": "me"}']
+
+
+@pytest.mark.parametrize("content", NO_TABLES, ids=lambda content: content[:40])
 def test_files_that_are_no_tables(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"bad\.json"):
+    with pytest.raises(ValueError, match=r"bad\.json") as error:
         magcache.load_ratios(path)
+    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="ratio table"):
         magcache.load_ratios(tmp_path)
     with pytest.raises(ValueError, match=r"nowhere\.json"):
         magcache.load_ratios(tmp_path / "nowhere.json")
+
+
+def test_flat_lists_of_the_released_script(tmp_path):
+    """With or without the two leading ones."""
+    for name, values in (("without", [0.9, 0.8, 0.95, 0.85]), ("with", [1.0, 1.0, 0.9, 0.8, 0.95, 0.85])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        table = magcache.load_table(tmp_path / f"{name}.json")
+        assert table.ratios == (1.0, 1.0, 0.9, 0.8, 0.95, 0.85)
+        assert table.steps == 3
+        assert table.sigmas is None
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@given(steps=st.integers(1, 100), shift=st.floats(0.5, 20))
+def test_noise_levels_are_those_of_the_sampler(solver, steps, shift):
+    expected = sampling_sigmas(solver, steps, shift)
+    assert magcache.noise_levels(steps, shift, solver) == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+SCHEDULES = st.tuples(st.integers(2, 60), st.floats(1, 16))
+
+
+@given(SCHEDULES, SCHEDULES, st.floats(-2, 2))
+def test_a_curve_over_the_noise_level_is_found_again(measured, wanted, slope):
+    """If log |r| is a straight line over sigma, the ratio between any two levels is known."""
+    levels = [magcache.noise_levels(*schedule) for schedule in (measured, wanted)]
+    tables = [
+        [1.0, 1.0, *(math.exp(slope * (b - a)) for a, b in itertools.pairwise(sigmas) for _ in range(2))]
+        for sigmas in levels
+    ]
+    assert magcache.resample_sigma(tables[0], *levels) == pytest.approx(tables[1], rel=1e-9)
+
+
+@given(st.data(), st.integers(2, 50), st.integers(1, 5), st.floats(1, 16))
+def test_steps_that_are_merged_multiply_their_ratios(data, steps, factor, shift):
+    """Every `factor`-th step of a schedule is a schedule at its own levels, whose ratios are products."""
+    ratios = data.draw(st.lists(st.floats(0.5, 2), min_size=2 * steps, max_size=2 * steps))
+    ratios[:2] = [1.0, 1.0]
+    levels = magcache.noise_levels(steps, shift)
+    merged = magcache.resample_sigma(ratios, levels, levels[::factor])
+    for branch in (0, 1):
+        curve = list(itertools.accumulate(ratios[branch::2], lambda a, b: a * b))[::factor]
+        assert list(itertools.accumulate(merged[branch::2], lambda a, b: a * b)) == pytest.approx(curve, rel=1e-9)
+
+
+def test_levels_that_do_not_fit_the_table():
+    with pytest.raises(ValueError, match="3 noise levels do not fit a table of 2 steps"):
+        magcache.resample_sigma([1, 1, 0.9, 0.9], [0.9, 0.5, 0.1], [0.5, 0.1])
+
+
+def table_of(named=False, **measured_on):
+    return magcache.RatioTable("mine", (1.0, 1.0, 0.9, 0.9), measured_on, named)
+
+
+def test_tables_of_another_model_are_refused_unless_forced():
+    run = {"task": "t2v-14B", "fingerprint": "abc", "size": "832*480", "sample_shift": 5.0}
+    assert magcache.compare_settings(table_of(**run), run) == []
+    assert magcache.compare_settings(table_of(), run) == []
+    for other in ({"task": "t2v-1.3B"}, {"fingerprint": "xyz"}):
+        with pytest.raises(ValueError, match=r"was measured on .* not .*; --mag_ratios_force"):
+            magcache.compare_settings(table_of(**other), run)
+        for table, force in ((table_of(**other), True), (table_of(named=True, **other), False)):
+            (notice,) = magcache.compare_settings(table, run, force)
+            assert "was measured on" in notice
+    (notice,) = magcache.compare_settings(table_of(**run | {"size": "64*64", "sample_shift": 3.0}), run)
+    assert notice == "ratio table mine was measured with --size 64*64, --sample_shift 3.0"
