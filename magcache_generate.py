@@ -178,8 +178,9 @@ def check_request(args, error) -> None:
 
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
-    elif args.src_video:
+    elif kind == "vace" and args.src_video:
         print("note: --frame_num is not used with --src_video, whose own length decides")
+        args.frame_num = 81
     if kind == "t2i" and args.frame_num != 1:
         error(f"t2i makes one image: --frame_num must be 1, got {args.frame_num}")
     if kind == "flf2v" and args.frame_num < 5:
@@ -187,7 +188,7 @@ def check_request(args, error) -> None:
     if args.frame_num < 1 or args.frame_num % 4 != 1:
         error(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {args.frame_num}")
     if args.sample_steps is None:
-        args.sample_steps = 40 if kind == "i2v" else 50
+        args.sample_steps = 40 if args.task == "i2v-14B" else 50
     if args.sample_steps < 1:
         error(f"--sample_steps must be at least 1, got {args.sample_steps}")
     if args.sample_shift is None:
@@ -257,7 +258,8 @@ def choose_inputs(args, error) -> None:
         if missing:
             error(f"task {args.task} needs --{missing[0]} (without --prompt and --{missing[0]} an example runs)")
     if args.prompt is None:
-        error("--prompt is needed with input files of your own: say what the video shows")
+        args.prompt = example["prompt"]
+        print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
 
 
 def check_writable(folder: Path, error) -> None:
@@ -336,12 +338,10 @@ def video_shape(args, inputs: list) -> tuple[int, int, int]:
     if args.task.startswith("vace"):
         return tuple(inputs[0][0].shape[1:])
     if inputs:
-        from wan.utils.images import latent_size
+        from wan.utils.images import video_size
 
-        rows, columns = latent_size(inputs[0].size, MAX_AREA_CONFIGS[args.size])
-        return args.frame_num, 8 * rows, 8 * columns
-    width, height = SIZE_CONFIGS[args.size]
-    return args.frame_num, height, width
+        return args.frame_num, *reversed(video_size(inputs[0].size, MAX_AREA_CONFIGS[args.size]))
+    return args.frame_num, *reversed(SIZE_CONFIGS[args.size])
 
 
 def make_schedule(args, error):
@@ -462,7 +462,7 @@ def announce(args, schedule, table: str | None, shape: tuple[int, int, int], req
         print(f"prompt    {prompt}")
     for flag in INPUTS.get(args.task.split("-")[0], ()):
         if getattr(args, flag):
-            print(f"{flag.removeprefix('src_'):<9} {getattr(args, flag)}")
+            print(f"{flag:<9} {getattr(args, flag)}")
     print(
         f"video     {args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, "
         f"{args.sample_solver}, shift {args.sample_shift:g}, guidance {args.sample_guide_scale:g}, "

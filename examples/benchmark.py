@@ -1,11 +1,12 @@
 """Measures on the demo models what MagCache gains in time and costs in quality, next to the plain alternatives.
 
-python -m examples.benchmark [--task t2v-tiny|i2v-tiny] [--pairs 24] [--only speed|quality]
+python -m examples.benchmark [--task t2v-tiny|i2v-tiny] [--pairs 24] [--only speed|calibration|quality]
 
 Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls): the
 median over rounds of one uncached and the cached runs each, since what else the machine does slows any of them. Beside
 it, the time of the computed calls within a cached loop over that loop's time, which needs no second run. The random
 model is as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
+Calibration: the same for a calibrating loop over an uncached one.
 Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, of MagCache and
 of simply taking fewer sampler steps at the same number of computed calls.
 """
@@ -68,6 +69,22 @@ def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rou
         )
 
 
+def calibration_cost(model: WanModel, shape: tuple[int, ...], context: list, rounds: int) -> None:
+    costs = []
+    denoise_seconds(model, shape, context, steps=2)  # warms up
+    for _ in tqdm(range(rounds), desc="calibration"):
+        magcache.remove_magcache(model)
+        uncached = denoise_seconds(model, shape, context)
+        magcache.apply_calibration(model, STEPS)
+        costs.append(denoise_seconds(model, shape, context) / uncached - 1)
+    magcache.remove_magcache(model)
+    print(
+        f"demo model: a calibrating loop takes {100 * statistics.median(costs):.1f} % more time than an uncached one "
+        f"(rounds: {100 * min(costs):.1f} to {100 * max(costs):.1f} %)",
+        flush=True,
+    )
+
+
 def random_model() -> tuple[WanModel, tuple[int, ...], list]:
     """8 blocks, width 768, 1,000 tokens."""
     torch.manual_seed(0)
@@ -120,15 +137,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-tiny", choices=tuple(DEMOS), help="of the quality part")
     parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--only", choices=("speed", "quality"))
+    parser.add_argument("--only", choices=("speed", "calibration", "quality"))
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
-    if args.only != "quality":
-        pipeline = load_demo("t2v-tiny")
-        context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
-        speed("demo model", pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]], rounds=15)
+    pipeline = load_demo("t2v-tiny")
+    context, context_null = pipeline.encode_text(str(CAPTIONS[0]), "", offload_model=True)
+    demo = (pipeline.model, (16, 5, 8, 8), [context[0], context_null[0]])
+    if args.only in (None, "speed"):
+        speed("demo model", *demo, rounds=15)
         speed("random model", *random_model(), rounds=2)
-    if args.only != "speed":
+    if args.only in (None, "calibration"):
+        calibration_cost(*demo, rounds=15)
+    if args.only in (None, "quality"):
         quality(args.task, benchmark_pairs(args.pairs))
 
 

@@ -142,9 +142,10 @@ def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None
     matches = [name for name in candidates if name.removeprefix(f"{task}-").lower() in folder]
     if len(matches) == 1:
         return matches[0], None
+    unclear = "fits several tables" if matches else "fits no table"
     by_size = f"{task}-{min(map(int, size.split('*')))}P" if size else None
     if by_size in candidates:
-        return by_size, f"the name of the checkpoint folder {folder} fits no table, so {by_size} is taken by --size"
+        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by --size"
     known = f" (it has {', '.join(candidates)})" if candidates else ""
     raise ValueError(
         f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; {HOW_TO_CALIBRATE}, "

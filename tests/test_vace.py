@@ -138,6 +138,13 @@ def test_a_late_start_is_not_filled_with_copies(tmp_path):
     )
 
 
+def test_a_variable_rate_is_read_frame_by_frame(tmp_path):
+    video, variable = write_video(tmp_path / "video.mp4", frames=20), str(tmp_path / "variable.mp4")
+    ffmpeg("-i", video, "-vf", "select='lt(n,5)+gt(n,14)'", "-fps_mode", "vfr", variable)
+    assert probe_video(variable).frames == 10
+    assert prepare_source(variable, None, None, 5, (64, 48))[0].shape == (3, 9, 48, 64)
+
+
 def test_bad_videos_are_refused(tmp_path):
     video = tmp_path / "video.mp4"
     write_video(video, frames=40)

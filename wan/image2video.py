@@ -9,15 +9,26 @@ from PIL import Image, ImageOps
 
 from wan.modules.clip import CLIPModel
 from wan.pipeline import WanPipeline
-from wan.utils.images import latent_size
+from wan.utils.images import video_size
 
 
 class ImagePipeline(WanPipeline):
     """Adds the image encoder and the conditioning on given frames. `init_on_cpu` is upstream's and changes nothing: the
     transformer is always loaded to the CPU."""
 
-    def __init__(self, config, checkpoint_dir: str, *args, init_on_cpu: bool = True, **kwargs):
-        super().__init__(config, checkpoint_dir, *args, **kwargs)
+    def __init__(
+        self,
+        config,
+        checkpoint_dir: str,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_usp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+    ):
+        super().__init__(config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu)
         # waits on the CPU as the text encoder does
         self.clip = CLIPModel(
             dtype=config.clip_dtype if self.device.type == "cuda" else torch.float32,
@@ -60,8 +71,7 @@ class ImagePipeline(WanPipeline):
         offload_model: bool,
         **sampling,
     ) -> torch.Tensor | None:
-        rows, columns = latent_size(images[0].size, max_area)
-        shape = self.latent_shape((8 * columns, 8 * rows), frame_num)
+        shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
         pixels = [
@@ -74,6 +84,7 @@ class ImagePipeline(WanPipeline):
             "y": [self.condition(pixels, shape, frame_num)],
             "seq_len": self.token_count(shape),
         }
+        del pixels  # as large as the photo, on the GPU
         latent = self.denoise(
             self.noise(shape, seed),
             {"context": context} | given,

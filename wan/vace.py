@@ -33,7 +33,7 @@ class WanVace(WanPipeline):
     def vace_encode_frames(
         self,
         frames: list[torch.Tensor],
-        ref_images: list[list[torch.Tensor] | None],
+        ref_images: list[list[torch.Tensor] | None] | None,
         masks: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         """Latents of what the mask keeps and of what it covers, one [32, references + f, H / 8, W / 8] per video.
@@ -42,7 +42,7 @@ class WanVace(WanPipeline):
         [1 or 3, F, H, W], covering where they are over 0.5.
         """
         latents = []
-        for video, refs, mask in zip(frames, ref_images, masks, strict=True):
+        for video, refs, mask in zip(frames, ref_images or [None] * len(frames), masks, strict=True):
             covered = mask > 0.5
             parts = [F.pad(z, (0, 0) * 3 + (0, z.shape[0])) for z in self.vae.encode(refs or [])]
             parts.append(torch.cat(self.vae.encode([video * ~covered, video * covered])))
@@ -115,6 +115,8 @@ class WanVace(WanPipeline):
         context, context_null = self.encode_text(input_prompt, n_prompt, offload_model)
         z = self.vace_encode_frames([frames], [refs], [mask])
         vace_context = self.vace_latent(z, self.vace_encode_masks([mask], [refs]))
+        skipped = len(refs)
+        del frames, mask, refs, z  # gigabytes that the transformer has better use for
         shape = (16, *vace_context[0].shape[1:])
         control = {
             "vace_context": vace_context,
@@ -131,7 +133,7 @@ class WanVace(WanPipeline):
             guide_scale=guide_scale,
             offload_model=offload_model,
         )
-        return self.decode(latent[:, len(refs) :])
+        return self.decode(latent[:, skipped:])
 
     @staticmethod
     def single(entries: list | None, name: str):

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
 
-LATENT_STRIDE, PATCH = 8, 2  # pixels to a latent pixel, latent pixels to a token, on either side
+TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 
 
 def read_image(path: str) -> Image.Image:
@@ -20,10 +20,9 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError(f"cannot read {path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {path}: not a complete image ({error})") from error
+    except Exception as error:  # decoders of damaged files raise anything
+        reason = getattr(error, "strerror", None) or f"not a complete image ({error})"
+        raise ValueError(f"cannot read {path}: {reason}") from error
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"cannot use {path}: {width}x{height} pixels, it needs at least {MIN_SIDE} on either side")
@@ -36,16 +35,14 @@ def read_image(path: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def latent_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
-    """(rows, columns) of the latent of a video that has about the image's aspect ratio and at most max_area pixels.
+def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
+    """(width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole tokens.
 
     image_size: (width, height) in pixels. Raises ValueError if not even one token fits.
     """
-    width, height = image_size
-    aspect = height / width
-    rows, columns = (
-        int(math.sqrt(area) // LATENT_STRIDE // PATCH * PATCH) for area in (max_area * aspect, max_area / aspect)
-    )
-    if not rows or not columns:
-        raise ValueError(f"a video of {max_area} pixels in the shape of {width}x{height} has no room for a token")
-    return rows, columns
+    aspect = image_size[1] / image_size[0]
+    areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
+    size = tuple(int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
+    if not all(size):
+        raise ValueError(f"{max_area} pixels in the shape of {image_size[0]}x{image_size[1]} have no room for a token")
+    return size

@@ -20,8 +20,10 @@ def make_sampler(
 ) -> SchedulerMixin:
     """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`.
 
-    sample_solver: "unipc" or "dpm++" (ValueError otherwise).
+    sample_solver: "unipc" or "dpm++". Raises ValueError for another, or for no steps.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
     if sample_solver not in SAMPLERS:
         raise ValueError(f"sample_solver must be one of {', '.join(SAMPLERS)}, got {sample_solver!r}")
     settings = {

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from wan.utils.images import read_image
+from wan.utils.images import TOKEN_PIXELS, read_image
 
 FRAME_STRIDE = 4  # video frames to a latent frame
-TOKEN_PIXELS = 16  # width and height of the square that one token of the transformer covers
 MAX_LATENT_FRAMES = 21  # at the full area; smaller videos may be longer, for as many tokens
 
 
@@ -30,26 +29,28 @@ class VideoInfo:
 
 def probe_video(path: str) -> VideoInfo:
     """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete or no video."""
-    if not Path(path).is_file():
-        raise ValueError(f"cannot read {path}: no such file")
-    # decoding ends early and silently at damage; copying the packets with -xerror tells
-    check = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
-    result = subprocess.run([*check, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"], capture_output=True)
-    if result.returncode:
-        reason = re.sub(r"^\[.*?] ", "", result.stderr.decode(errors="replace").strip().split("\n")[0])
-        raise ValueError(f"cannot read {path}: not a complete video ({reason})")
-    meta, reader = open_video(path)
-    width, height = meta["size"]
-    frames = sum(1 for _ in reader)
+    try:
+        if not Path(path).exists():
+            raise FileNotFoundError("no such file")
+        # reading frames ends early and silently at damage; ffmpeg with -xerror tells
+        check = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
+        result = subprocess.run([*check, "-map", "0:v:0", "-f", "null", "-"], capture_output=True)
+        if result.returncode:
+            reason = re.sub(r"^\[.*?] ", "", result.stderr.decode(errors="replace").strip().split("\n")[0])
+            raise OSError(f"not a complete video ({reason})")
+        meta, reader = open_video(path)
+        width, height = meta["size"]
+        frames = sum(1 for _ in reader)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     if frames == 0:
         raise ValueError(f"cannot read {path}: no frame can be decoded")
     return VideoInfo(frames, meta["fps"] or 1.0, height, width)  # 0 where ffmpeg cannot tell
 
 
 def open_video(path: str) -> tuple[dict, Iterator[bytes]]:
-    """Returns metadata and frames. Frames come at a constant rate; a late start, as in clips cut out of a longer video,
-    is not filled with copies of the first one."""
-    reader = imageio_ffmpeg.read_frames(f"file:{path}", output_params=["-vf", "setpts=PTS-STARTPTS"])
+    """Returns metadata and frames, as they are in the file: gaps in a variable rate are not filled with copies."""
+    reader = imageio_ffmpeg.read_frames(f"file:{path}", output_params=["-fps_mode", "passthrough"])
     return next(reader), reader
 
 
