@@ -92,6 +92,10 @@ def random_model() -> tuple[WanModel, tuple[int, ...], list]:
     return model.requires_grad_(False), (16, 5, 20, 40), [torch.randn(20, 64), torch.randn(5, 64)]
 
 
+def mean_and_error(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({statistics.stdev(values) / math.sqrt(len(values)):.1f})"
+
+
 def benchmark_pairs(count: int) -> list[tuple[Caption, int]]:
     """Random captions and seeds, none of which the prompt check or the calibration (seed 77) uses."""
     used = {caption for caption, _ in check_pairs()}
@@ -122,9 +126,6 @@ def quality(task: str, pairs: list[tuple[Caption, int]]) -> None:
     )
     print("| thresh, K | computed calls | MagCache | fewer steps, no cache | MagCache minus fewer |")
     print("|---|---|---|---|---|")
-
-    def mean_and_error(values):
-        return f"{statistics.mean(values):.1f} ({statistics.stdev(values) / math.sqrt(len(values)):.1f})"
 
     for (thresh, K), schedule in zip(SETTINGS, schedules, strict=True):
         ours, fewer = (scores[(thresh, K), name] for name in ("MagCache", "fewer steps"))

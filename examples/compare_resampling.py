@@ -16,7 +16,7 @@ from functools import partial
 from tqdm import tqdm
 
 import magcache
-from examples.benchmark import benchmark_pairs
+from examples.benchmark import benchmark_pairs, mean_and_error
 from examples.train_tiny.check_prompts import generate, load_demo, psnr
 
 SETTINGS = [(steps, 5.0) for steps in (8, 10, 20, 25, 30, 100)] + [(50, 3.0), (50, 8.0)]
@@ -42,10 +42,6 @@ def nearest(ratios: tuple[float, ...], steps: int) -> tuple[float, ...]:
 def distance(ratios: tuple[float, ...], fresh: tuple[float, ...]) -> float:
     free = math.ceil(len(fresh) * RETENTION)
     return statistics.fmean(abs(a - b) for a, b in zip(ratios[free:], fresh[free:], strict=True))
-
-
-def mean_and_error(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ({statistics.stdev(values) / math.sqrt(len(values)):.1f})"
 
 
 def video_of(pipeline, caption, seed, steps: int, shift: float, schedule: magcache.Schedule | None = None):

@@ -9,6 +9,7 @@ flf2v_input_first_frame.png    a blue bird on a branch
 flf2v_input_last_frame.png     the bird in flight over the same hills
 girl.png                       a girl in a red dress on white, a reference picture for VACE
 snake.png                      a green snake on white, the other reference
+i2v_tiny_input.png             a purple triangle on yellow, as the demo model i2v-tiny knows them
 
 Shapes are lists of points in pixels of the finished picture. A canvas paints them three times as large, and shrinking
 it smooths the edges.
@@ -19,6 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
+
+from examples.train_tiny.check_prompts import first_frame
+from examples.train_tiny.shapes import Caption
+from wan.utils.utils import to_uint8
 
 SCALE = 3
 WHITE = "#ffffff"
@@ -724,6 +729,8 @@ def main():
         path = args.out / name
         draw().finish().save(path, optimize=True, quality=86)
         print(f"{path}  {path.stat().st_size / 1000:.0f} KB")
+    triangle = first_frame(Caption("purple", "triangle", "right", "yellow"), seed=1)
+    Image.fromarray(to_uint8(triangle.permute(1, 2, 0))).save(args.out / "i2v_tiny_input.png")
 
 
 if __name__ == "__main__":
