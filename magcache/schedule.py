@@ -129,6 +129,59 @@ def threshold_rule(ratios: Sequence[float], settings: Settings, first_free_step:
     return tuple(reuse)
 
 
+def forecast_weights(reuse: Sequence[bool], forecast: str = "reuse") -> tuple[tuple[float, ...] | None, ...]:
+    """Weights of the cached residuals for every step of a branch, newest first, None where it computes.
+
+    forecast: "reuse" takes the last computed residual as it is. "linear" continues the straight line through the last
+    two, a being the newer one: r_j = r_a + (j - a) / (a - b) (r_a - r_b); plain reuse while there is only one. The line
+    runs along the step index j: on a small trained model that came closer than along the noise level.
+
+    Raises ValueError for another forecast, or if the first step reuses.
+    """
+    if forecast not in ("reuse", "linear"):
+        raise ValueError(f"forecast must be 'reuse' or 'linear', got {forecast!r}")
+    weights, computed = [], []
+    for step, reused in enumerate(reuse):
+        if not reused:
+            computed.append(step)
+            weights.append(None)
+        elif not computed:
+            raise ValueError("the first step has no residual to reuse")
+        elif forecast == "reuse" or len(computed) == 1:
+            weights.append((1.0,))
+        else:
+            before, last = computed[-2:]
+            slope = (step - last) / (last - before)
+            weights.append((1.0 + slope, -slope))
+    return tuple(weights)
+
+
+def plan_steps(
+    computed: Sequence[int], steps: int, forecast: str = "reuse", *, calls_per_step: int = CALLS_PER_STEP
+) -> Schedule:
+    """The schedule that computes the given steps, in both branches, and forecasts the others (`forecast_weights`).
+
+    Raises ValueError for steps outside 0 ... steps - 1, or without step 0.
+    """
+    chosen = set(computed)
+    if 0 not in chosen or not chosen <= set(range(steps)):
+        raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(chosen)}")
+    weights = forecast_weights([step not in chosen for step in range(steps)], forecast)
+    return Schedule(tuple(w for w in weights for _ in range(calls_per_step)), calls_per_step)
+
+
+def spread_steps(steps: int, count: int, first: int = 3, last: int = 2) -> tuple[int, ...]:
+    """`count` steps: the first and last ones, and between them evenly spread ones. With fewer than first + last of them
+    the last ones give way. Raises ValueError unless 1 <= count <= steps."""
+    if not 1 <= count <= steps:
+        raise ValueError(f"between 1 and {steps} steps can be computed, not {count}")
+    first = min(first, count)
+    last = min(last, count - first)
+    inner, room = count - first - last, steps - first - last
+    middle = (first + round((i + 1) * (room + 1) / (inner + 1)) - 1 for i in range(inner))
+    return (*range(first), *middle, *range(steps - last, steps))
+
+
 def plan(
     ratios: Sequence[float],
     steps: int,
@@ -137,6 +190,7 @@ def plan(
     retention_ratio: float = 0.2,
     *,
     smooth: str = "none",
+    forecast: str = "reuse",
     calls_per_step: int = CALLS_PER_STEP,
 ) -> Schedule:
     """Makes the schedule of the MagCache rule.
@@ -146,6 +200,7 @@ def plan(
     steps: sampling steps, >= 1.
     thresh, K, retention_ratio: see `Settings`.
     smooth: "none", or "sqrt" for the square root of every ratio.
+    forecast: what stands in for the residual of a step that is not computed, see `forecast_weights`.
     calls_per_step: 2, or 1 for a model that runs without guidance; that one follows the cond ratios.
 
     Raises ValueError for a setting or a table that makes no sense.
@@ -161,6 +216,6 @@ def plan(
             values = resample_nearest(values, steps)
         if smooth == "sqrt":
             values = smooth_sqrt(values)
-        branches.append(threshold_rule(values, settings, settings.first_free_step(steps)))
-    calls = (reuse for step in zip(*branches, strict=True) for reuse in step)
-    return Schedule(tuple((1.0,) if reuse else None for reuse in calls), calls_per_step)
+        reuse = threshold_rule(values, settings, settings.first_free_step(steps))
+        branches.append(forecast_weights(reuse, forecast))
+    return Schedule(tuple(weights for step in zip(*branches, strict=True) for weights in step), calls_per_step)

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 
-from examples.train_tiny.check_prompts import check_pairs, see
+from examples.train_tiny.check_prompts import check_pairs, first_frame, generate, load_demo, psnr, see
 from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, TRAINABLE, render
 from examples.train_tiny.train_dit import normalise_latents
 from examples.train_tiny.train_vae import whole_clip_resample
@@ -23,6 +23,15 @@ def test_the_check_is_fair():
     assert sum(caption in HELD_OUT for caption in captions) == 12
     assert not HELD_OUT & set(TRAINABLE)
     assert {d: sum(c.direction == d for c in captions) for d in DIRECTIONS} == dict.fromkeys(DIRECTIONS, 6)
+
+
+def test_image_to_video_starts_with_its_image():
+    """Where the shape is stands in the image only. The other image has the same caption."""
+    pipeline, (caption, seed) = load_demo("i2v-tiny"), check_pairs()[0]
+    video = generate(pipeline, caption, seed, sampling_steps=20)
+    assert psnr(video[:, 0], first_frame(caption, seed)) > 24
+    assert psnr(video[:, 0], first_frame(caption, seed + 1)) < 20
+    assert see(video) == caption
 
 
 @torch.no_grad()

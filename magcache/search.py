@@ -1,0 +1,94 @@
+"""Finds the steps to compute for which the summed error of the forecasts between them is least, exactly.
+
+The error of a forecast comes from a full calibration (`errors_of`): it holds, for every step j, the inner products of all
+residuals up to j as they would reach the sampler in step j, so that the error of any combination of them is a quadratic
+form.
+"""
+
+import numpy as np
+
+FORECASTS = ("reuse", "linear")
+
+
+def reuse_errors(products: np.ndarray) -> np.ndarray:
+    """Error of taking residual a for residual j, float64 [steps (a), steps (j)], 0 where j <= a.
+
+    products: [steps (j), steps, steps], the inner products of residuals in what step j does with them.
+    """
+    steps = len(products)
+    j = np.arange(steps)
+    own = products[j, j, j]
+    taken = products[j[None], j[:, None], j[:, None]]  # [a, j]
+    mixed = products[j[None], j[:, None], j[None]]
+    errors = np.sqrt(np.maximum(taken - 2 * mixed + own[None], 0))
+    return np.where(j[None] > j[:, None], errors, 0.0)
+
+
+def linear_errors(products: np.ndarray) -> np.ndarray:
+    """Error of continuing the line through residuals b and a to step j, float64 [steps (b), steps (a), steps (j)], 0
+    unless b < a < j; see `magcache.schedule.forecast_weights`."""
+    steps = len(products)
+    b, a, j = np.ogrid[:steps, :steps, :steps]
+    inside = (b < a) & (a < j)
+    slope = np.where(inside, (j - a) / np.maximum(a - b, 1), 0.0)
+    weights = {"a": (a, 1 + slope), "b": (b, -slope), "j": (j, -np.ones_like(slope))}
+    squares = sum(w1 * w2 * products[j, i1, i2] for i1, w1 in weights.values() for i2, w2 in weights.values())
+    return np.where(inside, np.sqrt(np.maximum(squares, 0)), 0.0)
+
+
+def best_steps(errors: np.ndarray, count: int, start: np.ndarray | None = None) -> tuple[tuple[int, ...], float]:
+    """The `count` steps to compute, with step 0 among them, that minimise the summed error of all others.
+
+    errors: [a, j] where a step follows from the last computed one, or [b, a, j] where it follows from the last two;
+    then `start` [a, j] are the errors while only one is computed. Returns the steps and the sum. Raises ValueError
+    unless 1 <= count <= steps.
+
+    Dynamic programming over the last computed step, or the last two.
+    """
+    steps = errors.shape[-1]
+    if not 1 <= count <= steps:
+        raise ValueError(f"between 1 and {steps} steps can be computed, not {count}")
+
+    # a stretch that is forecast from `state` ends before step n: sum over j < n, for n = 0 ... steps
+    def stretches(of: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros((*of.shape[:-1], 1)), np.cumsum(of, axis=-1)], axis=-1)
+
+    if errors.ndim == 2:
+        return _last_one(stretches(errors), steps, count)
+    return _last_two(stretches(errors), stretches(start), steps, count)
+
+
+def _last_one(sums: np.ndarray, steps: int, count: int) -> tuple[tuple[int, ...], float]:
+    best = np.full((count + 1, steps), np.inf)  # [computed so far, last of them]
+    came_from = np.zeros((count + 1, steps), int)
+    best[1, 0] = 0.0
+    for n in range(2, count + 1):
+        for last in range(n - 1, steps):
+            totals = best[n - 1, :last] + sums[:last, last]
+            came_from[n, last] = totals.argmin()
+            best[n, last] = totals[came_from[n, last]]
+    totals = best[count] + sums[:, steps]
+    chosen = [int(totals.argmin())]
+    for n in range(count, 1, -1):
+        chosen.append(int(came_from[n, chosen[-1]]))
+    return tuple(reversed(chosen)), float(totals.min())
+
+
+def _last_two(sums: np.ndarray, start: np.ndarray, steps: int, count: int) -> tuple[tuple[int, ...], float]:
+    if count == 1:
+        return (0,), float(start[0, steps])
+    best = np.full((count + 1, steps, steps), np.inf)  # [computed so far, last but one, last]
+    came_from = np.zeros((count + 1, steps, steps), int)
+    best[2, 0, 1:] = start[0, 1:steps]
+    for last in range(1, steps):
+        for new in range(last + 1, steps):
+            totals = best[2:count, :last, last] + sums[:last, last, new]  # [computed so far, last but one]
+            if totals.size:
+                came_from[3:, last, new] = totals.argmin(axis=1)
+                best[3:, last, new] = totals.min(axis=1)
+    totals = best[count] + sums[..., steps]
+    before, last = np.unravel_index(totals.argmin(), totals.shape)
+    chosen = [int(last), int(before)]
+    for n in range(count, 2, -1):
+        chosen.append(int(came_from[n, chosen[-1], chosen[-2]]))
+    return tuple(reversed(chosen)), float(totals.min())
