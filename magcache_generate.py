@@ -68,6 +68,14 @@ EXAMPLES = {
 EXAMPLE_FOLDER = Path(__file__).parent / "examples"
 
 
+class Explicit(argparse.Action):
+    """Stores a value, and that it was given although it may be the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.explicit = {*getattr(namespace, "explicit", ()), self.dest}
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -142,11 +150,38 @@ def make_parser() -> Parser:
         "--magcache_thresh",
         type=float,
         default=0.12,
+        action=Explicit,
         help="bound on the error of reused steps in a row (default: 0.12)",
     )
-    add("--magcache_K", type=int, default=2, help="most reused steps in a row (default: 2)")
-    add("--retention_ratio", type=float, default=0.2, help="share of the steps, from the start, in full (default: 0.2)")
-    add("--magcache_calibration", action="store_true", help="measure the ratio table of this model in a full run")
+    add("--magcache_K", type=int, default=2, action=Explicit, help="most reused steps in a row (default: 2)")
+    add(
+        "--retention_ratio",
+        type=float,
+        default=0.2,
+        action=Explicit,
+        help="share of the steps, from the start, in full (default: 0.2)",
+    )
+    add(
+        "--magcache_speedup",
+        type=float,
+        metavar="X",
+        help="choose the steps to compute for this speed-up of the transformer, in place of thresh, K and retention",
+    )
+    add(
+        "--magcache_forecast",
+        choices=("reuse", "linear"),
+        help="what stands in for a residual: the last one (default), or the line through the last two (default with "
+        "--magcache_speedup; one more residual per branch is kept)",
+    )
+    add(
+        "--magcache_calibration",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("full",),
+        help="measure the ratio table of this model in a run without skips; full: also how the residuals of all steps "
+        "relate, for --magcache_speedup",
+    )
     add("--prompt_file", metavar="FILE", help="calibrate on several prompts, one a line")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
     add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
@@ -216,9 +251,14 @@ def check_request(args, error) -> None:
         error(fault)
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
-    for flag in ("mag_ratios", "mag_ratios_force"):
+    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast"):
         if getattr(args, flag) and not args.use_magcache:
             error(f"--{flag} needs --use_magcache")
+    if args.magcache_speedup is not None:
+        if given := getattr(args, "explicit", None):
+            error(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
+        if not 1 <= args.magcache_speedup <= args.sample_steps:
+            error(f"--magcache_speedup must be between 1 and {args.sample_steps}, at which one step is computed")
     if args.magcache_calibration:
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
@@ -349,6 +389,8 @@ def make_schedule(args, error):
     if not args.use_magcache:
         return None, None
     try:
+        if args.magcache_speedup is not None:
+            return make_fast_schedule(args)
         name, notice = args.mag_ratios, None
         if not name:
             name, notice = magcache.choose_table(args.task, args.ckpt_dir, args.size)
@@ -361,12 +403,34 @@ def make_schedule(args, error):
             args.magcache_K,
             args.retention_ratio,
             smooth=args.magcache_smooth,
+            forecast=args.magcache_forecast or "reuse",
         )
     except ValueError as fault:
         error(fault)
     for notice in notices:
         print(f"note: {notice}")
-    return schedule, name
+    return schedule, f"table {name}"
+
+
+def make_fast_schedule(args) -> tuple[magcache.Schedule, str]:
+    """The schedule for --magcache_speedup, and what its steps were chosen by. Raises ValueError for a full calibration
+    that was asked for and is not of this model and these settings."""
+    steps, forecast = args.sample_steps, args.magcache_forecast or "linear"
+    count = int(steps / args.magcache_speedup + 1e-9)
+    asked = args.mag_ratios is not None
+    with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
+        name = args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0]
+        computed = magcache.best_steps_for(name, settings_of(args) | {"sample_steps": steps}, count, forecast)
+        return magcache.plan_steps(
+            computed, steps, forecast
+        ), f"steps by the full calibration {name}, {forecast} forecast"
+    print(
+        "note: there is no full calibration of this model and these settings (--magcache_calibration full makes one), "
+        "so the steps are evenly spread"
+    )
+    return magcache.plan_steps(
+        magcache.spread_steps(steps, count), steps, forecast
+    ), f"spread steps, {forecast} forecast"
 
 
 def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
@@ -447,7 +511,10 @@ def result_path(args, prompt: str, error) -> Path:
         parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
         parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if args.use_magcache:
-            settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}".replace(".", "")
+            settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}"
+            if args.magcache_speedup is not None:
+                settings = f"X{args.magcache_speedup}"
+            settings = settings.replace(".", "")
             parts = ["magcache", args.task, settings, *parts[1:]]
         path = Path("_".join(parts) + endings[0])
     check_writable(path.parent, error)
@@ -471,7 +538,7 @@ def announce(args, schedule, table: str | None, shape: tuple[int, int, int], req
     if schedule:
         print(
             f"MagCache  {schedule.computed} of {calls} transformer calls computed, at most "
-            f"{schedule.speedup_bound:.2f}x faster; table {table}"
+            f"{schedule.speedup_bound:.2f}x faster; {table}"
         )
         if schedule.computed == calls:
             print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
@@ -479,8 +546,16 @@ def announce(args, schedule, table: str | None, shape: tuple[int, int, int], req
         print(f"MagCache  off: all {calls} transformer calls computed")
     if args.magcache_calibration:
         print(f"          their ratios are measured and written to {args.calibration_dir}/")
+        if args.magcache_calibration == "full":
+            gigabytes = magcache.host_bytes(args.sample_steps, width_of(args)) / 1e9
+            print(f"          the residuals of all steps are sampled: {gigabytes:.2f} GB of CPU memory")
     for *_, path in requests:
         print(f"result    {path}", flush=True)
+
+
+def width_of(args) -> int:
+    """Channels of a token in the transformer."""
+    return json.loads((Path(args.ckpt_dir) / "config.json").read_text())["dim"]
 
 
 def settings_of(args) -> dict:
@@ -494,8 +569,8 @@ def settings_of(args) -> dict:
     return settings
 
 
-def save_calibration(args, runs: list[dict], done: list[tuple[str, int, Path]]) -> None:
-    """Writes one table of the calibrated runs; `done` are their requests."""
+def save_calibration(args, runs: list[dict], products: list, done: list[tuple[str, int, Path]]) -> None:
+    """Writes one table of the calibrated runs, with their products if there are any; `done` are their requests."""
     import diffusers
     import torch
     import transformers
@@ -518,6 +593,8 @@ def save_calibration(args, runs: list[dict], done: list[tuple[str, int, Path]]) 
     with contextlib.suppress(ValueError):
         published = magcache.load_table(magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
     path = magcache.save_calibration(args.calibration_dir, table, published)
+    if products:
+        magcache.save_products(path.with_suffix(".npz"), sum(products) / len(products), measured_on)
     print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
 
 
@@ -555,7 +632,7 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
     cond, uncond = (sum(skipped for call, skipped, _ in cache.log if call % 2 == branch) for branch in (0, 1))
     print(
         f"MagCache  {len(computed)} of {len(cache.log)} calls computed, reused {cond} of {schedule.steps} cond and "
-        f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, table {table})"
+        f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, {table})"
     )
     typical = statistics.fmean(computed)
     line = f"          computed {1000 * typical:.1f} ms a call"
@@ -600,12 +677,17 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
             device="cpu" if args.magcache_offload else None,
         )
     elif args.magcache_calibration:
-        calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
+        if args.magcache_calibration == "full":
+            sigmas = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
+            scale = args.sample_guide_scale
+            calibration = magcache.apply_full_calibration(pipeline.model, args.sample_steps, sigmas, scale)
+        else:
+            calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
 
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
-    runs = []  # what was measured on the requests so far
+    runs, products = [], []  # what was measured on the requests so far
     try:
         for prompt, seed, path in requests:
             video = pipeline.generate(
@@ -623,6 +705,8 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
             lap("generate")
             if calibration:
                 runs.append(calibration.lists())
+                if args.magcache_calibration == "full":
+                    products.append(calibration.products.copy())
             save_result(video, path, config.sample_fps)
             lap("save")
             frames, height, width = video.shape[1:]
@@ -637,7 +721,7 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
         raise
     finally:
         if runs:
-            save_calibration(args, runs, requests[: len(runs)])
+            save_calibration(args, runs, products, requests[: len(runs)])
     summarise(schedule, cache, table, seconds)
 
 

@@ -7,6 +7,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["magcache"],  # not `wan`: it would hide the one of a Wan2.1 checkout
-    package_data={"magcache": ["ratios/*.json"]},
+    package_data={"magcache": ["ratios/*.json", "ratios/*.npz"]},
     install_requires=["torch>=2.4"],
 )

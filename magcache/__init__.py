@@ -6,7 +6,7 @@
     ...
     magcache.remove_magcache(model)
 
-Planning is pure Python; torch is imported with the first use of what runs a model.
+Planning is pure Python; torch and numpy are imported with the first use of what needs them.
 """
 
 import importlib
@@ -22,11 +22,11 @@ from magcache.ratios import (
     save_table,
     table_names,
 )
-from magcache.schedule import Schedule, Settings, plan
+from magcache.schedule import Schedule, Settings, plan, plan_steps, spread_steps
 
 __version__ = "0.1.0"
 
-_NEED_TORCH = {
+_LAZY = {
     "apply_magcache": "magcache.patch",
     "remove_magcache": "magcache.patch",
     "ResidualCache": "magcache.patch",
@@ -34,6 +34,10 @@ _NEED_TORCH = {
     "Calibration": "magcache.calibrate",
     "make_table": "magcache.calibrate",
     "save_calibration": "magcache.calibrate",
+    "apply_full_calibration": "magcache.full_calibration",
+    "best_steps_for": "magcache.search",
+    "host_bytes": "magcache.full_calibration",
+    "save_products": "magcache.search",
 }
 
 __all__ = [
@@ -46,14 +50,16 @@ __all__ = [
     "load_table",
     "noise_levels",
     "plan",
+    "plan_steps",
     "resample_sigma",
     "save_table",
+    "spread_steps",
     "table_names",
-    *_NEED_TORCH,
+    *_LAZY,
 ]
 
 
 def __getattr__(name):
-    if name in _NEED_TORCH:
-        return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'magcache' has no attribute {name!r}")

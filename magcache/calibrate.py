@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,11 +39,15 @@ class Calibration:
     def skips(self, call: int) -> bool:
         return False
 
+    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
+        return {}
+
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         out = run_blocks(blocks, x, kwargs)
         residual = (out - x).float()
         is_token = torch.arange(residual.shape[1]) < kwargs["seq_lens"].cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
+        self.observe(call, residual)
         branch = call % CALLS_PER_STEP
         before, self.previous[branch] = self.previous[branch], residual
         if before is not None:
@@ -52,6 +57,9 @@ class Calibration:
             self.stds.append(ratio.std().item())
             self.cosine_distances.append((1 - cosine).mean().item())
         return out
+
+    def observe(self, call: int, residual: torch.Tensor) -> None:
+        """For what else is measured on the residual [tokens, C], float32."""
 
     def done(self, call: int, seconds: float) -> None:
         self.reached = call + 1

@@ -33,6 +33,9 @@ class Runner(Protocol):
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         """Maps the embedded tokens x [B, L, C] to what the head gets; kwargs are the blocks' own."""
 
+    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
+        """What else stands in for attributes of the transformer during this call."""
+
     def done(self, call: int, seconds: float) -> None:
         """The call has returned after so many seconds."""
 
@@ -71,6 +74,11 @@ class ResidualCache:
             self.compute_dtype = residual.dtype
             residuals.insert(0, residual.to(self.device or residual.device, self.dtype or residual.dtype))
         return out
+
+    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
+        if self.skips(call) and hasattr(type(dit), "forward_vace"):
+            return {"forward_vace": lambda *args, **kwargs: None}  # the hints are for the blocks only
+        return {}
 
     def done(self, call: int, seconds: float) -> None:
         self.log.append((call, self.skips(call), seconds))
@@ -147,8 +155,7 @@ class Attachment:
             self.runner.reset()
         start = time.perf_counter()
         attributes = {"blocks": [functools.partial(self.runner.step, call, dit.blocks)]}
-        if self.runner.skips(call) and hasattr(type(dit), "forward_vace"):
-            attributes["forward_vace"] = lambda *args, **kwargs: None  # the hints are for the blocks only
+        attributes |= self.runner.watched(call, dit)
         try:
             with shadowed(dit, attributes):
                 forward = self.own_forward or functools.partial(type(dit).forward, dit)

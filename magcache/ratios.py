@@ -28,12 +28,14 @@ class RatioTable:
 
     name: what it was loaded by. ratios: in call order, with the leading 1.0, 1.0 of the step that has no predecessor.
     measured_on: what it was measured on, as far as that is known. named: whether it is one of `table_names()`.
+    path: its file.
     """
 
     name: str
     ratios: tuple[float, ...]
     measured_on: dict
     named: bool
+    path: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -94,7 +96,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     except ValueError as error:
         raise ValueError(f"{path} is not a ratio table: {error}") from None
     flat = tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
-    return RatioTable(str(name_or_path), flat, measured_on, named)
+    return RatioTable(str(name_or_path), flat, measured_on, named, path)
 
 
 def compare_settings(table: RatioTable, run: dict, force: bool = False) -> list[str]:

@@ -1,13 +1,17 @@
 """Finds the steps to compute for which the summed error of the forecasts between them is least, exactly.
 
-The error of a forecast comes from a full calibration (`errors_of`): it holds, for every step j, the inner products of all
-residuals up to j as they would reach the sampler in step j, so that the error of any combination of them is a quadratic
+The errors come from a full calibration (`magcache.full_calibration`): for every step j it holds the inner products of
+all residuals up to j as they would reach the sampler in step j, so the error of any combination of them is a quadratic
 form.
 """
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 
-FORECASTS = ("reuse", "linear")
+from magcache.ratios import load_table
 
 
 def reuse_errors(products: np.ndarray) -> np.ndarray:
@@ -92,3 +96,45 @@ def _last_two(sums: np.ndarray, start: np.ndarray, steps: int, count: int) -> tu
     for n in range(count, 2, -1):
         chosen.append(int(came_from[n, chosen[-1], chosen[-2]]))
     return tuple(reversed(chosen)), float(totals.min())
+
+
+def best_steps_for(name_or_path: str | os.PathLike, run: dict, count: int, forecast: str) -> tuple[int, ...]:
+    """The `count` steps to compute by the full calibration of a table (`magcache.load_table`), for a run with the
+    settings `run` (the keys of `measured_on`).
+
+    Raises ValueError if there is none, or if it was measured on another model or task, or with other steps, shift,
+    solver or guidance.
+    """
+    table = load_table(name_or_path)
+    products, measured_on = load_products(table.path.with_suffix(".npz"))
+    keys = ("task", "fingerprint", "sample_steps", "sample_shift", "sample_solver", "sample_guide_scale")
+    for key in keys:
+        if key in run and run[key] != measured_on.get(key):
+            raise ValueError(
+                f"the full calibration {name_or_path} is for {key} {measured_on.get(key)}, not {run[key]}; "
+                "its steps are no guide here"
+            )
+    single = reuse_errors(products)
+    errors = single if forecast == "reuse" else linear_errors(products)
+    return best_steps(errors, count, single)[0]
+
+
+def save_products(path: str | os.PathLike, products: np.ndarray, measured_on: dict) -> None:
+    """Writes the products (mean over prompts) with what they were measured on, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, products=products.astype(np.float32), measured_on=json.dumps(measured_on))
+    os.replace(part, path)
+
+
+def load_products(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
+    """Reads what `save_products` wrote. Raises ValueError with one line if that cannot be."""
+    try:
+        with np.load(path) as file:
+            products, measured_on = file["products"].astype(np.float64), json.loads(str(file["measured_on"]))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"cannot read the full calibration {path}: {error}") from None
+    if products.ndim != 3 or len(set(products.shape)) != 1 or not np.isfinite(products).all():
+        raise ValueError(f"{path} is not a full calibration: its products have the shape {products.shape}")
+    return products, measured_on

@@ -19,6 +19,7 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
+from magcache.search import best_steps, linear_errors, load_products, reuse_errors
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
@@ -40,11 +41,11 @@ def demo(*arguments, steps=10, cwd=REPO):
     return result
 
 
-def generated(steps=10, schedule=None):
+def generated(steps=10, schedule=None, dtype=torch.bfloat16):
     """The same video from the Python API."""
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     if schedule:
-        magcache.apply_magcache(pipeline.model, schedule, dtype=torch.bfloat16)
+        magcache.apply_magcache(pipeline.model, schedule, dtype=dtype)
     return pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=steps, seed=3)
 
 
@@ -121,12 +122,12 @@ def test_readme_commands_parse_and_plan():
         assert args.offload_model
         plans[args.task] = (table, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
     assert plans == {
-        "t2v-1.3B": ("t2v-1.3B", 42, 81, 50, 5.0),
-        "t2v-14B": ("t2v-14B", 36, 81, 50, 5.0),
-        "i2v-14B": ("i2v-14B-480P", 30, 81, 40, 3.0),
-        "flf2v-14B": ("i2v-14B-720P", 44, 81, 50, 16.0),
-        "vace-1.3B": ("vace-1.3B", 58, 81, 50, 16.0),
-        "t2i-14B": ("t2v-14B", 50, 1, 50, 5.0),
+        "t2v-1.3B": ("table t2v-1.3B", 42, 81, 50, 5.0),
+        "t2v-14B": ("table t2v-14B", 36, 81, 50, 5.0),
+        "i2v-14B": ("table i2v-14B-480P", 30, 81, 40, 3.0),
+        "flf2v-14B": ("table i2v-14B-720P", 44, 81, 50, 16.0),
+        "vace-1.3B": ("table vace-1.3B", 58, 81, 50, 16.0),
+        "t2i-14B": ("table t2v-14B", 50, 1, 50, 5.0),
     }
 
 
@@ -149,6 +150,7 @@ VACE = ("--task", "vace-1.3B", "--ckpt_dir", "{vace}")
 FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/whole.png")
 VIDEO = ("--src_video", "{pictures}/film.mp4")
 RATIOS = ("--use_magcache", "--mag_ratios")
+FAST = ("--use_magcache", "--magcache_speedup")
 PROMPTS = ("--magcache_calibration", "--prompt_file")
 BAD = [
     ((), "--ckpt_dir is needed"),
@@ -184,6 +186,12 @@ BAD = [
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/absurd.json"), "ratio 0 is 1e+30"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/other.json"), "was measured on task i2v-14B, not t2v-1.3B"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/flat.json", "--magcache_resample", "sigma"), "needs to know the noise"),
+    (("--ckpt_dir", "{ok}", "--magcache_speedup", "2"), "--magcache_speedup needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", *FAST, "2", "--magcache_K", "2"), "in place of --magcache_K: give one of them"),
+    (("--ckpt_dir", "{ok}", *FAST, "51"), "--magcache_speedup must be between 1 and 50"),
+    (("--ckpt_dir", "{ok}", *FAST, "nan"), "--magcache_speedup must be between 1 and 50"),
+    (("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"), "cannot read the full calibration"),
+    (("--ckpt_dir", "{ok}", "--magcache_calibration", "half"), "invalid choice"),
     (("--ckpt_dir", "{ok}", "--mag_ratios_force"), "--mag_ratios_force needs --use_magcache"),
     (("--ckpt_dir", "{ok}", "--prompt_file", "{tables}/flat.json"), "--prompt_file needs --magcache_calibration"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "cannot read --prompt_file none.txt"),
@@ -305,7 +313,7 @@ def test_a_renamed_folder():
     """The task decides on the table, whatever the folder is called."""
     args = magcache_generate.make_parser().parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
     magcache_generate.check_request(args, pytest.fail)
-    assert magcache_generate.make_schedule(args, pytest.fail)[1] == "t2v-14B"
+    assert magcache_generate.make_schedule(args, pytest.fail)[1] == "table t2v-14B"
 
 
 NASTY = [
@@ -431,6 +439,41 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
     assert process.returncode == 130
     assert re.search(rb"stopped in prompt 1 of 1, after \d+ of 6000 calls; nothing is written", err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_calibration_then_a_speedup(tmp_path):
+    dumps = tmp_path / "dumps"
+    flags = ("--magcache_calibration", "full", "--calibration_dir", dumps, "--save_file", tmp_path / "a.mp4")
+    result = demo(*flags)
+    assert "0.01 GB of CPU memory" in result.stdout  # 2 branches, 10 steps, 512 tokens, 192 channels, 4 bytes
+    assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
+    (path,) = dumps.glob("t2v-tiny_*.json")
+    products, _ = load_products(path.with_suffix(".npz"))
+    for forecast in ("reuse", "linear"):
+        flags = ("--use_magcache", "--magcache_speedup", 2, "--mag_ratios", path, "--magcache_forecast", forecast)
+        fast = demo(*flags, "--save_file", tmp_path / f"{forecast}.mp4")
+        single = reuse_errors(products)
+        steps, _ = best_steps(single if forecast == "reuse" else linear_errors(products), 5, single)
+        assert "10 of 20 transformer calls computed, at most 2.00x" in fast.stdout
+        schedule = magcache.plan_steps(steps, 10, forecast)
+        expected = frames_of(generated(schedule=schedule, dtype=None), tmp_path / "expected.mp4")
+        assert np.array_equal(iio.imread(tmp_path / f"{forecast}.mp4"), expected)
+    for changed in (("--sample_shift", 3), ("--sample_guide_scale", 4), ("--sample_solver", "dpm++")):
+        flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 10, *FAST, 2)
+        refused = run(*flags, "--mag_ratios", path, *changed)
+        assert refused.returncode == 2
+        assert "its steps are no guide here" in refused.stderr
+
+
+def test_a_speedup_without_a_full_calibration():
+    """Needs no ratio table either."""
+    flags = "--task flf2v-14B --size 1280*720 --ckpt_dir x --use_magcache --magcache_speedup 2.5"
+    args = magcache_generate.make_parser().parse_args(flags.split())
+    magcache_generate.check_request(args, pytest.fail)
+    schedule, chosen_by = magcache_generate.make_schedule(args, pytest.fail)
+    assert schedule == magcache.plan_steps(magcache.spread_steps(50, 20), 50, "linear")
+    assert schedule.speedup_bound == 2.5
+    assert chosen_by == "spread steps, linear forecast"
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(10, 5.0), (50, 8.0), (50, 5.0)])

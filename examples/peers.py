@@ -1,0 +1,540 @@
+"""What users would pick instead of this cache, on the demo model, each at a given number of computed calls.
+
+python -m examples.peers [--only NAME ...] [--pairs 3]     PSNR and computed calls at the settings in SETTINGS
+python -m examples.peers --tune [--only NAME ...]          looks for such settings, minutes per peer
+python -m examples.peers --fit                             fits the polynomial of the TeaCache rule
+
+Without a cache: fewer sampler steps. Written here after their papers: the TeaCache rule (arXiv 2411.19108), the
+EasyCache rule (arXiv 2507.02860). Somebody else's code on the same weights, in diffusers' `WanTransformer3DModel`:
+diffusers' MagCache (2506.09045), FirstBlockCache (ParaAttention's), TaylorSeer (2503.06923), SeaCache (2602.18993);
+cache-dit's DBCache, plain and with its TaylorSeer (`pip install cache-dit`, left out where that is not installed).
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+import magcache
+from examples.train_tiny.check_prompts import generate, load_demo, psnr
+from examples.train_tiny.shapes import CAPTIONS, Caption
+from magcache.patch import CallCounter, attach, run_blocks, shadowed
+from wan.modules.model import WanModel, stack_padded
+from wan.utils.samplers import sampling_sigmas
+
+STEPS = 50
+SHIFT = 5.0
+BUDGETS = (46, 38, 32)  # computed calls of 2 * STEPS
+TRAIN_STEPS = 1000  # of the noise level 1
+Setting = dict[str, float]
+
+
+class Work:
+    """How much the blocks of a model compute in a run, in calls of all blocks: `computed`, of the latest run.
+
+    Measured in multiply-adds of the linear layers under `blocks`, with the first call of a run as the unit, since
+    every method computes that one. A method that runs one of 8 blocks in every call, or no attention but everything
+    else, is so counted at what it runs.
+    """
+
+    def __init__(self, model: torch.nn.Module, blocks: torch.nn.Module, calls: int):
+        self.counter = CallCounter(calls)
+        self.total, self.unit = 0, None
+        linear = [layer for layer in blocks.modules() if isinstance(layer, torch.nn.Linear)]
+        self.hooks = [layer.register_forward_hook(self._add) for layer in linear]
+        self.hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.hooks.append(model.register_forward_hook(self._end))
+
+    def _begin(self, model, args, kwargs) -> None:
+        if self.counter.next(float(kwargs["t"])) == 0:
+            self.total, self.unit = 0, None
+
+    def _end(self, model, args, output) -> None:
+        self.unit = self.unit or self.total
+
+    def _add(self, layer, args, output) -> None:
+        self.total += args[0].numel() * layer.out_features
+
+    @property
+    def computed(self) -> float:
+        return self.total / self.unit if self.unit else 0.0
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Run:
+    """`steps` are to be given to the pipeline; `work.computed` holds the computed calls of the latest video."""
+
+    steps: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One method. `attach(pipeline, **setting)` is a context in which `pipeline.model` follows it.
+
+    A setting is one of `variants(budget)`; with `bounds`, that and the "threshold" within them that gives the number
+    of computed calls wanted (more at a lower one).
+    """
+
+    name: str
+    attach: Callable[..., AbstractContextManager]
+    variants: Callable[[int], list[Setting]] = field(default=lambda budget: [{}])
+    bounds: tuple[float, float] | None = None
+
+    def setting_for(self, budget: int) -> Setting:
+        """The tuned one for 46, 38 or 32 computed calls; KeyError for another."""
+        return SETTINGS[self.name][budget]
+
+    @contextmanager
+    def running(self, pipeline, setting: Setting) -> Iterator[Run]:
+        """`pipeline.model` follows the method; as it was afterwards, with no cache on it."""
+        own = pipeline.model
+        magcache.remove_magcache(own)
+        steps = int(setting.get("steps", STEPS))
+        with self.attach(pipeline, **{name: value for name, value in setting.items() if name != "steps"}):
+            model = pipeline.model
+            work = Work(model, model.transformer.blocks if hasattr(model, "transformer") else model.blocks, 2 * steps)
+            try:
+                yield Run(steps, work)
+            finally:
+                work.remove()
+                pipeline.model = own
+
+    def video(self, pipeline, setting: Setting, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
+        """The video [3, 17, 64, 64] and how many calls were computed for it."""
+        with self.running(pipeline, setting) as run:
+            return generate(pipeline, caption, seed, sampling_steps=run.steps, shift=SHIFT), run.work.computed
+
+
+# Fewer steps
+
+
+@contextmanager
+def no_cache(pipeline) -> Iterator[None]:
+    yield
+
+
+# The TeaCache rule
+
+
+def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
+    """The mean absolute difference over the mean absolute value before."""
+    return ((now - before).abs().mean() / before.abs().mean()).item()
+
+
+# Relative change of the residual from that of the time modulation, highest power first; see `fit_teacache`
+TEACACHE_POLYNOMIAL = (-4530.38, 682.566, -22.6347, 1.50391, 0.0141019)
+TEACACHE_WARMUP = 5  # steps; that of the released TeaCache for Wan2.1 in its careful mode
+
+
+class TeaCache:
+    """A runner for `magcache.patch.attach`: the TeaCache rule (arXiv 2411.19108) as it is used on Wan2.1.
+
+    From step to step the relative L1 change of the time modulation, which the blocks get, is mapped by a fitted
+    polynomial to a change of the output; a branch reuses its residual while the sum of these since the last computed
+    step stays below the threshold. The first `warmup` steps and the last one compute.
+    """
+
+    def __init__(self, threshold: float, warmup: int, steps: int = STEPS):
+        self.threshold, self.warmup, self.steps = threshold, warmup, steps
+        self.calls = 2 * steps
+        self.reset()
+
+    def reset(self) -> None:
+        self.residuals, self.before, self.error = [None, None], [None, None], [0.0, 0.0]
+
+    def skips(self, call: int) -> bool:
+        return False  # decided in `step`, where the modulation is known
+
+    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        step, branch = divmod(call, 2)
+        if step >= self.warmup:
+            change = relative_change(kwargs["e"], self.before[branch])
+            self.error[branch] += max(0.0, float(np.polyval(TEACACHE_POLYNOMIAL, change)))
+        self.before[branch] = kwargs["e"]
+        if self.warmup <= step < self.steps - 1 and self.error[branch] < self.threshold:
+            return x + self.residuals[branch]
+        self.error[branch] = 0.0
+        out = run_blocks(blocks, x, kwargs)
+        self.residuals[branch] = out - x
+        return out
+
+    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
+        return {}
+
+    def done(self, call: int, seconds: float) -> None:
+        if call == self.calls - 1:
+            self.reset()
+
+
+@contextmanager
+def teacache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
+    attach(pipeline.model, TeaCache(threshold, int(warmup)))
+    yield
+    magcache.remove_magcache(pipeline.model)
+
+
+class Changes(TeaCache):
+    """Computes every call and notes the relative changes from step to step: (of the modulation, of the residual)."""
+
+    def __init__(self):
+        self.points: list[tuple[float, float]] = []
+        super().__init__(threshold=0.0, warmup=STEPS)
+
+    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        branch = call % 2
+        modulation, residual = self.before[branch], self.residuals[branch]
+        out = super().step(call, blocks, x, **kwargs)
+        if residual is not None:
+            self.points.append(
+                (relative_change(kwargs["e"], modulation), relative_change(self.residuals[branch], residual))
+            )
+        return out
+
+
+def fit_teacache(pipeline, pairs: list[tuple[Caption, int]]) -> np.ndarray:
+    """Least squares of degree 4, over both branches and all pairs, from the step on that may reuse. Highest power
+    first. Earlier steps would spoil it: their modulation changes as little as later ones', their residual by 20 %."""
+    changes = Changes()
+    attach(pipeline.model, changes)
+    for caption, seed in pairs:
+        generate(pipeline, caption, seed, sampling_steps=STEPS, shift=SHIFT)
+    magcache.remove_magcache(pipeline.model)
+    first = 2 * (TEACACHE_WARMUP - 1)  # a step's change is from the one before
+    points = np.array(changes.points).reshape(len(pairs), -1, 2)[:, first:]
+    modulation, residual = points.reshape(-1, 2).T
+    polynomial = np.polyfit(modulation, residual, 4)
+    off = np.sqrt(((residual - np.polyval(polynomial, modulation)) ** 2).mean())
+    print(f"residual changes of {residual.min():.3f} to {residual.max():.3f}, predicted within {off:.3f} (RMS)")
+    return polynomial
+
+
+# The EasyCache rule
+
+
+class EasyCache(torch.nn.Module):
+    """The EasyCache rule (arXiv 2507.02860) around a model that is called as the pipelines do.
+
+    Input x and output v of the whole model count. The rate |v - v'| / |x - x'| between the last two computed steps
+    hardly changes in time, so with the change of x since the step before it predicts the relative change of v; while
+    these sum up to less than the threshold, a step returns x + (v - x of the last computed step). Decided in the
+    cond branch for both. The first `warmup` steps and the last one compute. |.| is the mean absolute value.
+    """
+
+    def __init__(self, model: WanModel, threshold: float, warmup: int, steps: int = STEPS):
+        super().__init__()
+        self.model, self.threshold, self.warmup, self.steps = model, threshold, warmup, steps
+        self.counter = CallCounter(2 * steps)
+
+    @property
+    def blocks(self) -> torch.nn.Module:
+        return self.model.blocks
+
+    def forward(self, x: list[torch.Tensor], t: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+        step, branch = divmod(self.counter.next(float(t)), 2)
+        (latent,) = x
+        if branch == 0:
+            self.compute = self.decide(step, latent)
+        if not self.compute:
+            return [latent + self.offset[branch]]
+        (velocity,) = self.model(x, t=t, **kwargs)
+        self.offset[branch] = velocity - latent
+        if branch == 0:
+            if self.computed is not None:
+                before, velocity_before = self.computed
+                self.rate = ((velocity - velocity_before).abs().mean() / (latent - before).abs().mean()).item()
+            self.computed = latent, velocity
+        return [velocity]
+
+    def decide(self, step: int, latent: torch.Tensor) -> bool:
+        if step == 0:
+            self.computed = self.rate = None
+            self.offset, self.error = [None, None], 0.0
+        elif step >= self.warmup:
+            size = self.computed[1].abs().mean()
+            self.error += (self.rate * (latent - self.before).abs().mean() / size).item()
+        self.before = latent
+        if self.warmup <= step < self.steps - 1 and self.error < self.threshold:
+            return False
+        self.error = 0.0
+        return True
+
+
+@contextmanager
+def easycache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
+    pipeline.model = EasyCache(pipeline.model, threshold, int(warmup))
+    yield
+
+
+# Peers that live in diffusers
+
+
+class DiffusersModel(torch.nn.Module):
+    """The weights of a text-to-video model in diffusers' transformer, called as the pipelines call their model.
+
+    Its calls are cond, uncond, cond, ... of runs of `STEPS` steps. `restart` is called at the first one of each.
+    """
+
+    def __init__(self, model: WanModel):
+        super().__init__()
+        config = model.config
+        self.transformer = diffusers.WanTransformer3DModel(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.dim // config.num_heads,
+            in_channels=config.in_dim,
+            out_channels=config.out_dim,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            eps=config.eps,
+        )
+        self.transformer.load_state_dict(convert_wan_transformer_to_diffusers(dict(model.state_dict())))
+        self.eval().requires_grad_(False)
+        self.text_len = config.text_len
+        self.counter = CallCounter(2 * STEPS)
+        self.sigmas = sampling_sigmas("unipc", STEPS, SHIFT)
+        self.restart: Callable[[], None] = self.transformer._reset_stateful_cache  # as diffusers' pipelines do
+
+    def forward(self, x: list[torch.Tensor], t: torch.Tensor, context: list[torch.Tensor], seq_len: int):
+        call = self.counter.next(float(t))
+        if call == 0:
+            self.restart()
+        step, branch = divmod(call, 2)
+        where = {"step_index": step, "sigma": float(self.sigmas[step]), "num_inference_steps": STEPS}
+        with self.transformer.cache_context(("cond", "uncond")[branch], **where):
+            text = stack_padded(context, self.text_len)
+            return list(self.transformer(x[0][None], t, text, return_dict=False)[0])
+
+
+@contextmanager
+def in_diffusers(pipeline, make_config: Callable[..., object] | None = None, **setting: float) -> Iterator[None]:
+    """With the cache of `make_config(**setting)`, or without one."""
+    model = DiffusersModel(pipeline.model)
+    if make_config:
+        model.transformer.enable_cache(make_config(**setting))
+    pipeline.model = model
+    yield
+
+
+def magcache_config(threshold: float, K: int, retention_ratio: float):
+    """One list of ratios serves both branches: the demo table's of the cond branch."""
+    return diffusers.MagCacheConfig(
+        threshold=threshold,
+        max_skip_steps=int(K),
+        retention_ratio=retention_ratio,
+        num_inference_steps=STEPS,
+        mag_ratios=list(magcache.load_ratios("t2v-tiny"))[::2],
+    )
+
+
+def first_block_config(threshold: float):
+    return diffusers.FirstBlockCacheConfig(threshold=threshold)
+
+
+def taylorseer_config(interval: int, warmup: int, order: int, lite: bool):
+    """lite: forecasts what the head gives and skips all blocks; else every attention and feed-forward layer is
+    forecast. The default patterns of diffusers 0.42 match no layer of its Wan transformer ("attn1" is not "attn")."""
+    return diffusers.TaylorSeerCacheConfig(
+        cache_interval=int(interval),
+        disable_cache_before_step=int(warmup),
+        max_order=int(order),
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=None if lite else [r"blocks\.\d+\.(attn1|attn2|ffn)"],
+        use_lite_mode=bool(lite),
+    )
+
+
+def taylorseer_variants(budget: int) -> list[Setting]:
+    """Every interval of 2 to 5 with the warm-up that gives the budget. After the warm-up one step is forecast, then
+    the first of every interval computes."""
+    steps = budget // 2
+    return [
+        {"interval": interval, "warmup": warmup, "order": order, "lite": lite}
+        for interval in range(2, 6)
+        for warmup in [next((w for w in range(2, steps) if w + math.ceil((STEPS - w - 1) / interval) == steps), None)]
+        if warmup is not None
+        for order in (1, 2)
+        for lite in (0, 1)
+    ]
+
+
+def sea_config(threshold: float, retention: int, most: int):
+    return diffusers.SeaCacheConfig(
+        threshold=threshold, retention_steps=int(retention), max_consecutive_cached=int(most)
+    )
+
+
+@contextmanager
+def dbcache(pipeline, threshold: float, warmup: int, most: int, order: int = 0) -> Iterator[None]:
+    """cache-dit's DBCache with one leading block (F1B0); order: of its TaylorSeer, 0 for none."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # it reports every switch
+    import cache_dit
+
+    def configs() -> dict:
+        cache = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            residual_diff_threshold=threshold,
+            max_warmup_steps=int(warmup),
+            max_continuous_cached_steps=int(most),
+            num_inference_steps=STEPS,
+        )
+        taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=int(order), enable_encoder_calibrator=False)
+        return {"cache_config": cache} | ({"calibrator_config": taylor} if order else {})
+
+    model = DiffusersModel(pipeline.model)
+    cache_dit.enable_cache(model.transformer, **configs())
+    model.restart = lambda: cache_dit.refresh_context(model.transformer, **configs())
+    pipeline.model = model
+    yield
+
+
+def grid(**choices: tuple) -> Callable[[int], list[Setting]]:
+    """All combinations, whatever the budget."""
+    settings = [{}]
+    for name, values in choices.items():
+        settings = [setting | {name: value} for setting in settings for value in values]
+    return lambda budget: settings
+
+
+def all_peers() -> dict[str, Peer]:
+    """By name, those that can run here."""
+
+    def diffusers_peer(make_config: Callable[..., object]) -> Callable[..., AbstractContextManager]:
+        return functools.partial(in_diffusers, make_config=make_config)
+
+    peers = [
+        Peer("fewer steps", no_cache, lambda budget: [{"steps": budget // 2}]),
+        Peer("TeaCache rule", teacache, grid(warmup=(TEACACHE_WARMUP, 10)), (1e-3, 3.0)),
+        Peer("EasyCache rule", easycache, grid(warmup=(2, 5, 10)), (1e-3, 3.0)),
+        Peer(
+            "diffusers MagCache",
+            diffusers_peer(magcache_config),
+            grid(K=(2, 4, 6), retention_ratio=(0.1, 0.2)),
+            (1e-3, 3.0),
+        ),
+        Peer("diffusers FirstBlockCache", diffusers_peer(first_block_config), bounds=(1e-3, 3.0)),
+        Peer("diffusers TaylorSeer", diffusers_peer(taylorseer_config), taylorseer_variants),
+        Peer("cache-dit DBCache", dbcache, grid(warmup=(4, 8), most=(-1, 3)), (1e-3, 0.999)),
+        Peer("cache-dit DBCache + TaylorSeer", dbcache, grid(warmup=(4, 8), most=(-1, 3), order=(1, 2)), (1e-3, 0.999)),
+    ]
+    if hasattr(diffusers, "SeaCacheConfig"):  # since 0.42
+        sea = Peer("diffusers SeaCache", diffusers_peer(sea_config), grid(retention=(1, 5), most=(2, 4)), (1e-3, 10.0))
+        peers.insert(-2, sea)
+    if importlib.util.find_spec("cache_dit") is None:
+        peers = [peer for peer in peers if peer.attach is not dbcache]
+    return {peer.name: peer for peer in peers}
+
+
+SETTINGS: dict[str, dict[int, Setting]] = {}
+
+
+def own_pairs(count: int, seed: int) -> list[tuple[Caption, int]]:
+    """(caption, seed) pairs with seeds from `seed` on, 9000 or more, that nothing else uses."""
+    captions = random.Random(seed).sample(CAPTIONS, count)
+    return [(caption, seed + i) for i, caption in enumerate(captions)]
+
+
+def reference_video(pipeline, caption: Caption, seed: int) -> torch.Tensor:
+    magcache.remove_magcache(pipeline.model)
+    return generate(pipeline, caption, seed, sampling_steps=STEPS, shift=SHIFT)
+
+
+def score(peer: Peer, pipeline, setting: Setting, pairs, references) -> tuple[list[float], list[float]]:
+    """PSNR in dB and computed calls of every pair."""
+    results = [peer.video(pipeline, setting, *pair) for pair in pairs]
+    psnrs = [psnr(video, reference) for (video, _), reference in zip(results, references, strict=True)]
+    return psnrs, [computed for _, computed in results]
+
+
+def computed_calls(peer: Peer, pipeline, setting: Setting, pairs) -> float:
+    """Mean over the pairs; nothing is decoded."""
+    counts = []
+    with shadowed(pipeline, {"decode": lambda latent: latent}):
+        for pair in pairs:
+            counts.append(peer.video(pipeline, setting, *pair)[1])
+    return statistics.mean(counts)
+
+
+class Tuner:
+    """Looks for the setting of a peer at several budgets; what a threshold gave is kept from one to the next."""
+
+    def __init__(self, peer: Peer, pipeline, pairs, references):
+        self.peer, self.pipeline, self.pairs, self.references = peer, pipeline, pairs, references
+        self.known: dict[str, dict[float, float]] = {}  # variant -> threshold -> calls
+
+    def nearest(self, variant: Setting, budget: int, trials: int = 8) -> tuple[Setting, float]:
+        """The variant with the threshold that gives about the budget, and what it gives; bisected."""
+        if self.peer.bounds is None:
+            return variant, computed_calls(self.peer, self.pipeline, variant, self.pairs)
+        known = self.known.setdefault(str(variant), {})
+        for _ in range(trials):
+            low = max([t for t, calls in known.items() if calls > budget], default=self.peer.bounds[0])
+            high = min([t for t, calls in known.items() if calls <= budget and t > low], default=self.peer.bounds[1])
+            best = min(known.values(), key=lambda calls: abs(calls - budget), default=math.inf)
+            if abs(best - budget) < 0.25 or high < 1.005 * low:
+                break
+            threshold = float(f"{math.sqrt(low * high):.4g}")
+            setting = variant | {"threshold": threshold}
+            known[threshold] = computed_calls(self.peer, self.pipeline, setting, self.pairs)
+        threshold = min(known, key=lambda t: abs(known[t] - budget))
+        return variant | {"threshold": threshold}, known[threshold]
+
+    def tune(self, budget: int) -> Setting:
+        """Of the variants that come within one call of the budget (or nearest), that of the best mean PSNR."""
+        found = [self.nearest(variant, budget) for variant in self.peer.variants(budget)]
+        least = max(1.0, min(abs(calls - budget) for _, calls in found))
+        best = (-math.inf, {})
+        for setting, calls in found:
+            if abs(calls - budget) > least:
+                continue
+            psnrs, _ = score(self.peer, self.pipeline, setting, self.pairs, self.references)
+            print(f"  {budget}: {setting}, {calls:.1f} calls, {statistics.mean(psnrs):.1f} dB", flush=True)
+            best = max(best, (statistics.mean(psnrs), setting), key=lambda one: one[0])
+        return best[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(all_peers()), default=tuple(all_peers()))
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--fit", action="store_true")
+    args = parser.parse_args()
+    pipeline = load_demo("t2v-tiny")
+    pairs = own_pairs(args.pairs, 9000 if args.tune or args.fit else 9100)
+    if args.fit:
+        return print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, pairs)))
+    references = [reference_video(pipeline, *pair) for pair in pairs]
+    for name in args.only:
+        peer = all_peers()[name]
+        tuner = Tuner(peer, pipeline, pairs, references)
+        for budget in BUDGETS:
+            if args.tune:
+                print(f"{name!r}, {budget}: {tuner.tune(budget)}", flush=True)
+                continue
+            psnrs, computed = score(peer, pipeline, peer.setting_for(budget), pairs, references)
+            print(
+                f"{name}, {budget} of {2 * STEPS} calls: {statistics.mean(psnrs):.1f} dB "
+                f"({', '.join(f'{value:.1f}' for value in psnrs)}), computed {', '.join(f'{c:.1f}' for c in computed)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
