@@ -187,9 +187,10 @@ def make_parser() -> Parser:
     add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
     add(
         "--magcache_resample",
+        default="nearest",
         choices=("nearest", "sigma"),
-        help="how a table answers other steps than it was measured with: by the nearest ratio (default for tables by "
-        "name, as upstream), or along the noise level, which also answers another shift or solver (default for files)",
+        help="how a table answers other steps than it was measured with: by the nearest ratio (default, as upstream) "
+        "or along the noise level, which also answers another shift or solver",
     )
     add("--magcache_smooth", default="none", choices=("none", "sqrt"), help="sqrt: square root of the ratios")
     add(
@@ -436,7 +437,7 @@ def make_fast_schedule(args) -> tuple[magcache.Schedule, str]:
 def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
     """The table's ratios for this run. Notices say what was done, where it was not measured with the same steps."""
     wanted = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
-    method = args.magcache_resample or ("nearest" if table.named or table.sigmas is None else "sigma")
+    method = args.magcache_resample
     if wanted == table.sigmas:
         return table.ratios
     if table.steps != args.sample_steps or method == "sigma":

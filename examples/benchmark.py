@@ -7,11 +7,13 @@ median over rounds of one uncached and the cached runs each, since what else the
 it, the time of the computed calls within a cached loop over that loop's time, which needs no second run. The random
 model is as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
 Calibration: the same for a calibrating loop over an uncached one.
-Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, of MagCache and
-of simply taking fewer sampler steps at the same number of computed calls.
+Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, at the number of
+calls that three settings of MagCache compute: of MagCache, of simply taking fewer sampler steps, and of other steps and
+forecasts (`--magcache_speedup`, `--magcache_forecast`).
 """
 
 import argparse
+import contextlib
 import math
 import random
 import statistics
@@ -103,35 +105,52 @@ def benchmark_pairs(count: int) -> list[tuple[Caption, int]]:
     return [(caption, 5000 + i) for i, caption in enumerate(chosen)]
 
 
+def methods(task: str) -> dict[tuple[str, str], magcache.Schedule | int]:
+    """(budget, method) -> a schedule, or a number of sampler steps without a cache."""
+    found = {}
+    for thresh, K in SETTINGS:
+        schedule = schedule_of(task, thresh, K)
+        budget, count = f"{thresh}, {K}", schedule.computed // 2
+        found[budget, "MagCache"] = schedule
+        found[budget, "MagCache, linear"] = magcache.plan(
+            magcache.load_ratios(task), STEPS, thresh, K, forecast="linear"
+        )
+        found[budget, "fewer steps, no cache"] = math.ceil(schedule.computed / 2)  # an odd count in favour of this
+        found[budget, "spread steps, linear"] = magcache.plan_steps(
+            magcache.spread_steps(STEPS, count), STEPS, "linear"
+        )
+        for forecast in ("reuse", "linear"):
+            with contextlib.suppress(ValueError):  # a model without a full calibration
+                steps = magcache.best_steps_for(task, {}, count, forecast)
+                found[budget, f"searched steps, {forecast}"] = magcache.plan_steps(steps, STEPS, forecast)
+    return found
+
+
 def quality(task: str, pairs: list[tuple[Caption, int]]) -> None:
-    pipeline = load_demo(task)
-    schedules = [schedule_of(task, *setting) for setting in SETTINGS]
-    scores = {}
+    pipeline, runs = load_demo(task), methods(task)
+    scores = {key: [] for key in runs}
     for caption, seed in tqdm(pairs, desc=f"quality of {task}"):
 
-        def run(schedule=None, steps=STEPS, caption=caption, seed=seed):
+        def video(run=None, caption=caption, seed=seed):
             magcache.remove_magcache(pipeline.model)
-            if schedule:
-                magcache.apply_magcache(pipeline.model, schedule)
-            return generate(pipeline, caption, seed, sampling_steps=steps)
+            if isinstance(run, magcache.Schedule):
+                magcache.apply_magcache(pipeline.model, run)
+            return generate(pipeline, caption, seed, sampling_steps=run if isinstance(run, int) else STEPS)
 
-        reference = run()
-        for setting, schedule in zip(SETTINGS, schedules, strict=True):
-            fewer = math.ceil(schedule.computed / 2)  # an odd count is rounded in favour of fewer steps
-            scores.setdefault((setting, "MagCache"), []).append(psnr(run(schedule), reference))
-            scores.setdefault((setting, "fewer steps"), []).append(psnr(run(steps=fewer), reference))
+        reference = video()
+        for key, run in runs.items():
+            scores[key].append(psnr(video(run), reference))
     print(
         f"{task}: PSNR in dB against the uncached {STEPS}-step video, {len(pairs)} (prompt, seed) pairs, "
         "mean (standard error)"
     )
-    print("| thresh, K | computed calls | MagCache | fewer steps, no cache | MagCache minus fewer |")
+    print("| thresh, K | computed calls | method | PSNR | minus MagCache's |")
     print("|---|---|---|---|---|")
-
-    for (thresh, K), schedule in zip(SETTINGS, schedules, strict=True):
-        ours, fewer = (scores[(thresh, K), name] for name in ("MagCache", "fewer steps"))
-        paired = [a - b for a, b in zip(ours, fewer, strict=True)]
-        columns = [f"{thresh}, {K}", f"{schedule.computed} of {2 * STEPS}", *map(mean_and_error, (ours, fewer, paired))]
-        print("| " + " | ".join(columns) + " |")
+    for (budget, method), run in runs.items():
+        computed = 2 * run if isinstance(run, int) else run.computed
+        values, plain = scores[budget, method], scores[budget, "MagCache"]
+        paired = [a - b for a, b in zip(values, plain, strict=True)]
+        print(f"| {budget} | {computed} | {method} | {mean_and_error(values)} | {mean_and_error(paired)} |")
 
 
 def main():

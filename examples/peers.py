@@ -13,6 +13,7 @@ cache-dit's DBCache, plain and with its TaylorSeer (`pip install cache-dit`, lef
 import argparse
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import random
@@ -77,7 +78,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Run:
-    """`steps` are to be given to the pipeline; `work.computed` holds the computed calls of the latest video."""
+    """`steps` is to be given to the pipeline; `work.computed` holds the computed calls of the latest video."""
 
     steps: int
     work: Work
@@ -185,8 +186,10 @@ class TeaCache:
 @contextmanager
 def teacache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
     attach(pipeline.model, TeaCache(threshold, int(warmup)))
-    yield
-    magcache.remove_magcache(pipeline.model)
+    try:
+        yield
+    finally:
+        magcache.remove_magcache(pipeline.model)
 
 
 class Changes(TeaCache):
@@ -347,12 +350,16 @@ def first_block_config(threshold: float):
     return diffusers.FirstBlockCacheConfig(threshold=threshold)
 
 
-def taylorseer_config(interval: int, warmup: int, order: int, lite: bool):
+def taylorseer_config(interval: int, warmup: int, order: int, lite: bool, last: int):
     """lite: forecasts what the head gives and skips all blocks; else every attention and feed-forward layer is
-    forecast. The default patterns of diffusers 0.42 match no layer of its Wan transformer ("attn1" is not "attn")."""
+    forecast. last: how many steps at the end compute.
+
+    The default patterns of diffusers 0.42 match no layer of its Wan transformer ("attn1" is not "attn").
+    """
     return diffusers.TaylorSeerCacheConfig(
         cache_interval=int(interval),
         disable_cache_before_step=int(warmup),
+        disable_cache_after_step=STEPS - int(last),
         max_order=int(order),
         taylor_factors_dtype=torch.float32,
         cache_identifiers=None if lite else [r"blocks\.\d+\.(attn1|attn2|ffn)"],
@@ -360,18 +367,19 @@ def taylorseer_config(interval: int, warmup: int, order: int, lite: bool):
     )
 
 
+def taylorseer_steps(interval: int, warmup: int, last: int) -> int:
+    """How many steps compute: after the warm-up one is forecast, then the first of every interval computes."""
+    return sum(step < warmup or (step - warmup - 1) % interval == 0 or step >= STEPS - last for step in range(STEPS))
+
+
 def taylorseer_variants(budget: int) -> list[Setting]:
-    """Every interval of 2 to 5 with the warm-up that gives the budget. After the warm-up one step is forecast, then
-    the first of every interval computes."""
-    steps = budget // 2
-    return [
-        {"interval": interval, "warmup": warmup, "order": order, "lite": lite}
-        for interval in range(2, 6)
-        for warmup in [next((w for w in range(2, steps) if w + math.ceil((STEPS - w - 1) / interval) == steps), None)]
-        if warmup is not None
-        for order in (1, 2)
-        for lite in (0, 1)
-    ]
+    """Every interval with the shortest warm-up, 2 steps to a quarter of all, that gives the budget."""
+    settings = []
+    for interval, last in itertools.product((3, 4, 5), (0, 1)):
+        fitting = [w for w in range(2, STEPS // 4) if 2 * taylorseer_steps(interval, w, last) == budget]
+        for warmup, order, lite in itertools.product(fitting[:1], (1, 2), (0, 1)):
+            settings.append({"interval": interval, "warmup": warmup, "order": order, "lite": lite, "last": last})
+    return settings
 
 
 def sea_config(threshold: float, retention: int, most: int):
@@ -406,9 +414,7 @@ def dbcache(pipeline, threshold: float, warmup: int, most: int, order: int = 0) 
 
 def grid(**choices: tuple) -> Callable[[int], list[Setting]]:
     """All combinations, whatever the budget."""
-    settings = [{}]
-    for name, values in choices.items():
-        settings = [setting | {name: value} for setting in settings for value in values]
+    settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     return lambda budget: settings
 
 
@@ -420,28 +426,64 @@ def all_peers() -> dict[str, Peer]:
 
     peers = [
         Peer("fewer steps", no_cache, lambda budget: [{"steps": budget // 2}]),
-        Peer("TeaCache rule", teacache, grid(warmup=(TEACACHE_WARMUP, 10)), (1e-3, 3.0)),
-        Peer("EasyCache rule", easycache, grid(warmup=(2, 5, 10)), (1e-3, 3.0)),
+        Peer("TeaCache rule", teacache, grid(warmup=(TEACACHE_WARMUP, 10)), (0.03, 1.0)),
+        Peer("EasyCache rule", easycache, grid(warmup=(2, 5, 10)), (0.01, 1.0)),
         Peer(
-            "diffusers MagCache",
-            diffusers_peer(magcache_config),
-            grid(K=(2, 4, 6), retention_ratio=(0.1, 0.2)),
-            (1e-3, 3.0),
+            "diffusers MagCache", diffusers_peer(magcache_config), grid(K=(2, 4, 6), retention_ratio=(0.2,)), (0.01, 1)
         ),
-        Peer("diffusers FirstBlockCache", diffusers_peer(first_block_config), bounds=(1e-3, 3.0)),
+        Peer("diffusers FirstBlockCache", diffusers_peer(first_block_config), bounds=(0.01, 1.0)),
         Peer("diffusers TaylorSeer", diffusers_peer(taylorseer_config), taylorseer_variants),
-        Peer("cache-dit DBCache", dbcache, grid(warmup=(4, 8), most=(-1, 3)), (1e-3, 0.999)),
-        Peer("cache-dit DBCache + TaylorSeer", dbcache, grid(warmup=(4, 8), most=(-1, 3), order=(1, 2)), (1e-3, 0.999)),
+        Peer("cache-dit DBCache", dbcache, grid(warmup=(4, 8), most=(-1, 3)), (0.01, 0.99)),
+        Peer("cache-dit DBCache + TaylorSeer", dbcache, grid(warmup=(4, 8), most=(-1, 3), order=(1,)), (0.01, 0.99)),
     ]
     if hasattr(diffusers, "SeaCacheConfig"):  # since 0.42
-        sea = Peer("diffusers SeaCache", diffusers_peer(sea_config), grid(retention=(1, 5), most=(2, 4)), (1e-3, 10.0))
+        sea = Peer("diffusers SeaCache", diffusers_peer(sea_config), grid(retention=(1, 5), most=(2, 4)), (0.03, 10.0))
         peers.insert(-2, sea)
     if importlib.util.find_spec("cache_dit") is None:
         peers = [peer for peer in peers if peer.attach is not dbcache]
     return {peer.name: peer for peer in peers}
 
 
-SETTINGS: dict[str, dict[int, Setting]] = {}
+# Found by --tune, by computed calls of 100: thresholds on two pairs, TaylorSeer's variants on four
+SETTINGS: dict[str, dict[int, Setting]] = {
+    "fewer steps": {46: {"steps": 23}, 38: {"steps": 19}, 32: {"steps": 16}},
+    "TeaCache rule": {
+        46: {"warmup": 10, "threshold": 0.116},
+        38: {"warmup": 5, "threshold": 0.1235},
+        32: {"warmup": 5, "threshold": 0.164},
+    },
+    "EasyCache rule": {
+        46: {"warmup": 2, "threshold": 0.03398},
+        38: {"warmup": 5, "threshold": 0.05725},
+        32: {"warmup": 5, "threshold": 0.07499},
+    },
+    "diffusers MagCache": {
+        46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
+        38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1},
+        32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.1778},
+    },
+    "diffusers FirstBlockCache": {46: {"threshold": 0.1}, 38: {"threshold": 0.1433}, 32: {"threshold": 0.209}},
+    "diffusers TaylorSeer": {
+        46: {"interval": 3, "warmup": 8, "order": 1, "lite": 0, "last": 1},
+        38: {"interval": 4, "warmup": 7, "order": 2, "lite": 1, "last": 1},
+        32: {"interval": 5, "warmup": 6, "order": 1, "lite": 1, "last": 1},
+    },
+    "diffusers SeaCache": {
+        46: {"retention": 1, "most": 2, "threshold": 0.1929},
+        38: {"retention": 1, "most": 4, "threshold": 0.2088},
+        32: {"retention": 1, "most": 4, "threshold": 0.2902},
+    },
+    "cache-dit DBCache": {
+        46: {"warmup": 4, "most": -1, "threshold": 0.113},
+        38: {"warmup": 4, "most": -1, "threshold": 0.1603},
+        32: {"warmup": 4, "most": -1, "threshold": 0.2363},
+    },
+    "cache-dit DBCache + TaylorSeer": {
+        46: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.1108},
+        38: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.3224},
+        32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.2655},
+    },
+}
 
 
 def own_pairs(count: int, seed: int) -> list[tuple[Caption, int]]:
@@ -479,9 +521,9 @@ class Tuner:
         self.known: dict[str, dict[float, float]] = {}  # variant -> threshold -> calls
 
     def nearest(self, variant: Setting, budget: int, trials: int = 8) -> tuple[Setting, float]:
-        """The variant with the threshold that gives about the budget, and what it gives; bisected."""
+        """The variant with the threshold that gives about the budget on two pairs, and what it gives; bisected."""
         if self.peer.bounds is None:
-            return variant, computed_calls(self.peer, self.pipeline, variant, self.pairs)
+            return variant, budget
         known = self.known.setdefault(str(variant), {})
         for _ in range(trials):
             low = max([t for t, calls in known.items() if calls > budget], default=self.peer.bounds[0])
@@ -491,7 +533,7 @@ class Tuner:
                 break
             threshold = float(f"{math.sqrt(low * high):.4g}")
             setting = variant | {"threshold": threshold}
-            known[threshold] = computed_calls(self.peer, self.pipeline, setting, self.pairs)
+            known[threshold] = computed_calls(self.peer, self.pipeline, setting, self.pairs[:2])
         threshold = min(known, key=lambda t: abs(known[t] - budget))
         return variant | {"threshold": threshold}, known[threshold]
 
@@ -503,8 +545,8 @@ class Tuner:
         for setting, calls in found:
             if abs(calls - budget) > least:
                 continue
-            psnrs, _ = score(self.peer, self.pipeline, setting, self.pairs, self.references)
-            print(f"  {budget}: {setting}, {calls:.1f} calls, {statistics.mean(psnrs):.1f} dB", flush=True)
+            psnrs, computed = score(self.peer, self.pipeline, setting, self.pairs, self.references)
+            print(f"  {setting}, {statistics.mean(computed):.1f} calls, {statistics.mean(psnrs):.1f} dB", flush=True)
             best = max(best, (statistics.mean(psnrs), setting), key=lambda one: one[0])
         return best[1]
 
@@ -519,7 +561,8 @@ def main():
     pipeline = load_demo("t2v-tiny")
     pairs = own_pairs(args.pairs, 9000 if args.tune or args.fit else 9100)
     if args.fit:
-        return print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, pairs)))
+        print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, pairs)))
+        return
     references = [reference_video(pipeline, *pair) for pair in pairs]
     for name in args.only:
         peer = all_peers()[name]

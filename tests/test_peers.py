@@ -1,0 +1,132 @@
+"""The peers of the benchmark, on a tiny random model: what they compute, and that nothing stays behind."""
+
+import types
+
+import pytest
+import sampling
+import torch
+
+from examples import peers
+from wan.modules.model import WanModel
+
+PEERS = peers.all_peers()
+BY_THRESHOLD = [name for name, peer in PEERS.items() if peer.bounds]
+
+
+def make_pipeline():
+    torch.manual_seed(0)
+    sizes = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 6, "num_heads": 2, "num_layers": 2}
+    return types.SimpleNamespace(model=WanModel(**sizes).eval().requires_grad_(False))
+
+
+def denoise(pipeline, steps=peers.STEPS):
+    generator = torch.Generator().manual_seed(0)
+    latent, *contexts = (torch.randn(shape, generator=generator) for shape in ((16, 2, 4, 4), (5, 8), (3, 8)))
+    cond, uncond = ({"context": [context], "seq_len": 8} for context in contexts)
+    return sampling.denoise(pipeline.model, latent, cond, uncond, steps)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return denoise(make_pipeline())
+
+
+def test_diffusers_computes_the_same(plain):
+    pipeline = make_pipeline()
+    with peers.Peer("uncached", peers.in_diffusers).running(pipeline, {}) as run:
+        torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
+        assert run.work.computed == 100
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_every_run_starts_afresh_and_nothing_stays(name, plain):
+    peer, pipeline = PEERS[name], make_pipeline()
+    model = pipeline.model
+    setting = peer.setting_for(38) | ({"threshold": 0.9} if peer.bounds else {})
+    with peer.running(pipeline, setting) as run:
+        first, computed = denoise(pipeline, run.steps), run.work.computed
+        assert 2 <= computed < 100
+        assert torch.equal(denoise(pipeline, run.steps), first)
+        assert run.work.computed == computed
+    assert pipeline.model is model
+    assert torch.equal(denoise(pipeline), plain)
+
+
+@pytest.mark.parametrize("name", BY_THRESHOLD)
+def test_the_threshold_decides(name, plain):
+    peer, pipeline = PEERS[name], make_pipeline()
+    setting = peer.setting_for(38)
+    with peer.running(pipeline, setting | {"threshold": 0.0}) as run:
+        torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
+        assert run.work.computed == 100
+    with peer.running(pipeline, setting | {"threshold": 0.99}) as run:
+        assert not torch.allclose(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
+        assert run.work.computed < 70
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_settings(name):
+    """One for every budget, of a variant that the tuning looks at."""
+    for budget in peers.BUDGETS:
+        setting = dict(PEERS[name].setting_for(budget))
+        assert ("threshold" in setting) == (PEERS[name].bounds is not None)
+        setting.pop("threshold", None)
+        assert setting in PEERS[name].variants(budget)
+
+
+def test_part_of_the_blocks_is_a_part_of_a_call():
+    """The first of 2 blocks runs in all 100 calls, the second in the first of either branch."""
+    pipeline = make_pipeline()
+    with PEERS["diffusers FirstBlockCache"].running(pipeline, {"threshold": 1e9}) as run:
+        denoise(pipeline)
+        assert run.work.computed == 2 + 98 / 2
+
+
+@pytest.mark.parametrize("budget", peers.BUDGETS)
+def test_taylorseer_variants_meet_the_budget(budget):
+    peer, pipeline = PEERS["diffusers TaylorSeer"], make_pipeline()
+    variants = peer.variants(budget)
+    assert len(variants) >= 8
+    for setting in variants:
+        if setting["order"] == 1 and (budget == 38 or setting["lite"]):
+            with peer.running(pipeline, setting) as run:
+                denoise(pipeline)
+                assert run.work.computed == budget
+
+
+class Recorder:
+    """Stands in for the blocks of a model: the residual is 1, 2, 3, ... by the calls computed."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return iter([lambda x, e: x + self.count])
+
+
+def test_teacache_rule(monkeypatch):
+    """The modulation changes by 1 / step; the polynomial doubles that."""
+    monkeypatch.setattr(peers, "TEACACHE_POLYNOMIAL", (2.0, 0.0))
+    cache, blocks, x = peers.TeaCache(threshold=1.0, warmup=2, steps=9), Recorder(), torch.zeros(1)
+    residuals = [cache.step(2 * step, blocks, x, e=torch.tensor([step + 1.0])).item() for step in range(9)]
+    # steps 2 to 8 add 1, 2/3, 1/2, 2/5, 1/3, 2/7, 1/4; the last one computes in any case
+    assert residuals == [1, 2, 3, 3, 4, 4, 4, 5, 6]
+
+
+def test_easycache_rule():
+    """A model v = c x has the rate c, so the predicted change of v is |x - x'| / |x of the last computed step|."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, x, t):
+            return [2 * x[0]]
+
+    cache = peers.EasyCache(Twice(), threshold=0.35, warmup=2, steps=7)
+    latents = [10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
+    outputs = []
+    for step, value in enumerate(latents):
+        for _ in ("cond", "uncond"):
+            outputs.append(cache([torch.tensor([value])], t=torch.tensor([100.0 - step]))[0].item())
+    # errors after the step of 9: 1/9, 2/9, 3/9, then 4/9 computes; the last step computes
+    expected = [20, 18, 8 + 9, 7 + 9, 6 + 9, 10, 8]
+    assert outputs == [value for value in expected for _ in range(2)]
