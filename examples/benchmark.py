@@ -72,19 +72,27 @@ def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rou
 
 
 def calibration_cost(model: WanModel, shape: tuple[int, ...], context: list, rounds: int) -> None:
-    costs = []
+    kinds = {
+        "calibrating": lambda: magcache.apply_calibration(model, STEPS),
+        "fully calibrating": lambda: magcache.apply_full_calibration(
+            model, STEPS, magcache.noise_levels(STEPS, 5.0), guidance_scale=5.0
+        ),
+    }
+    costs = {kind: [] for kind in kinds}
     denoise_seconds(model, shape, context, steps=2)  # warms up
     for _ in tqdm(range(rounds), desc="calibration"):
         magcache.remove_magcache(model)
         uncached = denoise_seconds(model, shape, context)
-        magcache.apply_calibration(model, STEPS)
-        costs.append(denoise_seconds(model, shape, context) / uncached - 1)
+        for kind, apply in kinds.items():
+            apply()
+            costs[kind].append(100 * (denoise_seconds(model, shape, context) / uncached - 1))
     magcache.remove_magcache(model)
-    print(
-        f"demo model: a calibrating loop takes {100 * statistics.median(costs):.1f} % more time than an uncached one "
-        f"(rounds: {100 * min(costs):.1f} to {100 * max(costs):.1f} %)",
-        flush=True,
-    )
+    for kind, values in costs.items():
+        print(
+            f"demo model: a {kind} loop takes {statistics.median(values):.1f} % more time than an uncached one "
+            f"(rounds: {min(values):.1f} to {max(values):.1f} %)",
+            flush=True,
+        )
 
 
 def random_model() -> tuple[WanModel, tuple[int, ...], list]:

@@ -267,7 +267,6 @@ def test_dashscope_without_its_package(monkeypatch):
 @pytest.fixture
 def service(monkeypatch):
     """A local server. `replies`: (HTTP status, content of the answer), the last one for ever; `requests`: what came."""
-    pytest.importorskip("dashscope", reason="the optional package dashscope is not installed")
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
