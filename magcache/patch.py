@@ -18,6 +18,9 @@ import torch
 
 from magcache.schedule import Schedule
 
+# methods of a Wan transformer that make what only its blocks take: VACE's hints, text and time in this repo's models
+FOR_BLOCKS_ONLY = ("forward_vace", "embed_context", "project_time")
+
 
 class Runner(Protocol):
     """What stands in for the loop over the blocks; see `ResidualCache` and `magcache.calibrate.Calibration`."""
@@ -76,9 +79,9 @@ class ResidualCache:
         return out
 
     def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
-        if self.skips(call) and hasattr(type(dit), "forward_vace"):
-            return {"forward_vace": lambda *args, **kwargs: None}  # the hints are for the blocks only
-        return {}
+        if not self.skips(call):
+            return {}
+        return {name: lambda *args, **kwargs: None for name in FOR_BLOCKS_ONLY if hasattr(type(dit), name)}
 
     def done(self, call: int, seconds: float) -> None:
         self.log.append((call, self.skips(call), seconds))

@@ -273,9 +273,9 @@ class WanModel(ModelMixin, ConfigMixin):
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e, modulation = self.embed_time(t)
+        e = self.embed_time(t)
         kwargs = {
-            "e": modulation,
+            "e": self.project_time(e),
             "seq_lens": seq_lens,
             "freqs": freqs,
             "context": self.embed_context(context, clip_fea),
@@ -308,11 +308,15 @@ class WanModel(ModelMixin, ConfigMixin):
                 self._rotations = ((grids, seq_len, device), torch.stack(padded))
         return self._rotations[1]
 
-    def embed_time(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the time embedding [B, dim] for the head and its projection [B, 6, dim] for the blocks, float32."""
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Timesteps [B] -> [B, dim], float32, for the head and `project_time`."""
         with torch.autocast(t.device.type, enabled=False):
-            e = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
-            return e, self.time_projection(e).unflatten(1, (6, self.dim))
+            return self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
+
+    def project_time(self, e: torch.Tensor) -> torch.Tensor:
+        """[B, dim] -> [B, 6, dim], float32, for the blocks."""
+        with torch.autocast(e.device.type, enabled=False):
+            return self.time_projection(e).unflatten(1, (6, self.dim))
 
     def embed_context(self, context: list[torch.Tensor], clip_fea: torch.Tensor | None) -> torch.Tensor:
         text = self.text_embedding(stack_padded(context, self.text_len))

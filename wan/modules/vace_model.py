@@ -117,9 +117,9 @@ class VaceWanModel(WanModel):
         if control_sizes != sizes:
             raise ValueError(f"vace_context must have the latents' sizes {sizes}, got {control_sizes}")
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e, modulation = self.embed_time(t)
+        e = self.embed_time(t)
         kwargs = {
-            "e": modulation,
+            "e": self.project_time(e),
             "seq_lens": seq_lens,
             "freqs": freqs,
             "context": self.embed_context(context, None),
