@@ -18,6 +18,7 @@ from tqdm import tqdm
 import magcache
 from examples.benchmark import benchmark_pairs, mean_and_error
 from examples.train_tiny.check_prompts import generate, load_demo, psnr
+from magcache.ratios import join_branches, resample_nearest, split_branches
 
 SETTINGS = [(steps, 5.0) for steps in (8, 10, 20, 25, 30, 100)] + [(50, 3.0), (50, 8.0)]
 THRESH, K, RETENTION = 0.12, 4, 0.2
@@ -35,8 +36,7 @@ def calibrate(pipeline, pairs: list, steps: int, shift: float) -> tuple[float, .
 
 
 def nearest(ratios: tuple[float, ...], steps: int) -> tuple[float, ...]:
-    branches = (magcache.ratios.resample_nearest(branch, steps) for branch in magcache.ratios.split_branches(ratios))
-    return tuple(ratio for step in zip(*branches, strict=True) for ratio in step)
+    return join_branches(resample_nearest(branch, steps) for branch in split_branches(ratios))
 
 
 def distance(ratios: tuple[float, ...], fresh: tuple[float, ...]) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from magcache.patch import attach, run_blocks
 from magcache.plot import draw_calibration
-from magcache.ratios import CALLS_PER_STEP, RatioTable, save_table
+from magcache.ratios import CALLS_PER_STEP, RatioTable, save_table, written_whole
 
 FLAT_LISTS = {
     "mag_ratio": "wan2_1_mag_ratio.json",
@@ -109,9 +109,8 @@ def save_calibration(folder: str | os.PathLike, table: dict, published: RatioTab
     if any(file.exists() for file in flat):
         print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
     for file, values in flat.items():
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(values))
-        os.replace(part, file)
+        with written_whole(file) as part:
+            part.write_text(json.dumps(values))
     try:
         draw_calibration(table, path.with_suffix(".png"), published)
     except ImportError:

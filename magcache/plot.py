@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from magcache.ratios import RatioTable, load_table, split_branches
+from magcache.ratios import RatioTable, load_table, split_branches, written_whole
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
@@ -24,10 +24,8 @@ def new_figure(rows: int, title: str):
 
 def save_figure(figure, path: str | os.PathLike) -> None:
     """Whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, dpi=110, format="png")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable | None = None) -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -95,8 +96,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
         raise ValueError(f"{path} is not a ratio table: {error}") from None
-    flat = tuple(ratio for step in zip(cond, uncond, strict=True) for ratio in step)
-    return RatioTable(str(name_or_path), flat, measured_on, named, path)
+    return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path)
 
 
 def compare_settings(table: RatioTable, run: dict, force: bool = False) -> list[str]:
@@ -161,9 +161,20 @@ def save_table(path: str | os.PathLike, table: dict) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(table, indent=1) + "\n")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(table, indent=1) + "\n")
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes that one's place at the end, or vanishes with an exception."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -181,6 +192,11 @@ def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[fl
     if flat[:CALLS_PER_STEP] != (1.0, 1.0):
         flat = (1.0, 1.0, *flat)
     return flat[0::2], flat[1::2]
+
+
+def join_branches(branches: Iterable[Sequence]) -> tuple:
+    """What `split_branches` took apart: one entry per call, in call order."""
+    return tuple(entry for step in zip(*branches, strict=True) for entry in step)
 
 
 def resample_nearest(values: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -223,7 +239,7 @@ def resample_sigma(ratios: Sequence[float], measured: Sequence[float], wanted: S
         curve = list(accumulate(math.log(value) for value in values))[::-1]
         at_steps = [magnitude(curve, level) for level in wanted]
         resampled.append([1.0, *(math.exp(b - a) for a, b in pairwise(at_steps))])
-    return tuple(ratio for step in zip(*resampled, strict=True) for ratio in step)
+    return join_branches(resampled)
 
 
 def smooth_sqrt(values: Sequence[float]) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from magcache.ratios import CALLS_PER_STEP, resample_nearest, smooth_sqrt, split_branches
+from magcache.ratios import CALLS_PER_STEP, join_branches, resample_nearest, smooth_sqrt, split_branches
 
 
 @dataclass(frozen=True)
@@ -218,4 +218,4 @@ def plan(
             values = smooth_sqrt(values)
         reuse = threshold_rule(values, settings, settings.first_free_step(steps))
         branches.append(forecast_weights(reuse, forecast))
-    return Schedule(tuple(weights for step in zip(*branches, strict=True) for weights in step), calls_per_step)
+    return Schedule(join_branches(branches), calls_per_step)

@@ -8,11 +8,10 @@ form.
 import json
 import os
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
-from magcache.ratios import load_table
+from magcache.ratios import load_table, written_whole
 
 
 def reuse_errors(products: np.ndarray) -> np.ndarray:
@@ -122,11 +121,8 @@ def best_steps_for(name_or_path: str | os.PathLike, run: dict, count: int, forec
 
 def save_products(path: str | os.PathLike, products: np.ndarray, measured_on: dict) -> None:
     """Writes the products (mean over prompts) with what they were measured on, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    with written_whole(path) as part, part.open("wb") as file:
         np.savez_compressed(file, products=products.astype(np.float32), measured_on=json.dumps(measured_on))
-    os.replace(part, path)
 
 
 def load_products(path: str | os.PathLike) -> tuple[np.ndarray, dict]:

@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from examples.train_tiny.shapes import TRAINABLE, render
 from examples.train_tiny.train_dit import (
@@ -30,6 +28,7 @@ from examples.train_tiny.train_dit import (
     make_tokenizer,
 )
 from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
+from wan.modules.clip import preprocess
 from wan.modules.model import WanModel
 
 CLIPS = 2048
@@ -75,12 +74,6 @@ def continued(t2v: WanModel) -> WanModel:
     return i2v
 
 
-def clip_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, 64, 64] in [-1, 1] as `wan.modules.clip.CLIPModel` hands them to its encoder."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (F.interpolate(images, [IMAGE_SIZE] * 2, mode="bicubic") * 0.5 + 0.5 - mean) / std
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -103,7 +96,7 @@ def main():
     for first in tqdm(range(0, CLIPS, BATCH), desc="encode clips", mininterval=30):
         clips = render(captions[first : first + BATCH], generator)
         latents.append((encode(vae, clips) - mean) / std)
-        pixels.append(clip_pixels(clips[:, :, 0]))
+        pixels.append(preprocess(clips[:, :, 0], IMAGE_SIZE))
         clips[:, :, 1:] = 0
         conditions.append((encode(vae, clips) - mean) / std)
     latents, conditions, pixels = torch.cat(latents), torch.cat(conditions), torch.cat(pixels)

@@ -74,6 +74,14 @@ def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device:
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
+def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images [N, 3, H, W] in [-1, 1] -> the tower's pixels [N, 3, size, size]: bicubic without antialias and unclamped,
+    as the model was trained, then normalised."""
+    images = F.interpolate(images, [size] * 2, mode="bicubic")
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return ((images * 0.5 + 0.5) - mean) / std
+
+
 class CLIPModel:
     """Turns images into features. tokenizer_path is upstream's; no text is encoded, so nothing is read from it."""
 
@@ -92,13 +100,7 @@ class CLIPModel:
     def visual(self, videos: list[torch.Tensor]) -> torch.Tensor:
         """videos: [3, frames, H, W] in [-1, 1], sizes may differ. Returns features [all frames, 1 + patches, width] of
         the encoder's device and dtype, each frame squeezed to the encoder's square."""
-        weight = next(self.model.parameters())
-        size = [self.model.config.image_size] * 2
-        # bicubic without antialias and unclamped, as the model was trained
-        images = torch.cat(
-            [F.interpolate(video.transpose(0, 1).to(weight.device).float(), size, mode="bicubic") for video in videos]
-        )
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        pixels = ((images * 0.5 + 0.5) - mean) / std
+        weight, size = next(self.model.parameters()), self.model.config.image_size
+        pixels = torch.cat([preprocess(video.transpose(0, 1).to(weight.device).float(), size) for video in videos])
         with torch.autocast(weight.device.type, enabled=False):
             return self.model(pixels.to(weight.dtype)).last_hidden_state
