@@ -169,9 +169,10 @@ def make_parser() -> Parser:
     )
     add(
         "--magcache_forecast",
-        choices=("reuse", "linear"),
-        help="what stands in for a residual: the last one (default), or the line through the last two (default with "
-        "--magcache_speedup; one more residual per branch is kept)",
+        choices=("reuse", "linear", "fitted"),
+        help="what stands in for a residual: the last one (default), the line through the last two (one more residual "
+        "per branch is kept), or that with slopes from a full calibration and a correction at every computed step. The "
+        "default with --magcache_speedup is fitted where there is a full calibration, else linear",
     )
     add(
         "--magcache_calibration",
@@ -255,6 +256,8 @@ def check_request(args, error) -> None:
     for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast"):
         if getattr(args, flag) and not args.use_magcache:
             error(f"--{flag} needs --use_magcache")
+    if args.magcache_forecast == "fitted" and args.magcache_speedup is None:
+        error("--magcache_forecast fitted needs --magcache_speedup, which chooses the steps it is fitted for")
     if args.magcache_speedup is not None:
         if given := getattr(args, "explicit", None):
             error(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
@@ -415,23 +418,21 @@ def make_schedule(args, error):
 
 def make_fast_schedule(args) -> tuple[magcache.Schedule, str]:
     """The schedule for --magcache_speedup, and what its steps were chosen by. Raises ValueError for a full calibration
-    that was asked for and is not of this model and these settings."""
-    steps, forecast = args.sample_steps, args.magcache_forecast or "linear"
+    that was asked for, by its table or by its forecast, and is not of this model and these settings."""
+    steps, forecast = args.sample_steps, args.magcache_forecast
     count = int(steps / args.magcache_speedup + 1e-9)
-    asked = args.mag_ratios is not None
+    asked = args.mag_ratios is not None or forecast == "fitted"
     with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
         name = args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0]
-        computed = magcache.best_steps_for(name, settings_of(args) | {"sample_steps": steps}, count, forecast)
-        return magcache.plan_steps(
-            computed, steps, forecast
-        ), f"steps by the full calibration {name}, {forecast} forecast"
+        run = settings_of(args) | {"sample_steps": steps}
+        schedule = magcache.plan_searched(name, run, count, forecast or "fitted")
+        return schedule, f"steps by the full calibration {name}, {forecast or 'fitted'} forecast"
     print(
         "note: there is no full calibration of this model and these settings (--magcache_calibration full makes one), "
-        "so the steps are evenly spread"
+        "so the steps are spread by rule"
     )
-    return magcache.plan_steps(
-        magcache.spread_steps(steps, count), steps, forecast
-    ), f"spread steps, {forecast} forecast"
+    schedule = magcache.plan_steps(magcache.spread_steps(steps, count), steps, forecast or "linear")
+    return schedule, f"spread steps, {forecast or 'linear'} forecast"
 
 
 def resampled(table, args, notices: list[str]) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ _LAZY = {
     "make_table": "magcache.calibrate",
     "save_calibration": "magcache.calibrate",
     "apply_full_calibration": "magcache.full_calibration",
-    "best_steps_for": "magcache.search",
+    "plan_searched": "magcache.search",
     "host_bytes": "magcache.full_calibration",
     "save_products": "magcache.search",
 }

@@ -44,7 +44,8 @@ class Runner(Protocol):
 
 
 class ResidualCache:
-    """Executes a `Schedule`: keeps at most `schedule.history` residuals per branch, none outside a run.
+    """Executes a `Schedule`: keeps at most `schedule.history` residuals per branch (while a computed call is corrected,
+    its own besides), none outside a run.
 
     dtype: of the cached residuals; None keeps them as computed (float32 in Wan).
     device: where they wait, such as "cpu" to spare GPU memory; None leaves them where they are.
@@ -70,12 +71,19 @@ class ResidualCache:
             for weight, residual in zip(self.schedule.weights[call], residuals, strict=False):
                 x = torch.add(x, residual.to(x.device, self.compute_dtype), alpha=weight)
             return x
-        del residuals[max(0, self.schedule.history - 1) :]  # frees the memory before the blocks need it
+        correction = self.schedule.corrections[call] if call < self.calls else ()
+        history = self.schedule.history
+        del residuals[max(0, history - 1, len(correction) - 1) :]  # frees the memory before the blocks need it
         out = run_blocks(blocks, x, kwargs)
-        if call < self.calls and self.schedule.used_later[call]:
-            residual = out.detach() - x.detach()
-            self.compute_dtype = residual.dtype
+        if not correction and not (call < self.calls and self.schedule.used_later[call]):
+            return out
+        residual = out.detach() - x.detach()
+        self.compute_dtype = residual.dtype
+        for weight, source in zip(correction, [residual, *residuals], strict=False):
+            out = torch.add(out, source.to(out.device, residual.dtype), alpha=weight)
+        if self.schedule.used_later[call]:
             residuals.insert(0, residual.to(self.device or residual.device, self.dtype or residual.dtype))
+        del residuals[history:]
         return out
 
     def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:

@@ -10,6 +10,8 @@ from functools import cached_property
 
 from magcache.ratios import CALLS_PER_STEP, join_branches, resample_nearest, smooth_sqrt, split_branches
 
+FORECASTS = ("reuse", "linear", "fitted")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -20,26 +22,37 @@ class Schedule:
     `calls_per_step` 2 (classifier-free guidance), one a step with `calls_per_step` 1. Each branch (cond, uncond) has
     its own residuals.
 
+    `corrections[call]`, for calls that run the blocks, are weights of the residual just computed and of those cached
+    before it, newest first; their sum is added to the output, to make up for what the forecasts since the last computed
+    call were off. Empty where nothing is corrected.
+
     Raises ValueError if the length is not a multiple of `calls_per_step` or a call needs a residual that no earlier
     call of its branch has computed.
     """
 
     weights: tuple[tuple[float, ...] | None, ...]
     calls_per_step: int = CALLS_PER_STEP
+    corrections: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         if self.calls_per_step not in (1, 2):
             raise ValueError(f"calls_per_step must be 1 or 2, got {self.calls_per_step}")
         if not self.weights or len(self.weights) % self.calls_per_step:
             raise ValueError(f"{len(self.weights)} calls do not make whole steps of {self.calls_per_step}")
+        if not self.corrections:
+            object.__setattr__(self, "corrections", ((),) * len(self.weights))
+        if len(self.corrections) != len(self.weights):
+            raise ValueError(f"{len(self.corrections)} corrections for {len(self.weights)} calls")
         computed = [0] * self.calls_per_step
-        for call, weights in enumerate(self.weights):
+        for call, (weights, correction) in enumerate(zip(self.weights, self.corrections, strict=True)):
             branch = call % self.calls_per_step
             if weights is None:
                 computed[branch] += 1
-            elif not 1 <= len(weights) <= computed[branch]:
+            elif correction:
+                raise ValueError(f"call {call} does not run the blocks, so there is nothing to correct in it")
+            if not (weights is None or weights) or len(weights or correction) > computed[branch]:
                 raise ValueError(
-                    f"call {call} combines {len(weights)} residuals, {computed[branch]} are computed before it"
+                    f"call {call} combines {len(weights or correction)} residuals, {computed[branch]} are computed then"
                 )
 
     @property
@@ -63,21 +76,21 @@ class Schedule:
 
     @cached_property
     def history(self) -> int:
-        """Largest number of residuals per branch that a call combines; 0 if every call computes."""
-        return max((len(weights) for weights in self.weights if weights), default=0)
+        """Largest number of cached residuals per branch that a call combines; 0 if every call computes."""
+        calls = zip(self.weights, self.corrections, strict=True)
+        return max(len(weights) if weights else max(0, len(correction) - 1) for weights, correction in calls)
 
     @cached_property
     def used_later(self) -> tuple[bool, ...]:
         """For every call: True if it computes a residual that some later call combines. The others need no cache."""
         used = [False] * len(self.weights)
         newest_first = [[] for _ in range(self.calls_per_step)]
-        for call, weights in enumerate(self.weights):
+        for call, (weights, correction) in enumerate(zip(self.weights, self.corrections, strict=True)):
             branch = newest_first[call % self.calls_per_step]
+            for source in branch[: len(weights) if weights else max(0, len(correction) - 1)]:
+                used[source] = True
             if weights is None:
                 branch.insert(0, call)
-            else:
-                for source in branch[: len(weights)]:
-                    used[source] = True
         return tuple(used)
 
 
@@ -129,17 +142,22 @@ def threshold_rule(ratios: Sequence[float], settings: Settings, first_free_step:
     return tuple(reuse)
 
 
-def forecast_weights(reuse: Sequence[bool], forecast: str = "reuse") -> tuple[tuple[float, ...] | None, ...]:
+def forecast_weights(
+    reuse: Sequence[bool], forecast: str = "reuse", slopes: Sequence | None = None
+) -> tuple[tuple[float, ...] | None, ...]:
     """Weights of the cached residuals for every step of a branch, newest first, None where it computes.
 
     forecast: "reuse" takes the last computed residual as it is. "linear" continues the straight line through the last
-    two, a being the newer one: r_j = r_a + (j - a) / (a - b) (r_a - r_b); plain reuse while there is only one. The line
-    runs along the step index j: on a small trained model that came closer than along the noise level.
+    two, a being the newer one: r_j = r_a + s (r_a - r_b) with the slope s = (j - a) / (a - b). The line runs along the
+    step index j: on a small trained model that came closer than along the noise level. "fitted" takes the slope that
+    was measured, `slopes[b][a][j]`. While there is only one residual, both reuse it.
 
-    Raises ValueError for another forecast, or if the first step reuses.
+    Raises ValueError for another forecast, if the first step reuses, or for "fitted" without slopes.
     """
-    if forecast not in ("reuse", "linear"):
-        raise ValueError(f"forecast must be 'reuse' or 'linear', got {forecast!r}")
+    if forecast not in FORECASTS:
+        raise ValueError(f"forecast must be one of {', '.join(FORECASTS)}, got {forecast!r}")
+    if (forecast == "fitted") != (slopes is not None):
+        raise ValueError("the fitted forecast, and no other, takes slopes from a full calibration")
     weights, computed = [], []
     for step, reused in enumerate(reuse):
         if not reused:
@@ -151,35 +169,87 @@ def forecast_weights(reuse: Sequence[bool], forecast: str = "reuse") -> tuple[tu
             weights.append((1.0,))
         else:
             before, last = computed[-2:]
-            slope = (step - last) / (last - before)
+            slope = (step - last) / (last - before) if slopes is None else float(slopes[before][last][step])
             weights.append((1.0 + slope, -slope))
     return tuple(weights)
 
 
+def corrections_of(
+    weights: Sequence[tuple[float, ...] | None], sigmas: Sequence[float]
+) -> tuple[tuple[float, ...], ...]:
+    """What a computed step c adds to make up for the forecasts j since the last computed step a, empty where there is
+    nothing to make up for.
+
+    Once the residual of step c is known, the parabola through it and the last two computed ones (a straight line while
+    there is only one) tells better what the residuals between were. Each forecast has moved the latent by its error
+    times the step's difference of sigmas d_j, so step c adds the sum over j of d_j / d_c times the difference; the
+    weights are of the residuals of c, a and the one before a. So do predictor-corrector solvers of differential
+    equations.
+
+    weights: of one branch, by `forecast_weights`, of at most two residuals. sigmas: noise levels of the steps, without
+    the final 0.
+    """
+    moved = [sigma - following for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True)]
+    corrections, computed = [()] * len(weights), []
+    for c, forecast in enumerate(weights):
+        if forecast is not None:
+            continue
+        if computed and computed[-1] < c - 1:
+            nodes = [c, *computed[:-3:-1]]
+            total = [0.0] * len(nodes)
+            for j in range(nodes[1] + 1, c):
+                for k, weight in enumerate((0.0, *weights[j])):
+                    total[k] -= weight * moved[j] / moved[c]
+                for k, node in enumerate(nodes):
+                    others = (other for other in nodes if other != node)
+                    total[k] += math.prod((j - other) / (node - other) for other in others) * moved[j] / moved[c]
+            corrections[c] = tuple(total)
+        computed.append(c)
+    return tuple(corrections)
+
+
 def plan_steps(
-    computed: Sequence[int], steps: int, forecast: str = "reuse", *, calls_per_step: int = CALLS_PER_STEP
+    computed: Sequence[int],
+    steps: int,
+    forecast: str = "reuse",
+    *,
+    slopes: Sequence | None = None,
+    sigmas: Sequence[float] | None = None,
+    calls_per_step: int = CALLS_PER_STEP,
 ) -> Schedule:
-    """The schedule that computes the given steps, in both branches, and forecasts the others (`forecast_weights`).
+    """The schedule that computes the given steps, in both branches, and forecasts the others.
+
+    forecast, slopes: see `forecast_weights`. sigmas: noise levels of the steps; with them the forecasts are corrected
+    afterwards, see `corrections_of`.
 
     Raises ValueError for steps outside 0 ... steps - 1, or without step 0.
     """
     chosen = set(computed)
     if 0 not in chosen or not chosen <= set(range(steps)):
         raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(chosen)}")
-    weights = forecast_weights([step not in chosen for step in range(steps)], forecast)
-    return Schedule(tuple(w for w in weights for _ in range(calls_per_step)), calls_per_step)
+    weights = forecast_weights([step not in chosen for step in range(steps)], forecast, slopes)
+    corrections = corrections_of(weights, sigmas) if sigmas is not None else [()] * steps
+    calls = [tuple(v for v in values for _ in range(calls_per_step)) for values in (weights, corrections)]
+    return Schedule(calls[0], calls_per_step, calls[1])
 
 
-def spread_steps(steps: int, count: int, first: int = 3, last: int = 2) -> tuple[int, ...]:
-    """`count` steps: the first and last ones, and between them evenly spread ones. With fewer than first + last of them
-    the last ones give way. Raises ValueError unless 1 <= count <= steps."""
+def spread_steps(steps: int, count: int, last: int = 2) -> tuple[int, ...]:
+    """`count` steps, the last ones among them, the others ever further apart: the k-th at the 1.5th power of its share.
+
+    Early steps decide the picture, so they are close; on a small trained model the power 1.5 came closer to computing
+    every step than 1 and 2. With fewer than two more steps the last ones give way. Raises ValueError unless
+    1 <= count <= steps.
+    """
     if not 1 <= count <= steps:
         raise ValueError(f"between 1 and {steps} steps can be computed, not {count}")
-    first = min(first, count)
-    last = min(last, count - first)
-    inner, room = count - first - last, steps - first - last
-    middle = (first + round((i + 1) * (room + 1) / (inner + 1)) - 1 for i in range(inner))
-    return (*range(first), *middle, *range(steps - last, steps))
+    last = max(0, min(last, count - 2))
+    inner, room = count - last, steps - last
+    chosen = []
+    for k in range(inner):
+        wanted = round((k / inner) ** 1.5 * room)
+        lowest = chosen[-1] + 1 if chosen else 0
+        chosen.append(min(max(wanted, lowest), room - inner + k))
+    return (*chosen, *range(room, steps))
 
 
 def plan(

@@ -8,10 +8,12 @@ form.
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 
 from magcache.ratios import load_table, written_whole
+from magcache.schedule import Schedule, plan_steps
 
 
 def reuse_errors(products: np.ndarray) -> np.ndarray:
@@ -28,16 +30,57 @@ def reuse_errors(products: np.ndarray) -> np.ndarray:
     return np.where(j[None] > j[:, None], errors, 0.0)
 
 
-def linear_errors(products: np.ndarray) -> np.ndarray:
-    """Error of continuing the line through residuals b and a to step j, float64 [steps (b), steps (a), steps (j)], 0
-    unless b < a < j; see `magcache.schedule.forecast_weights`."""
+def straight_slopes(steps: int) -> np.ndarray:
+    """Slopes of the lines through residuals b and a to step j, float64 [steps (b), steps (a), steps (j)], 0 unless
+    b < a < j."""
+    b, a, j = np.ogrid[:steps, :steps, :steps]
+    return np.where((b < a) & (a < j), (j - a) / np.maximum(a - b, 1), 0.0)
+
+
+def fitted_slopes(products: np.ndarray) -> np.ndarray:
+    """The slopes s for which r_a + s (r_a - r_b) is nearest to r_j, like `straight_slopes`."""
     steps = len(products)
     b, a, j = np.ogrid[:steps, :steps, :steps]
-    inside = (b < a) & (a < j)
-    slope = np.where(inside, (j - a) / np.maximum(a - b, 1), 0.0)
-    weights = {"a": (a, 1 + slope), "b": (b, -slope), "j": (j, -np.ones_like(slope))}
+    along = products[j, a, a] - 2 * products[j, a, b] + products[j, b, b]
+    towards = products[j, j, a] - products[j, j, b] - products[j, a, a] + products[j, a, b]
+    return np.where((b < a) & (a < j) & (along > 0), towards / np.where(along > 0, along, 1.0), 0.0)
+
+
+def slope_errors(products: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Error of r_a + s (r_a - r_b) in step j, float64 [steps (b), steps (a), steps (j)], 0 unless b < a < j; see
+    `magcache.schedule.forecast_weights`."""
+    steps = len(products)
+    b, a, j = np.ogrid[:steps, :steps, :steps]
+    weights = {"a": (a, 1 + slopes), "b": (b, -slopes), "j": (j, -np.ones_like(slopes))}
     squares = sum(w1 * w2 * products[j, i1, i2] for i1, w1 in weights.values() for i2, w2 in weights.values())
-    return np.where(inside, np.sqrt(np.maximum(squares, 0)), 0.0)
+    return np.where((b < a) & (a < j), np.sqrt(np.maximum(squares, 0)), 0.0)
+
+
+def forecast_errors(schedule: Schedule, products: np.ndarray) -> np.ndarray:
+    """Error of every step's forecast in a schedule (of its first branch), float64 [steps], 0 where it computes.
+
+    Without what corrections make up for. Raises ValueError for products of another number of steps.
+    """
+    if schedule.steps != len(products):
+        raise ValueError(f"the full calibration has {len(products)} steps, the schedule {schedule.steps}")
+    errors, computed = np.zeros(schedule.steps), []
+    for j, weights in enumerate(schedule.weights[:: schedule.calls_per_step]):
+        if weights is None:
+            computed.insert(0, j)
+            continue
+        sources, w = [*computed[: len(weights)], j], np.array([*weights, -1.0])
+        errors[j] = np.sqrt(max(0.0, w @ products[j][np.ix_(sources, sources)] @ w))
+    return errors
+
+
+def step_weights(sigmas: Sequence[float]) -> np.ndarray:
+    """How much an error of a step counts, float64 [steps]: 1 / sqrt(1 - sigma), with sigma at most 0.9999.
+
+    Errors at high noise decide what the picture shows and grow, late ones shrink. On a small trained model a single
+    forecast in step 11 of 50 changed the video 15 times as much, for its size, as one in step 47, falling about as
+    1 / (1 - sigma) between; half that power chose the best steps of the powers 0, 1/2 and 1.
+    """
+    return np.maximum(1 - np.asarray(sigmas), 1e-4) ** -0.5
 
 
 def best_steps(errors: np.ndarray, count: int, start: np.ndarray | None = None) -> tuple[tuple[int, ...], float]:
@@ -98,12 +141,14 @@ def _last_two(sums: np.ndarray, start: np.ndarray, steps: int, count: int) -> tu
     return tuple(reversed(chosen)), float(totals.min())
 
 
-def best_steps_for(name_or_path: str | os.PathLike, run: dict, count: int, forecast: str) -> tuple[int, ...]:
-    """The `count` steps to compute by the full calibration of a table (`magcache.load_table`), for a run with the
-    settings `run` (the keys of `measured_on`).
+def plan_searched(name_or_path: str | os.PathLike, run: dict, count: int, forecast: str = "fitted") -> Schedule:
+    """The schedule with the `count` computed steps for which a full calibration predicts the least error.
 
-    Raises ValueError if there is none, or if it was measured on another model or task, or with other steps, shift,
-    solver or guidance.
+    name_or_path: of the table that the full calibration belongs to (`magcache.load_table`). run: settings of the run,
+    by the keys of `measured_on`. forecast: see `magcache.schedule.forecast_weights`; a fitted one is corrected, too.
+
+    Raises ValueError if there is no full calibration, or if it was measured on another model or task, or with other
+    steps, shift, solver or guidance.
     """
     table = load_table(name_or_path)
     products, measured_on = load_products(table.path.with_suffix(".npz"))
@@ -114,9 +159,20 @@ def best_steps_for(name_or_path: str | os.PathLike, run: dict, count: int, forec
                 f"the full calibration {name_or_path} is for {key} {measured_on.get(key)}, not {run[key]}; "
                 "its steps are no guide here"
             )
-    single = reuse_errors(products)
-    errors = single if forecast == "reuse" else linear_errors(products)
-    return best_steps(errors, count, single)[0]
+    return plan_by_products(products, measured_on["sigmas"], count, forecast)
+
+
+def plan_by_products(products: np.ndarray, sigmas: Sequence[float], count: int, forecast: str = "fitted") -> Schedule:
+    """`plan_searched` from the products [steps, steps, steps] and the noise levels [steps] themselves."""
+    steps, weights = len(products), step_weights(sigmas)
+    single = reuse_errors(products) * weights
+    if forecast == "reuse":
+        return plan_steps(best_steps(single, count)[0], steps)
+    slopes = fitted_slopes(products) if forecast == "fitted" else straight_slopes(steps)
+    chosen, _ = best_steps(slope_errors(products, slopes) * weights, count, single)
+    if forecast == "linear":
+        return plan_steps(chosen, steps, forecast)
+    return plan_steps(chosen, steps, forecast, slopes=slopes, sigmas=sigmas)
 
 
 def save_products(path: str | os.PathLike, products: np.ndarray, measured_on: dict) -> None:

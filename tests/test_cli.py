@@ -19,7 +19,7 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
-from magcache.search import best_steps, linear_errors, load_products, reuse_errors
+from magcache.search import load_products, plan_by_products
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
@@ -449,13 +449,12 @@ def test_full_calibration_then_a_speedup(tmp_path):
     assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
     (path,) = dumps.glob("t2v-tiny_*.json")
     products, _ = load_products(path.with_suffix(".npz"))
-    for forecast in ("reuse", "linear"):
-        flags = ("--use_magcache", "--magcache_speedup", 2, "--mag_ratios", path, "--magcache_forecast", forecast)
-        fast = demo(*flags, "--save_file", tmp_path / f"{forecast}.mp4")
-        single = reuse_errors(products)
-        steps, _ = best_steps(single if forecast == "reuse" else linear_errors(products), 5, single)
+    for forecast in ("reuse", "linear", "fitted"):
+        flags = ("--use_magcache", "--magcache_speedup", 2, "--mag_ratios", path)
+        named = ("--magcache_forecast", forecast) if forecast != "fitted" else ()  # the default
+        fast = demo(*flags, *named, "--save_file", tmp_path / f"{forecast}.mp4")
+        schedule = plan_by_products(products, magcache.noise_levels(10, 5.0), 5, forecast)
         assert "10 of 20 transformer calls computed, at most 2.00x" in fast.stdout
-        schedule = magcache.plan_steps(steps, 10, forecast)
         expected = frames_of(generated(schedule=schedule, dtype=None), tmp_path / "expected.mp4")
         assert np.array_equal(iio.imread(tmp_path / f"{forecast}.mp4"), expected)
     for changed in (("--sample_shift", 3), ("--sample_guide_scale", 4), ("--sample_solver", "dpm++")):

@@ -274,18 +274,25 @@ def test_under_fsdp(version, model, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_linear_forecast_is_executed(model):
-    """Weights 2, -1 continue the line through the last two residuals."""
-    schedule = magcache.Schedule((None, None, (2.0, -1.0), None), calls_per_step=1)
-    magcache.apply_magcache(model, schedule)
+def test_forecast_and_correction_are_executed(model):
+    """Weights 2, -1 continue the line through the last two residuals; the next computed call is corrected."""
+    schedule = magcache.Schedule(
+        (None, None, (2.0, -1.0), None, (1.0,), None), 1, ((), (), (), (0.5, -0.25, 0.125), (), ())
+    )
+    cache = magcache.apply_magcache(model, schedule)
     ins, outs, heads, embedded = [], [], [], []
     model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
     model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
     model.patch_embedding.register_forward_hook(lambda m, a, out: embedded.append(out.flatten(2).transpose(1, 2)))
     model.head.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
-    denoise(model, 2)
-    first, second = (out - x for x, out in zip(ins[:2], outs[:2], strict=True))
+    kept = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: kept.extend(residuals(cache)))
+    denoise(model, 3)
+    first, second, third, _ = (out - x for x, out in zip(ins, outs, strict=True))
     torch.testing.assert_close(heads[2], embedded[2] + 2 * second - first)
+    torch.testing.assert_close(heads[3], outs[2] + 0.5 * third - 0.25 * second + 0.125 * first)
+    torch.testing.assert_close(heads[4], embedded[4] + third)  # the residual as computed, not as corrected
+    assert kept == [0, 1, 2, 1]
 
 
 def test_an_instance_with_its_own_forward(model):
