@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generates videos with Wan2.1; with --use_magcache, reuses residuals of its transformer instead of computing them.
 
-Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
+Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it: this repository's or Wan2.1's own.
 """
 
 import argparse
@@ -15,14 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 try:
     import magcache  # without torch until something runs
-except ImportError:
-    remedies = "`pip install .` in its repository, or copy magcache/ beside magcache_generate.py"
-    print(f"magcache_generate.py: error: package magcache is missing: {remedies}", file=sys.stderr)
+    from magcache.processes import Processes
+except ImportError as fault:
+    remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
+    print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
     sys.exit(2)
 
 # by the first part of the task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
@@ -77,10 +79,10 @@ class Explicit(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Says what is wrong in one line, once a machine where several processes find it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def truth_value(text: str) -> bool:
@@ -122,7 +124,7 @@ def make_parser() -> Parser:
     add(
         "--offload_model",
         type=truth_value,
-        help="transformer and text encoder on the GPU only while they work (default: True)",
+        help="transformer and text encoder on the GPU only while they work (default: True; False on several GPUs)",
     )
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
@@ -206,12 +208,7 @@ def make_parser() -> Parser:
 def check_request(args, error) -> None:
     """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
     kind = args.task.split("-")[0]
-    for flag in ("t5_fsdp", "dit_fsdp"):
-        if getattr(args, flag):
-            error(f"--{flag} is not part of this release")
-    if args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1)) != 1:
-        error("this release runs on one device: without torchrun, and with --ulysses_size 1 --ring_size 1")
-
+    check_processes(args, error)
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
     elif kind == "vace" and args.src_video:
@@ -238,8 +235,6 @@ def check_request(args, error) -> None:
         error(f"--base_seed must be below 2^63, got {args.base_seed}")
     if args.base_seed < 0:
         args.base_seed = random.randrange(2**32)
-    if args.offload_model is None:
-        args.offload_model = True
     if args.prompt_file:
         read_prompts(args, error)
     choose_inputs(args, error)
@@ -264,6 +259,33 @@ def check_request(args, error) -> None:
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)
+
+
+def check_processes(args, error) -> None:
+    """Refuses flags for several GPUs that the number of processes does not fit, and fills in --offload_model."""
+    try:
+        world = Processes.from_environment().world
+    except ValueError as fault:
+        error(fault)
+    size = args.ulysses_size * args.ring_size
+    if min(args.ulysses_size, args.ring_size) < 1:
+        error(f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}")
+    if world == 1:
+        for flag in ("t5_fsdp", "dit_fsdp"):
+            if getattr(args, flag):
+                error(f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N")
+        if size > 1:
+            error(
+                f"--ulysses_size {args.ulysses_size} and --ring_size {args.ring_size} need {size} processes: "
+                f"start them with torchrun --nproc_per_node {size}"
+            )
+    if world % size:
+        error(
+            f"{world} processes are no multiple of --ulysses_size {args.ulysses_size} times --ring_size "
+            f"{args.ring_size}"
+        )
+    if args.offload_model is None:
+        args.offload_model = world == 1
 
 
 def read_prompts(args, error) -> None:
@@ -328,6 +350,7 @@ def check_wan(args, error):
     try:
         model = json.loads((folder / "config.json").read_text())
         kind, shape = model.get("model_type"), (model.get("dim"), model.get("num_layers"))
+        heads = model.get("num_heads", config.num_heads)
         if index.is_file():
             weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         elif any(folder.glob("diffusion_pytorch_model-*.safetensors")):
@@ -339,6 +362,10 @@ def check_wan(args, error):
     needed = MODEL_TYPES[args.task.split("-")[0]]
     if kind != needed:
         error(f"--ckpt_dir {folder} holds a model of type {kind}, task {args.task} needs {needed}")
+    if heads % args.ulysses_size:
+        error(
+            f"--ulysses_size {args.ulysses_size} does not divide the {heads} attention heads of the model in {folder}"
+        )
     files = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
     if needed in ("i2v", "flf2v"):
         files.append(config.clip_checkpoint)
@@ -451,6 +478,61 @@ def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
             "and it does not tell its shift and solver"
         )
     return magcache.resample_sigma(table.ratios, table.sigmas, wanted)
+
+
+@dataclass(frozen=True)
+class OneGroup:
+    """What upstream's `wan` makes of several processes: all of them work on the same video."""
+
+    rank: int
+    size: int
+    index: int = 0
+    count: int = 1
+
+
+def start_processes(processes: Processes, args, given: dict, schedule, error):
+    """Connects the processes of torchrun, gives them one seed, and starts the sequence parallelism of the `wan` here.
+
+    given: the arguments as they were parsed; they and the plan must be the same everywhere, as every process decides
+    on its own what to reuse. Returns the group of processes that makes a video together: this one's `rank` in it, its
+    `size`, its `index` among `count` groups.
+    """
+    try:
+        processes.connect()
+    except ValueError as fault:
+        error(fault)
+    compared = {f"--{name}": value for name, value in given.items()} | {"the plan": schedule and schedule.weights}
+    if differences := processes.differences(compared):
+        if processes.rank in (0, *differences):
+            rank, names = min(differences.items())
+            names = ", ".join(names)
+            print(f"magcache_generate.py: error: process {rank} differs from process 0 in {names}", file=sys.stderr)
+        sys.exit(2)
+    args.base_seed = processes.from_first(args.base_seed)
+    try:
+        from wan.distributed.groups import start_groups
+    except ModuleNotFoundError:
+        return start_xfuser(processes, args, error)
+    return start_groups(args.ulysses_size, args.ring_size)
+
+
+def start_xfuser(processes: Processes, args, error) -> OneGroup:
+    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made."""
+    if args.ulysses_size * args.ring_size > 1:
+        if args.ulysses_size * args.ring_size != processes.world:
+            error(
+                f"--ulysses_size {args.ulysses_size} times --ring_size {args.ring_size} must be the number of "
+                f"processes with the wan package here, there are {processes.world}"
+            )
+        try:
+            from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
+        except ImportError as fault:
+            error(f"--ulysses_size and --ring_size need the package xfuser with the wan package here: {fault}")
+        init_distributed_environment(rank=processes.rank, world_size=processes.world)
+        initialize_model_parallel(
+            sequence_parallel_degree=processes.world, ring_degree=args.ring_size, ulysses_degree=args.ulysses_size
+        )
+    return OneGroup(processes.rank, processes.world)
 
 
 def make_expander(args, error):
@@ -645,7 +727,9 @@ def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
 
-def generate(args, config, schedule, table: str | None, inputs: list, expander, requests: list) -> None:
+def generate(
+    args, processes: Processes, group, config, schedule, table: str | None, inputs: list, expander, requests: list
+) -> None:
     import torch
 
     import wan
@@ -661,13 +745,27 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
     if expander:
         images = [] if args.task.startswith("vace") else inputs
         requests = [(extend_prompt(args, prompt, expander, images), *rest) for prompt, *rest in requests]
+    if args.use_prompt_extend:
+        requests = processes.from_first(requests)
         lap("extend")
     cuda = torch.cuda.is_available()
-    print(f"device    {torch.cuda.get_device_name() if cuda else 'CPU, float32'}; loading {args.ckpt_dir}", flush=True)
+    device = torch.cuda.get_device_name() if cuda else "CPU, float32"
+    if processes.world > 1:
+        device = f"{processes.world} processes, {device}"
+    print(f"device    {device}; loading {args.ckpt_dir}", flush=True)
     if not cuda and not args.task.endswith("-tiny"):
         print("note: there is no CUDA device; a full-size model takes hours for a video here", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
-    pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
+    pipeline = pipeline_class(
+        config=config,
+        checkpoint_dir=args.ckpt_dir,
+        device_id=processes.local_rank,
+        rank=group.rank,
+        t5_fsdp=args.t5_fsdp,
+        dit_fsdp=args.dit_fsdp,
+        use_usp=args.ulysses_size * args.ring_size > 1,
+        t5_cpu=args.t5_cpu,
+    )
     lap("load")
     cache = calibration = None
     if schedule:
@@ -708,10 +806,11 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
                 runs.append(calibration.lists())
                 if args.magcache_calibration == "full":
                     products.append(calibration.products.copy())
-            save_result(video, path, config.sample_fps)
-            lap("save")
-            frames, height, width = video.shape[1:]
-            print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
+            if group.rank == 0:  # the others get no video
+                save_result(video, path, config.sample_fps)
+                lap("save")
+                frames, height, width = video.shape[1:]
+                print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
     except BaseException:
         if calibration and len(runs) < len(requests):
             print(
@@ -721,7 +820,7 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
             )
         raise
     finally:
-        if runs:
+        if runs and processes.rank == 0:
             save_calibration(args, runs, products, requests[: len(runs)])
     summarise(schedule, cache, table, seconds)
 
@@ -729,14 +828,20 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    given = dict(vars(args))
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
-    requests = make_requests(args, parser.error)
     config = check_wan(args, parser.error)
-    expander = make_expander(args, parser.error)
     inputs = read_inputs(args, parser.error)
+    processes = Processes.from_environment()
+    group = start_processes(processes, args, given, schedule, parser.error)
+    requests = processes.from_first(make_requests(args, parser.error))
+    expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
-    generate(args, config, schedule, table, inputs, expander, requests)
+    generate(args, processes, group, config, schedule, table, inputs, expander, requests)
+    processes.disconnect()
 
 
 if __name__ == "__main__":

@@ -234,8 +234,10 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "{empty}"), "no usable config.json"),
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "no/such"), "neither a folder nor in the"),
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_method", "dashscope"), "set DASH_API_KEY"),
-    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "not part of this release"),
-    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "one device"),
+    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "start them with torchrun"),
+    (("--ckpt_dir", "{ok}", "--t5_fsdp"), "start them with torchrun"),
+    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "need 2 processes: start them with torchrun --nproc_per_node 2"),
+    (("--ckpt_dir", "{ok}", "--ring_size", "0"), "must be at least 1, got 1 and 0"),
 ]
 
 
