@@ -507,6 +507,7 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
             rank, names = min(differences.items())
             names = ", ".join(names)
             print(f"magcache_generate.py: error: process {rank} differs from process 0 in {names}", file=sys.stderr)
+        processes.disconnect()
         sys.exit(2)
     args.base_seed = processes.from_first(args.base_seed)
     try:
