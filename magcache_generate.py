@@ -22,7 +22,7 @@ from pathlib import Path
 
 try:
     import magcache  # without torch until something runs
-    from magcache.processes import Processes
+    from magcache.processes import Processes, leaving_at_once
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
@@ -542,7 +542,6 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
             rank, names = min(differences.items())
             names = ", ".join(names)
             print(f"magcache_generate.py: error: process {rank} differs from process 0 in {names}", file=sys.stderr)
-        processes.disconnect()
         sys.exit(2)
     args.base_seed = processes.from_first(args.base_seed)
     try:
@@ -883,21 +882,21 @@ def main() -> None:
     expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
     generate(args, processes, group, config, schedule, table, inputs, expander, requests)
-    processes.disconnect()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as fault:
-        reason = (str(fault) or "?").splitlines()[0]
-        if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
-            sys.exit(
-                f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
-                "--magcache_offload, a smaller --size or fewer frames need less"
-            )
-        if reason.startswith("cannot read "):
-            sys.exit(f"magcache_generate.py: error: {reason}")
-        raise
+    with leaving_at_once():
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except RuntimeError as fault:
+            reason = (str(fault) or "?").splitlines()[0]
+            if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
+                sys.exit(
+                    f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
+                    "--magcache_offload, a smaller --size or fewer frames need less"
+                )
+            if reason.startswith("cannot read "):
+                sys.exit(f"magcache_generate.py: error: {reason}")
+            raise
