@@ -7,6 +7,8 @@ Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside i
 import argparse
 import contextlib
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -201,6 +203,13 @@ def make_parser() -> Parser:
         help="of the cached residuals (default: as computed)",
     )
     add("--magcache_offload", action="store_true", help="cached residuals wait in CPU memory")
+    add(
+        "--magcache_plan",
+        nargs="?",
+        const=True,
+        metavar="PNG",
+        help="only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are",
+    )
     add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
     return parser
 
@@ -208,7 +217,8 @@ def make_parser() -> Parser:
 def check_request(args, error) -> None:
     """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
     kind = args.task.split("-")[0]
-    check_processes(args, error)
+    if not args.magcache_plan:
+        check_processes(args, error)
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
     elif kind == "vace" and args.src_video:
@@ -237,7 +247,7 @@ def check_request(args, error) -> None:
         args.base_seed = random.randrange(2**32)
     if args.prompt_file:
         read_prompts(args, error)
-    choose_inputs(args, error)
+    choose_inputs(args, error if not args.magcache_plan else lambda message: None)  # a plan needs no files
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
 
@@ -826,12 +836,142 @@ def generate(
     summarise(schedule, cache, table, seconds)
 
 
+def table_of(args):
+    """The ratio table that these flags stand for, None if there is none."""
+    with contextlib.suppress(ValueError):
+        return magcache.load_table(args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
+
+
+def predict(args, schedule, made_by: str):
+    """The error to expect of a schedule of `make_schedule`, None where there is no table of the model."""
+    from magcache import report
+
+    table = table_of(args)
+    if not table:
+        return None
+    if args.magcache_speedup is None:
+        ratios = resampled(table, args, [])
+        return report.predict_by_ratios(schedule, ratios, args.magcache_smooth, args.magcache_thresh)
+    if "full calibration" in made_by:
+        from magcache.search import load_products
+
+        return report.predict_by_products(schedule, load_products(table.path.with_suffix(".npz"))[0])
+    return report.predict_by_ratios(schedule, table.ratios)
+
+
+def make_neighbours(args, error):
+    """What the settings around the given ones would give, each made as a run makes it."""
+    from magcache import report
+
+    def cell(**changed):
+        other = argparse.Namespace(**vars(args) | changed)
+        schedule, made_by = make_schedule(other, error)
+        return schedule, made_by, other
+
+    if args.magcache_speedup is None:
+        thresholds, lengths = report.neighbour_settings(args.magcache_thresh, args.magcache_K)
+        cells = [[cell(magcache_thresh=thresh, magcache_K=K)[0] for K in lengths] for thresh in thresholds]
+        rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
+        heading = "other     thresh and K: calls computed, bound (* as asked)"
+        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells])
+    speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
+    forecasts = ("reuse", "linear")
+    cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
+    notes = []
+    for row in cells:
+        predicted = [predict(other, schedule, made_by) for schedule, made_by, other in row]
+        notes.append([f", error {p.largest:.3g}" if p and "both" in p.rows else "" for p in predicted])
+    heading = "other     speed-ups and forecasts: calls computed, bound (* as asked)"
+    schedules = [[schedule for schedule, *_ in row] for row in cells]
+    return report.Neighbours(heading, [f"speedup {x:g}" for x in speedups], list(forecasts), schedules, notes)
+
+
+def planned_video(args) -> tuple[int, int, int, int]:
+    """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
+    from magcache import report
+
+    width, height = map(int, args.size.split("*"))
+    kind = args.task.split("-")[0]
+    if kind in ("i2v", "flf2v"):
+        path = getattr(args, INPUTS[kind][0])
+        if path and Path(path).is_file():
+            from PIL import Image
+
+            try:
+                with Image.open(path) as image:
+                    size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # lies on its side
+                width, height = report.size_by_image(size, width * height)
+            except (OSError, ValueError) as fault:
+                print(f"note: {path} cannot be read ({fault}), so --size is taken for the shape")
+        else:
+            print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
+    references = len([path for path in (args.src_ref_images or "").split(",") if path.strip()]) if kind == "vace" else 0
+    if kind == "vace" and args.src_video:
+        print("note: the source video decides on shape and length; the largest that it may have is taken")
+    return args.frame_num, height, width, references
+
+
+def show_plan(args, error) -> None:
+    """Says what a run with these flags would do, by the same code, without the wan package or any weights."""
+    from magcache import report
+
+    args.use_magcache, args.ckpt_dir = True, args.ckpt_dir or args.task
+    picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
+    if picture:
+        need_package("matplotlib", "--magcache_plan with a picture", error)
+        check_writable(picture.parent, error)
+    with contextlib.redirect_stdout(io.StringIO()) as notes:
+        check_request(args, error)
+        schedule, made_by = make_schedule(args, error)
+        frames, height, width, references = planned_video(args)
+        if args.size not in report.SIZES[args.task]:
+            print(f"note: task {args.task} does not run at {args.size}, only at {', '.join(report.SIZES[args.task])}")
+    settings = f"thresh {args.magcache_thresh:g}, K {args.magcache_K}, retention {args.retention_ratio:g}"
+    if args.magcache_speedup is not None:
+        settings = f"speed-up {args.magcache_speedup:g}"
+    elif args.magcache_smooth != "none":
+        settings += f", smoothed ({args.magcache_smooth})"
+    table, shards = table_of(args), args.ulysses_size * args.ring_size
+    where = "in CPU memory" if args.magcache_offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
+    with contextlib.redirect_stdout(io.StringIO()):  # it says again what the asked one has said
+        neighbours = make_neighbours(args, error)
+    plan = report.Plan(
+        schedule,
+        f"{made_by}, {settings}",
+        report.table_origin(table) if table else "no table",
+        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps",
+        report.token_count(frames, height, width, references),
+        report.shape_of(args.task, args.ckpt_dir),
+        predict(args, schedule, made_by),
+        neighbours,
+        args.magcache_dtype,
+        where,
+        shards,
+    )
+    print("\n".join(plan.lines()))
+    print(notes.getvalue(), end="")
+    if picture:
+        from magcache.plot import draw_plan
+
+        draw_plan(plan, resampled(table, args, []) if table else None, picture)
+        print(f"picture   {picture}")
+
+
+def need_package(name: str, what: str, error) -> None:
+    """Refuses a flag whose package is missing."""
+    packages = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
+    if importlib.util.find_spec(name) is None:
+        error(f"{what} needs the package {name}: pip install {packages.get(name, name)}")
+
+
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     given = dict(vars(args))
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
+    if args.magcache_plan:
+        return show_plan(args, parser.error)
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
     config = check_wan(args, parser.error)

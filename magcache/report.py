@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from magcache.ratios import CALLS_PER_STEP, RatioTable, resample_nearest, smooth_sqrt, split_branches
@@ -52,6 +53,15 @@ SHAPES = {
     "t2v-tiny": _TINY,
     "i2v-tiny": replace(_TINY, num_layers=7, in_dim=36, image_tokens=CLIP_TOKENS),
 }
+_ALL_480P = ("480*832", "832*480")
+_ALL_VIDEO = ("720*1280", "1280*720", *_ALL_480P)
+SIZES = {  # that a task runs at
+    "t2v-1.3B": _ALL_480P,
+    "vace-1.3B": _ALL_480P,
+    "t2i-14B": (*_ALL_VIDEO, "1024*1024"),
+    "t2v-tiny": ("64*64",),
+    "i2v-tiny": ("64*64",),
+} | dict.fromkeys(("t2v-14B", "i2v-14B", "flf2v-14B", "vace-14B"), _ALL_VIDEO)
 
 
 def shape_of(task: str, ckpt_dir: str | Path) -> Shape:
@@ -150,19 +160,17 @@ def predict_by_ratios(
     thresh: that of the rule, if the rule made the schedule.
     """
     rows = {}
-    for branch, values in enumerate(split_branches(ratios)[: schedule.calls_per_step]):
+    for values, (name, reuse) in zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False):
         if len(values) != schedule.steps:
             values = resample_nearest(values, schedule.steps)
         if smooth == "sqrt":
             values = smooth_sqrt(values)
-        rows[BRANCHES[branch]] = rule_errors(values, schedule.reuse[branch :: schedule.calls_per_step])
-    return Prediction("accumulated error of a stretch by the ratios", rows, thresh)
+        rows[name] = rule_errors(values, reuse)
+    return Prediction("accumulated along a reused stretch by the ratios", rows, thresh)
 
 
 def predict_by_products(schedule: Schedule, products) -> Prediction:
     """By the products of a full calibration (`magcache.search.load_products`), summed along the way."""
-    from itertools import accumulate
-
     import numpy as np
 
     steps, per_step = schedule.steps, schedule.calls_per_step
@@ -176,7 +184,7 @@ def predict_by_products(schedule: Schedule, products) -> Prediction:
         combined[computed[: len(weights)]] = weights
         combined[step] -= 1.0
         errors.append(math.sqrt(max(0.0, float(combined @ products[step] @ combined))))
-    return Prediction("error of the latent by the full calibration, summed", {"both": tuple(accumulate(errors))})
+    return Prediction("of the latent by the full calibration, summed along the way", {"both": tuple(accumulate(errors))})
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
@@ -186,7 +194,7 @@ def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
     if width is None or width >= len(marks):
         return "".join(marks)
     edges = [round(i * len(marks) / width) for i in range(width + 1)]
-    cells = [set(marks[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    cells = [set(marks[a:b]) for a, b in pairwise(edges)]
     return "".join(cell.pop() if len(cell) == 1 else "+" for cell in cells)
 
 
@@ -200,9 +208,11 @@ def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
     return "".join(str(tenth) if reused else " " for tenth, reused in zip(tenths, reuse, strict=True)).rstrip()
 
 
-def table_origin(table: RatioTable, published: bool) -> str:
-    origin = "published" if published else f"measured {table.measured_on.get('date', 'at an unknown time')[:10]}"
-    return f"{table.name}, {origin}, {table.steps} steps"
+def table_origin(table: RatioTable) -> str:
+    """Where a table comes from, in words."""
+    if date := table.measured_on.get("date"):
+        return f"measured on {str(date)[:10]} with {table.steps} steps ({table.path})"
+    return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
 
 
 def number_of_bytes(count: float) -> str:
@@ -211,23 +221,49 @@ def number_of_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """Schedules that other settings would make, for a table: by row and column. notes: what else is said of each."""
+
+    heading: str
+    rows: list[str]
+    columns: list[str]
+    schedules: list[list[Schedule]]
+    notes: list[list[str]]
+
+    def lines(self, asked: Schedule) -> list[str]:
+        """The cells with the schedule that is asked for have a star."""
+        cells = [
+            [f"{s.computed}, {s.speedup_bound:.2f}x{note}{' *' if s == asked else ''}" for s, note in zip(*row, strict=True)]
+            for row in zip(self.schedules, self.notes, strict=True)
+        ]
+        width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
+        first = max(map(len, self.rows)) + 3
+        rows = [("", self.columns), *zip(self.rows, cells, strict=True)]
+        return [self.heading] + [
+            " " * 10 + f"{label:<{first}}" + "".join(f"{cell:<{width}}" for cell in row) for label, row in rows
+        ]
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that can be said before a run.
 
-    chosen_by: what the steps were chosen by, a table and its origin. prediction: None where nothing predicts.
-    video: what is generated, in words. neighbours: (heading, row labels, column labels, schedules by row) of what other
-    settings would give; the cell of these settings is the schedule itself.
+    made_by: what made the schedule, a table or steps, and its settings. origin: of that table. video: what is generated,
+    in words. prediction: None where nothing predicts. dtype, where: of the cached residuals. shards: GPUs that share
+    the tokens. neighbours: what other settings would give.
     """
 
     schedule: Schedule
-    chosen_by: str
+    made_by: str
+    origin: str
     video: str
     tokens: int
     shape: Shape
     prediction: Prediction | None
-    dtype: str | None
-    where: str
-    neighbours: tuple[str, list[str], list[str], list[list[Schedule]]]
+    neighbours: Neighbours
+    dtype: str | None = None
+    where: str = "on the GPU"
+    shards: int = 1
 
     def headline(self) -> str:
         schedule = self.schedule
@@ -235,70 +271,65 @@ class Plan:
             f"{schedule.computed} of {len(schedule.weights)} DiT calls computed, at most {schedule.speedup_bound:.2f}x"
         )
 
-    def flops(self) -> tuple[float, float]:
+    def flops(self) -> tuple[int, int]:
         """Of the whole run: with this schedule, and with every call computed."""
         computed, reused = call_flops(self.shape, self.tokens)
         calls = len(self.schedule.weights)
         return self.schedule.computed * computed + (calls - self.schedule.computed) * reused, calls * computed
 
     def lines(self) -> list[str]:
-        schedule, steps = self.schedule, self.schedule.steps
-        branches = [schedule.reuse[b :: schedule.calls_per_step] for b in range(schedule.calls_per_step)]
-        names = BRANCHES[: len(branches)]
-        lines = [self.headline(), f"steps by  {self.chosen_by}", f"video     {self.video}, {self.tokens} tokens a call", ""]
-        lines.append(f"step      {ruler(steps)}")
-        for name, reuse in zip(names, branches, strict=True):
-            lines.append(f"{name:<9} {step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
-        if self.prediction:
-            unit = self.prediction.bound or self.prediction.largest
-            for row, errors in self.prediction.rows.items():
-                reuse = branches[BRANCHES.index(row)] if row in names else branches[0]
-                label = f"{errors and max(errors):.3g} at most" if self.prediction.bound else f"{max(errors):.3g}"
-                lines.append(f"error     {digits(errors, reuse, unit):<{steps}}  {row}: {label}")
-            of = f"thresh {unit:g}" if self.prediction.bound else f"{unit:.3g}"
-            lines.append(f"          (# computed, . reused; {self.prediction.kind}, in tenths of {of})")
-        else:
-            lines.append("          (# computed, . reused; no error is predicted: there is no table of this model)")
+        schedule = self.schedule
         cached, full = self.flops()
-        memory = cached_bytes(schedule, self.shape, self.tokens, self.dtype)
         kept = schedule.history * schedule.calls_per_step
-        lines += [
+        memory = "no residual is cached"
+        if kept:
+            size = cached_bytes(schedule, self.shape, self.tokens, self.dtype) / self.shards
+            memory = f"{number_of_bytes(size)} {self.where} for {kept} cached residuals"
+        lines = [
+            self.headline(),
+            f"schedule  {self.made_by}",
+            f"origin    {self.origin}",
+            f"video     {self.video}; {self.tokens} tokens a call",
             "",
-            f"calls     {schedule.computed} computed, {len(schedule.weights) - schedule.computed} reused; "
-            f"speed-up at most {schedule.speedup_bound:.2f}x",
-            f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g}",
-            f"memory    {number_of_bytes(memory)} {self.where} for {kept} cached residuals"
-            if kept
-            else "memory    no residual is cached",
+            *self.map_lines(),
             "",
-            *self.comparison(),
+            f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
+            f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
+            f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
+            f"memory    {memory}",
+            "",
+            *self.neighbours.lines(schedule),
         ]
         return [line.rstrip() for line in lines]
 
-    def comparison(self) -> list[str]:
-        heading, rows, columns, schedules = self.neighbours
-        cells = [
-            [f"{s.computed}, {s.speedup_bound:.2f}x{'*' if s is self.schedule else ' '}" for s in row]
-            for row in schedules
-        ]
-        first = max(len(label) for label in ("", *rows)) + 2
-        width = max(len(text) for text in [*columns, *(cell for row in cells for cell in row)]) + 3
-        lines = [f"{heading} (* as asked)"]
-        lines.append(" " * (10 + first) + "".join(f"{column:<{width}}" for column in columns))
-        for label, row in zip(rows, cells, strict=True):
-            lines.append(" " * 10 + f"{label:<{first}}" + "".join(f"{cell:<{width}}" for cell in row))
-        return lines
+    def map_lines(self) -> list[str]:
+        """The steps of every branch, and below them the predicted errors."""
+        steps = self.schedule.steps
+        branches = reuse_by_branch(self.schedule)
+        lines = [f"step      {ruler(steps)}"]
+        for name, reuse in branches.items():
+            lines.append(f"{name:<9} {step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
+        if not self.prediction:
+            return [*lines, "          # computed, . reused; no error is predicted: there is no table of this model"]
+        unit = self.prediction.bound or self.prediction.largest
+        for name, errors in self.prediction.rows.items():
+            shown = f"{digits(errors, branches.get(name, next(iter(branches.values()))), unit):<{steps}}"
+            lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
+        of = f"thresh {unit:g}" if self.prediction.bound else f"{unit:.3g}"
+        return [*lines, f"          # computed, . reused; error: {self.prediction.kind}, in tenths of {of}"]
 
 
 def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:
-    """Thresholds and K around those of a run, rising; at least 0."""
-    thresholds = [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12]
-    return thresholds, [max(0, K - 1) + i for i in range(3)] if K else [0, 1, 2]
+    """Thresholds and K around those of a run, rising; none below 0."""
+    return [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12], [max(K, 1) + i for i in (-1, 0, 1)]
 
 
-def calls_in(schedule: Schedule) -> dict[str, list[int]]:
-    """The steps that compute, by branch."""
-    return {
-        BRANCHES[branch]: [s for s, r in enumerate(schedule.reuse[branch :: schedule.calls_per_step]) if not r]
-        for branch in range(schedule.calls_per_step)
-    }
+def neighbour_speedups(speedup: float, steps: int) -> list[float]:
+    """Speed-ups around that of a run, rising; none that a run would refuse."""
+    return sorted({min(max(speedup + difference, 1.0), float(steps)) for difference in (-0.5, 0.0, 0.5)})
+
+
+def reuse_by_branch(schedule: Schedule) -> dict[str, tuple[bool, ...]]:
+    """For every step: True where it does not compute."""
+    count = schedule.calls_per_step
+    return {BRANCHES[branch]: schedule.reuse[branch::count] for branch in range(count)}
