@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -18,9 +19,9 @@ from magcache.schedule import Schedule
 
 PHASES = {  # of magcache.progress, in words
     "text": "text encoder",
-    "inputs": "inputs, moving the transformer",
-    "computed": "transformer, computed calls",
-    "reused": "transformer, reused calls",
+    "inputs": "inputs",
+    "computed": "transformer, computed (calls)",
+    "reused": "transformer, reused (calls)",
     "sampler": "sampler and rest of the steps",
     "decode": "VAE decoding",
     "save": "saving",
@@ -107,8 +108,8 @@ def write_image(path: Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(part, format="PNG")
 
 
-def embedded(frames: np.ndarray, fps: int, scratch: Path) -> str:
-    """A video element, or an image element for a single frame, with all its data. scratch: a path to write to."""
+def embedded(frames: np.ndarray, fps: int, page: Path) -> str:
+    """A video element, or an image element for a single frame, with all its data; encoded in a file beside the page."""
     pixelated = ' class="small"' if frames.shape[2] < 256 else ""
     if len(frames) == 1:
         from PIL import Image
@@ -116,6 +117,7 @@ def embedded(frames: np.ndarray, fps: int, scratch: Path) -> str:
         buffer = io.BytesIO()
         Image.fromarray(frames[0]).save(buffer, format="PNG")
         return f'<img{pixelated} alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    scratch = page.with_suffix(".scratch.mp4")
     try:
         write_video(scratch, frames, fps)
         data = base64.b64encode(scratch.read_bytes()).decode()
@@ -124,12 +126,22 @@ def embedded(frames: np.ndarray, fps: int, scratch: Path) -> str:
     return f'<video{pixelated} src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
 
 
+def round_ticks(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from low to high, at most so many."""
+    power = 10 ** math.floor(math.log10(max(high - low, 1e-9) / most))
+    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            break
+    return [n * step for n in range(first, last + 1) if not (isinstance(low, int) and n * step % 1)]
+
+
 def chart(title: str, series: dict[str, Sequence[float | None]], x_label: str, bound: float | None = None) -> str:
     """Curves over 0 ... n - 1 as an SVG element; gaps where a value is None."""
     values = [v for row in series.values() for v in row if v is not None] + ([bound] if bound else [])
     if not values:
         return f"<figure><figcaption>{html.escape(title)}</figcaption><p>equal in all frames</p></figure>"
-    width, height, left, bottom, top = 640, 200, 52, 34, 10
+    width, height, left, bottom, top = 640, 200, 60, 34, 10
     low, high = min(values), max(values)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
@@ -142,12 +154,11 @@ def chart(title: str, series: dict[str, Sequence[float | None]], x_label: str, b
         return top + (height - top - bottom) * (high - value) / (high - low)
 
     parts = []
-    for tick in range(5):
-        value = low + (high - low) * tick / 4
+    for value in round_ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for i in sorted({round((count - 1) * tick / 5) for tick in range(6)}):
-        parts.append(f'<text x="{x(i):.1f}" y="{height - bottom + 16}" text-anchor="middle">{i}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.6g}</text>')
+    for i in round_ticks(0, count - 1, 8):
+        parts.append(f'<text x="{x(i):.1f}" y="{height - bottom + 16}" text-anchor="middle">{i:g}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">{html.escape(x_label)}</text>')
     if bound:
         parts.append(f'<line class="bound" x1="{left}" x2="{width - 12}" y1="{y(bound):.1f}" y2="{y(bound):.1f}"/>')
@@ -173,7 +184,7 @@ def chart(title: str, series: dict[str, Sequence[float | None]], x_label: str, b
 
 def skip_map(schedule: Schedule) -> str:
     """The steps of every branch as an SVG element."""
-    left, width, height = 52, 640, 22
+    left, width, height = 60, 640, 22
     cell = (width - left - 12) / schedule.steps
     parts = []
     for row, (name, reuse) in enumerate(reuse_by_branch(schedule).items()):
@@ -186,8 +197,8 @@ def skip_map(schedule: Schedule) -> str:
                 f'height="{height}"><title>step {step}, {name}: {kind}</title></rect>'
             )
     y = 4 + schedule.calls_per_step * (height + 4) + 12
-    for step in sorted({round((schedule.steps - 1) * tick / 5) for tick in range(6)}):
-        parts.append(f'<text x="{left + (step + 0.5) * cell:.1f}" y="{y}" text-anchor="middle">{step}</text>')
+    for step in round_ticks(0, schedule.steps - 1, 8):
+        parts.append(f'<text x="{left + (step + 0.5) * cell:.1f}" y="{y}" text-anchor="middle">{step:g}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{y + 16}" text-anchor="middle">sampling step</text>')
     return (
         '<figure><figcaption>steps <span class="key computed">computed</span><span class="key reused">reused'
@@ -208,13 +219,14 @@ def times_table(cached: dict[str, float], uncached: dict[str, float], schedule: 
         counts = calls.get(phase)
         texts = [f"{times.get(phase, 0.0):.2f}" for times in (cached, uncached)]
         if counts:
-            texts = [f"{text} ({count} calls)" for text, count in zip(texts, counts, strict=True)]
+            texts = [f"{text} ({count})" for text, count in zip(texts, counts, strict=True)]
         cells.append(("", name, *texts, ""))
     for name, phases in (("denoising", DENOISE), ("in all, after loading", tuple(PHASES))):
         a, b = (sum(times.get(phase, 0.0) for phase in phases) for times in (cached, uncached))
         cells.append((' class="sum"', name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}x" if a else ""))
     body = "".join(
-        f"<tr{style}><td>{name}</td><td>{a}</td><td>{b}</td><td>{faster}</td></tr>" for style, name, a, b, faster in cells
+        f"<tr{style}><td>{name}</td><td>{a}</td><td>{b}</td><td>{faster}</td></tr>"
+        for style, name, a, b, faster in cells
     )
     return (
         "<table><thead><tr><th>seconds</th><th>MagCache</th><th>uncached</th><th>faster</th></tr></thead>"
@@ -223,113 +235,125 @@ def times_table(cached: dict[str, float], uncached: dict[str, float], schedule: 
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a page says of the pair. made_by: of the schedule. video, device: in words. settings: a table of names and
-    values. cached, uncached: seconds by phase."""
+class Comparison:
+    """A pair of runs, and the page about it.
+
+    video, device, made_by (of the schedule): in words. cached, uncached: seconds by phase.
+    """
 
     prompt: str
     made_by: str
     video: str
     device: str
-    settings: dict[str, str]
     schedule: Schedule
     prediction: Prediction | None
     cached: dict[str, float]
     uncached: dict[str, float]
 
+    def write(self, path: Path, frames: np.ndarray, reference: np.ndarray, fps: int) -> tuple[Scores, list[Path]]:
+        """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video `path`, each of them
+        whole or not at all. frames: cached, reference: uncached, uint8 [F, H, W, 3].
 
-def write_comparison(path: Path, frames: np.ndarray, reference: np.ndarray, fps: int, run: Run) -> tuple[Scores, list[Path]]:
-    """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video `path`, each of them
-    whole or not at all. frames: cached, reference: uncached, uint8 [F, H, W, 3]. Returns scores and the paths."""
-    scores = score(frames, reference)
-    apart, factor = difference(frames, reference)
-    still = len(frames) == 1
-    side_by_side = path.with_name(f"{path.stem}_compare{'.png' if still else '.mp4'}")
-    parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
-    rows = np.concatenate([labelled(part, label) for label, part in parts.items()], axis=2)
-    if still:
-        write_image(side_by_side, rows[0])
-    else:
-        write_video(side_by_side, rows, fps)
-    page = path.with_name(f"{path.stem}_compare.html")
-    scratch = page.with_suffix(".scratch.mp4")
-    shown = [(label, embedded(part, fps, scratch)) for label, part in parts.items()]
-    with written_whole(page) as part:
-        part.write_text(make_page(path, side_by_side, shown, factor, fps, scores, run), encoding="utf-8")
-    return scores, [side_by_side, page]
+        Returns the scores and the paths. Raises OSError where a file cannot be written.
+        """
+        scores = score(frames, reference)
+        apart, factor = difference(frames, reference)
+        parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
+        rows = np.concatenate([labelled(part, label) for label, part in parts.items()], axis=2)
+        side_by_side = path.with_name(f"{path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
+        if len(frames) == 1:
+            write_image(side_by_side, rows[0])
+        else:
+            write_video(side_by_side, rows, fps)
+        page = path.with_name(f"{path.stem}_compare.html")
+        media = "".join(
+            f"<figure><figcaption>{label}</figcaption>{embedded(part, fps, page)}</figure>"
+            for label, part in parts.items()
+        )
+        with written_whole(page) as part:
+            part.write_text(self.page(path, side_by_side, media, factor, fps, scores), encoding="utf-8")
+        return scores, [side_by_side, page]
+
+    def page(self, path: Path, side_by_side: Path, media: str, factor: int, fps: int, scores: Scores) -> str:
+        """HTML with everything in it; media: the elements of the videos."""
+        cached, uncached = (sum(times[phase] for phase in DENOISE) for times in (self.cached, self.uncached))
+        tiles = {
+            "PSNR": in_words(scores.overall_psnr),
+            "SSIM": f"{scores.overall_ssim:.4f}",
+            "denoising": f"{uncached / cached:.2f}x faster",
+            "transformer calls computed": f"{self.schedule.computed} of {len(self.schedule.weights)}",
+        }
+        tiles = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items())
+        count = len(scores.ssim)
+        curves, controls = skip_map(self.schedule), ""
+        if self.prediction:
+            title = f"predicted error, {self.prediction.kind}"
+            curves += chart(title, self.prediction.rows, "sampling step", self.prediction.bound)
+        if count > 1:
+            curves += chart("PSNR of every frame, dB", {"": scores.psnr}, "frame")
+            curves += chart("SSIM of every frame", {"": scores.ssim}, "frame")
+            controls = CONTROLS.format(last=count - 1, count=count)
+        worst = min((psnr for psnr in scores.psnr if psnr is not None), default=None)
+        rows = {
+            "PSNR": (in_words(scores.overall_psnr), in_words(worst)),
+            "SSIM": (f"{scores.overall_ssim:.4f}", f"{min(scores.ssim):.4f}"),
+        }
+        score_rows = "".join(f"<tr><td>{name}</td><td>{a}</td><td>{b}</td></tr>" for name, (a, b) in rows.items())
+        return PAGE.format(
+            title=html.escape(path.name),
+            style=STYLE,
+            prompt=html.escape(self.prompt),
+            facts="<br>".join(map(html.escape, (self.video, f"MagCache: {self.made_by}", self.device))),
+            tiles=tiles,
+            media=media,
+            controls=controls,
+            factor=factor,
+            link=quote(side_by_side.name),
+            name=html.escape(side_by_side.name),
+            curves=curves,
+            times=times_table(self.cached, self.uncached, self.schedule),
+            scores=score_rows,
+            fps=fps,
+            count=count,
+            script=SCRIPT,
+        )
 
 
-def make_page(
-    path: Path, side_by_side: Path, shown: list[tuple[str, str]], factor: int, fps: int, scores: Scores, run: Run
-) -> str:
-    """The page as HTML, with everything in it."""
-    schedule = run.schedule
-    media = "".join(f"<figure><figcaption>{label}</figcaption>{element}</figure>" for label, element in shown)
-    cached, uncached = (sum(times.get(phase, 0.0) for phase in DENOISE) for times in (run.cached, run.uncached))
-    tiles = {
-        "PSNR": in_words(scores.overall_psnr),
-        "SSIM": f"{scores.overall_ssim:.4f}",
-        "denoising": f"{uncached / cached:.2f}x faster" if cached else "-",
-        "calls computed": f"{schedule.computed} of {len(schedule.weights)}",
-    }
-    count = len(scores.ssim)
-    curves = ""
-    if count > 1:
-        curves += chart("PSNR of every frame, dB", {"": scores.psnr}, "frame")
-        curves += chart("SSIM of every frame", {"": scores.ssim}, "frame")
-    curves += skip_map(schedule)
-    if run.prediction:
-        title = f"predicted error, {run.prediction.kind}"
-        curves += chart(title, run.prediction.rows, "sampling step", run.prediction.bound)
-    known = [psnr for psnr in scores.psnr if psnr is not None]
-    frames = [
-        ("PSNR", in_words(scores.overall_psnr), in_words(min(known, default=None))),
-        ("SSIM", f"{scores.overall_ssim:.4f}", f"{min(scores.ssim):.4f}"),
-    ]
-    score_rows = "".join(f"<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in frames)
-    settings = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in run.settings.items()
-    )
-    controls = (
-        '<div class="controls"><button id="play">Pause</button>'
-        f'<input id="seek" type="range" min="0" max="{count - 1}" value="0" aria-label="frame">'
-        f'<output id="frame">frame 0 of {count}</output></div>'
-        if count > 1
-        else ""
-    )
-    return f"""<!DOCTYPE html>
+CONTROLS = """
+<div class="controls"><button id="play">Pause</button>
+<input id="seek" type="range" min="0" max="{last}" value="0" aria-label="frame">
+<output id="frame">frame 0 of {count}</output></div>"""
+
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(path.name)}: MagCache and uncached</title>
-<style>{STYLE}</style>
+<title>{title}: MagCache and uncached</title>
+<style>{style}</style>
 </head>
 <body>
 <main>
 <header>
-<h1>{html.escape(run.prompt)}</h1>
-<p>{html.escape(run.video)}<br>{html.escape(run.made_by)}<br>{html.escape(run.device)}</p>
+<h1>{prompt}</h1>
+<p>{facts}</p>
 </header>
-<section class="tiles">{"".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in tiles.items())}</section>
-<section class="media">{media}</section>
-{controls}
-<p class="note">The same prompt and seed, with MagCache and without. The difference is the absolute one of the pixels,
-{factor} times as bright. Scores are of the pixels before compression, against the uncached ones.
-Side by side: <a href="{html.escape(side_by_side.name)}">{html.escape(side_by_side.name)}</a>.</p>
+<section class="tiles">{tiles}</section>
+<section class="media">{media}</section>{controls}
+<p class="note">The same prompt and seed with MagCache and without. The difference is the absolute one of the pixels,
+{factor} times as bright. The scores compare the pixels before compression. The run
+with MagCache came first, so its times bear the warm-up. Side by side: <a href="{link}">{name}</a>.</p>
 <section class="curves">{curves}</section>
 <section class="tables">
-<div><h2>Times</h2>{times_table(run.cached, run.uncached, schedule)}</div>
-<div><h2>Scores</h2><table><thead><tr><th></th><th>overall</th><th>worst frame</th></tr></thead>
-<tbody>{score_rows}</tbody></table></div>
+<div><h2>Times</h2>{times}</div>
+<div><h2>Scores against the uncached one</h2>
+<table><thead><tr><th></th><th>overall</th><th>worst frame</th></tr></thead><tbody>{scores}</tbody></table></div>
 </section>
-<details><summary>Settings</summary><table class="settings"><tbody>{settings}</tbody></table></details>
 </main>
-<script>const FPS = {fps}, COUNT = {count};{SCRIPT}</script>
+<script>const FPS = {fps}, COUNT = {count};{script}</script>
 </body>
 </html>
 """
-
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #5b6470; --line: #d6dae0; --box: #f4f6f8;
@@ -343,11 +367,13 @@ h1 { font-size: 1.3rem; line-height: 1.3; margin: 0 0 6px; overflow-wrap: anywhe
 h2 { font-size: 1rem; margin: 0 0 8px; }
 header p, .note { color: var(--soft); margin: 0 0 16px; font-size: .9rem; overflow-wrap: anywhere; }
 a { color: var(--c0); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 8px; margin-bottom: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-bottom: 16px; }
 .tiles div { background: var(--box); border-radius: 8px; padding: 10px 12px; }
 .tiles b { display: block; font-size: 1.15rem; }
 .tiles span { color: var(--soft); font-size: .85rem; }
-.media { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); gap: 12px; }
+.media { display: grid; grid-template-columns: repeat(3, 1fr); gap: 12px; }
+@media (max-width: 700px) { .tiles, .media { grid-template-columns: repeat(2, 1fr); }
+  .media figure:last-child { grid-column: 1 / -1; } }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .9rem; color: var(--soft); margin-bottom: 4px; }
 video, img { display: block; width: 100%; background: #000; border-radius: 6px; }
@@ -369,20 +395,19 @@ path.c0 { stroke: var(--c0); }
 path.c1 { stroke: var(--c1); stroke-dasharray: 6 3; }
 rect.computed { fill: var(--c0); }
 rect.reused { fill: var(--reused); }
-.key { margin-left: 10px; white-space: nowrap; }
+.key { margin-left: 10px; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }
 .key.c0::before, .key.computed::before { background: var(--c0); }
 .key.c1::before { background: var(--c1); }
 .key.reused::before { background: var(--reused); }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px;
   margin: 28px 0 20px; }
+td:not(:first-child), .key { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .sum td { font-weight: 600; }
-.settings td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
-summary { cursor: pointer; color: var(--soft); }
 """
 
 SCRIPT = """

@@ -45,7 +45,7 @@ class Watch:
             torch.cuda.synchronize()
         now = time.perf_counter()
         passed, self.clock = now - self.clock, now
-        self.seconds[phase] += passed
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
         return passed
 
     def after_text(self, *_) -> None:
@@ -76,9 +76,12 @@ class Watch:
             if self.bar is None:
                 self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True)
             room = max(10, (self.bar.ncols or 80) - len(f"denoise [] {steps}/{steps} half reused, about 0:00:00 left "))
-            row = [all(reused for reused, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)]
+            row = [
+                all(reused for reused, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)
+            ]
             self.bar.set_description_str(
-                f"denoise [{step_map([*row, *[None] * (steps - done)], min(room, steps))}] {text}", refresh=done == steps
+                f"denoise [{step_map([*row, *[None] * (steps - done)], min(room, steps))}] {text}",
+                refresh=done == steps,
             )
             self.bar.update()
         elif time.perf_counter() - self.logged >= LOG_SECONDS or done == steps:
@@ -109,9 +112,9 @@ def clock_time(seconds: float) -> str:
 def watched(pipeline, schedule: Schedule, cache: ResidualCache | None = None, show: bool = True) -> Iterator[Watch]:
     """Watches `pipeline` while it generates one video in this block.
 
-    schedule: of the calls, all of them computed where nothing is cached. cache: what `magcache.apply_magcache` returned,
-    if it is applied. show: whether this process has the bar, on stderr; where that is no terminal, a line every
-    30 seconds.
+    schedule: of the calls, all of them computed where nothing is cached. cache: what `magcache.apply_magcache`
+    returned, if it is applied. show: whether this process has the bar, on stderr; where that is no terminal, a line
+    every 30 seconds.
     """
     watch = Watch(schedule, cache, show)
     with contextlib.ExitStack() as stack:

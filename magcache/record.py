@@ -112,7 +112,9 @@ def describe_schedule(schedule: Schedule) -> dict:
     """By branch: the steps that compute; by call: null where it computes, else the weights of the cached residuals."""
     from magcache.report import reuse_by_branch
 
-    steps = {name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()}
+    steps = {
+        name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()
+    }
     return {
         "computed_calls": schedule.computed,
         "calls": len(schedule.weights),

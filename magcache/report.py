@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from magcache.ratios import CALLS_PER_STEP, RatioTable, resample_nearest, smooth_sqrt, split_branches
+from magcache.ratios import RatioTable, resample_nearest, smooth_sqrt, split_branches
 from magcache.schedule import Schedule
 
 BRANCHES = ("cond", "uncond")
@@ -155,7 +155,7 @@ class Prediction:
 def predict_by_ratios(
     schedule: Schedule, ratios: Sequence[float], smooth: str = "none", thresh: float | None = None
 ) -> Prediction:
-    """By a ratio table in call order; one of another number of steps is taken by nearest index, as `magcache.plan` does.
+    """By a ratio table in call order; one of another number of steps is resampled by nearest index, as by `plan`.
 
     thresh: that of the rule, if the rule made the schedule.
     """
@@ -184,7 +184,9 @@ def predict_by_products(schedule: Schedule, products) -> Prediction:
         combined[computed[: len(weights)]] = weights
         combined[step] -= 1.0
         errors.append(math.sqrt(max(0.0, float(combined @ products[step] @ combined))))
-    return Prediction("of the latent by the full calibration, summed along the way", {"both": tuple(accumulate(errors))})
+    return Prediction(
+        "of the latent by the full calibration, summed along the way", {"both": tuple(accumulate(errors))}
+    )
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
@@ -233,7 +235,10 @@ class Neighbours:
     def lines(self, asked: Schedule) -> list[str]:
         """The cells with the schedule that is asked for have a star."""
         cells = [
-            [f"{s.computed}, {s.speedup_bound:.2f}x{note}{' *' if s == asked else ''}" for s, note in zip(*row, strict=True)]
+            [
+                f"{s.computed}, {s.speedup_bound:.2f}x{note}{' *' if s == asked else ''}"
+                for s, note in zip(*row, strict=True)
+            ]
             for row in zip(self.schedules, self.notes, strict=True)
         ]
         width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
@@ -248,8 +253,8 @@ class Neighbours:
 class Plan:
     """All that can be said before a run.
 
-    made_by: what made the schedule, a table or steps, and its settings. origin: of that table. video: what is generated,
-    in words. prediction: None where nothing predicts. dtype, where: of the cached residuals. shards: GPUs that share
+    made_by: what made the schedule, a table or steps, and its settings. origin: of that table. video: what is
+    generated, in words. prediction: None where nothing predicts. dtype, where: of the cached residuals. shards: GPUs that share
     the tokens. neighbours: what other settings would give.
     """
 
