@@ -833,11 +833,18 @@ def make_record(args, request, pixels, schedule, made_by: str | None, watch, sec
     }
 
 
-def write_record(args, path: Path, record: dict) -> None:
+def write_record(args, path: Path, record: dict) -> bool:
+    """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
     from magcache.record import record_path, write_record
 
-    if args.magcache_record == "on":
+    if args.magcache_record == "off":
+        return False
+    try:
         write_record(record_path(path), record)
+    except OSError as fault:
+        print(f"warning: the record could not be written: {fault}", file=sys.stderr)
+        return False
+    return True
 
 
 def compare(args, pipeline, run, cache, schedule, made_by: str, watch, frames, request, fps: int) -> dict | None:
@@ -902,7 +909,6 @@ def generate(
     import wan
     from magcache.compare import to_frames
     from magcache.progress import watched
-    from magcache.record import record_path
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
     seconds, clock = {}, time.perf_counter()
@@ -984,10 +990,10 @@ def generate(
                 save_result(video, path, config.sample_fps)
                 watch.lap("save")
                 frames, height, width = video.shape[1:]
-                noted = f", {record_path(path).name} beside it" if args.magcache_record == "on" else ""
-                print(f"saved     {path} ({width}x{height}, {frames} frames{noted})", flush=True)
+                print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
                 record = make_record(args, request, (frames, height, width), schedule, table, watch, seconds)
-                write_record(args, path, record)
+                if write_record(args, path, record):
+                    print(f"record    {path.with_suffix('.json')}", flush=True)
             if args.compare:
                 frames = to_frames(video) if group.rank == 0 else None
                 del video  # the second one needs its memory

@@ -254,8 +254,8 @@ class Plan:
     """All that can be said before a run.
 
     made_by: what made the schedule, a table or steps, and its settings. origin: of that table. video: what is
-    generated, in words. prediction: None where nothing predicts. dtype, where: of the cached residuals. shards: GPUs that share
-    the tokens. neighbours: what other settings would give.
+    generated, in words. prediction: None where nothing predicts. neighbours: what other settings would give. dtype,
+    where: of the cached residuals. shards: GPUs that share the tokens.
     """
 
     schedule: Schedule
