@@ -1,18 +1,15 @@
 """What processes that share a video are compared with: the same runs in one process. Started by torchrun it makes the
 runs of several, and every process writes what it saw.
 
-torchrun ... ranks.py pipelines|models FOLDER      (FOLDER/CHECKPOINT holds the tiny checkpoints)
+PYTHONPATH=. torchrun ... tests/ranks.py pipelines|models FOLDER      (FOLDER/CHECKPOINT holds the tiny checkpoints)
 """
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-
 import torch
 import torch.distributed as dist
 from diffusers.models import attention_dispatch as attention
-from golden_data import GOLDEN
 from PIL import Image
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -137,17 +134,19 @@ def register_cpu_attention_with_lse() -> None:
     """diffusers' attention on the CPU does not return the log-sum-exp that a ring needs; torch has one that does. It
     takes the place of the one that rings use on CUDA."""
 
-    def forward_op(ctx, query, key, value, *args, **kwargs):
+    def forward_op(ctx, query, key, value, mask=None, dropout=0, causal=False, scale=None, gqa=False, lse=False, **_):
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
-        return out.transpose(1, 2), lse.transpose(1, 2)
+        out, sums = (
+            x.transpose(1, 2) for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+        )
+        return (out, sums) if lse else out
 
     name = attention.AttentionBackendName._NATIVE_FLASH
 
     @attention._AttentionBackendRegistry.register(name, supports_context_parallel=True)
     def cpu_flash(query, key, value, attn_mask=None, _parallel_config=None):
         if _parallel_config is None:
-            return forward_op(None, query, key, value)[0]
+            return forward_op(None, query, key, value)
         return attention._templated_context_parallel_attention(
             query, key, value, None, forward_op=forward_op, backward_op=None, _parallel_config=_parallel_config
         )

@@ -1,5 +1,6 @@
 """Two and four processes against one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ import ranks
 import torch
 from golden_data import write_checkpoint
 
+REPO = Path(__file__).parent.parent
 REFERENCE = {}  # of one process, by kind, size and frames
 
 
-def torchrun(processes: int, *arguments, **kwargs):
+def torchrun(processes: int, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, **kwargs)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def start(what: str, processes: int, folder: Path) -> list[dict]:
@@ -78,7 +83,12 @@ def test_four_processes(models, name):
     expected = ranks.model_run(grid)["outputs"]
     for index, rank in enumerate(models):
         result = rank[name]
-        assert result["place"] == (index % (ring * ulysses), ring * ulysses, index // (ring * ulysses), 4 // (ring * ulysses))
+        assert result["place"] == (
+            index % (ring * ulysses),
+            ring * ulysses,
+            index // (ring * ulysses),
+            4 // (ring * ulysses),
+        )
         for u, v in zip(result["outputs"], expected, strict=True):
             torch.testing.assert_close(u, v, rtol=0, atol=1e-5)
         computed, reused = result["collectives"]
