@@ -6,8 +6,10 @@ Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside i
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -202,6 +204,24 @@ def make_parser() -> Parser:
         help="of the cached residuals (default: as computed)",
     )
     add("--magcache_offload", action="store_true", help="cached residuals wait in CPU memory")
+    add(
+        "--magcache_plan",
+        nargs="?",
+        const=True,
+        metavar="PNG",
+        help="only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are",
+    )
+    add(
+        "--magcache_record",
+        default="on",
+        choices=("on", "off"),
+        help="write a JSON beside the video with all it takes to make it again (default: on)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="also generate without the cache, and write both and their difference as a video and a page, with scores",
+    )
     add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
     return parser
 
@@ -209,7 +229,8 @@ def make_parser() -> Parser:
 def check_request(args, error) -> None:
     """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
     kind = args.task.split("-")[0]
-    check_processes(args, error)
+    if not args.magcache_plan:
+        check_processes(args, error)
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
     elif kind == "vace" and args.src_video:
@@ -238,7 +259,7 @@ def check_request(args, error) -> None:
         args.base_seed = random.randrange(2**32)
     if args.prompt_file:
         read_prompts(args, error)
-    choose_inputs(args, error)
+    choose_inputs(args, error if not args.magcache_plan else lambda message: None)  # a plan needs no files
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
 
@@ -248,9 +269,12 @@ def check_request(args, error) -> None:
         error(fault)
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
-    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast"):
+    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast", "compare"):
         if getattr(args, flag) and not args.use_magcache:
             error(f"--{flag} needs --use_magcache")
+    if args.compare:
+        for package in ("skimage", "imageio_ffmpeg", "PIL"):
+            need_package(package, "--compare", error)
     if args.magcache_speedup is not None:
         if given := getattr(args, "explicit", None):
             error(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
@@ -636,20 +660,37 @@ def result_path(args, prompt: str, error) -> Path:
     return path
 
 
+def describe_video(args, shape: tuple[int, int, int], seed: int) -> str:
+    """shape: (frames, height, width)."""
+    frames, height, width = shape
+    return (
+        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, {args.sample_solver}, shift "
+        f"{args.sample_shift:g}, guidance {args.sample_guide_scale:g}, seed {seed}"
+    )
+
+
+def settings_words(args) -> str:
+    if args.magcache_speedup is not None:
+        return f"speed-up {args.magcache_speedup:g}"
+    smooth = "" if args.magcache_smooth == "none" else f", smoothed ({args.magcache_smooth})"
+    return f"thresh {args.magcache_thresh:g}, K {args.magcache_K}, retention {args.retention_ratio:g}{smooth}"
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, float32"
+
+
 def announce(args, schedule, table: str | None, shape: tuple[int, int, int], requests: list) -> None:
     """Says before the models are loaded what is going to happen."""
     calls = 2 * args.sample_steps
-    frames, height, width = shape
     for prompt, *_ in requests:
         print(f"prompt    {prompt}")
     for flag in INPUTS.get(args.task.split("-")[0], ()):
         if getattr(args, flag):
             print(f"{flag:<9} {getattr(args, flag)}")
-    print(
-        f"video     {args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, "
-        f"{args.sample_solver}, shift {args.sample_shift:g}, guidance {args.sample_guide_scale:g}, "
-        f"seed {args.base_seed}"
-    )
+    print(f"video     {describe_video(args, shape, args.base_seed)}")
     if schedule:
         print(
             f"MagCache  {schedule.computed} of {calls} transformer calls computed, at most "
@@ -738,26 +779,150 @@ def save_result(video, path: Path, fps: int) -> None:
         raise
 
 
-def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
-    """Says what happened, from the log of the calls and not from the plan."""
+def summarise(schedule, made_by: str | None, watches: list, seconds: dict[str, float]) -> None:
+    """Says what happened, from what was seen of the calls and not from the plan."""
+    from magcache.record import peak_memory
+    from magcache.report import number_of_bytes
+
+    for watch in watches:
+        for phase, value in watch.seconds.items():
+            phase = "denoise" if phase in ("computed", "reused", "sampler") else phase
+            seconds[phase] = seconds.get(phase, 0.0) + value
     print("time      " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-    if not schedule:
-        return
-    computed = [duration for _, skipped, duration in cache.log if not skipped]
-    reused = [duration for _, skipped, duration in cache.log if skipped]
-    cond, uncond = (sum(skipped for call, skipped, _ in cache.log if call % 2 == branch) for branch in (0, 1))
-    print(
-        f"MagCache  {len(computed)} of {len(cache.log)} calls computed, reused {cond} of {schedule.steps} cond and "
-        f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, {table})"
-    )
-    typical = statistics.fmean(computed)
-    line = f"          computed {1000 * typical:.1f} ms a call"
-    if reused:
-        line += f", reused {1000 * statistics.fmean(reused):.1f} ms a call"
-    speedup = len(cache.log) * typical / sum(computed + reused)
-    print(f"{line}; {speedup:.2f}x faster than computing every call")
-    if tuple(skipped for _, skipped, _ in cache.log) != schedule.reuse:
+    calls = [call for watch in watches for call in watch.calls]
+    if schedule and calls:
+        times = {kind: [duration for reused, duration in calls if reused == kind] for kind in (False, True)}
+        cond, uncond = (sum(reused for w in watches for reused, _ in w.calls[branch::2]) for branch in (0, 1))
+        steps = schedule.steps * len(watches)
+        print(
+            f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {cond} of {steps} cond and "
+            f"{uncond} of {steps} uncond (bound {schedule.speedup_bound:.2f}x, {made_by})"
+        )
+        typical = statistics.fmean(times[False])
+        line = f"          computed {1000 * typical:.1f} ms a call"
+        if times[True]:
+            line += f", reused {1000 * statistics.fmean(times[True]):.1f} ms a call"
+        speedup = len(calls) * typical / sum(times[False] + times[True])
+        print(f"{line}; {speedup:.2f}x faster than computing every call")
+    if memory := peak_memory():
+        print(f"memory    at most {number_of_bytes(memory['bytes'])} of {memory['of']}")
+    if schedule and any(tuple(reused for reused, _ in watch.calls) != schedule.reuse for watch in watches):
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
+
+
+def check_records(args, requests: list, error) -> None:
+    """A record takes the place of an earlier one, but of no other file."""
+    from magcache.record import is_record, record_path
+
+    for *_, path in requests if args.magcache_record == "on" else ():
+        record = record_path(path)
+        if record.exists() and not is_record(record):
+            error(f"{record} exists and is no record of a video: move it, or use --magcache_record off")
+
+
+def make_record(args, request, pixels, schedule, made_by: str | None, watch, seconds: dict[str, float]) -> dict:
+    """All that it takes to make a video again. request: its prompt, seed and path; pixels: (frames, height, width)."""
+    import wan
+    from magcache import record
+
+    prompt, seed, path = request
+    values = {action.dest: getattr(args, action.dest) for action in make_parser()._actions if action.dest != "help"}
+    values |= {name: record.absolute(name, values[name]) for name in record.PATHS}
+    again = path.with_stem(f"{path.stem}_again").absolute()
+    values |= {"prompt": prompt, "base_seed": seed, "save_file": str(again)}
+    left_out = ["prompt_file", "magcache_calibration", "calibration_dir", "magcache_plan", "compare"]
+    left_out += ["use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"]
+    table = table_of(args) if schedule else None
+    if table and not table.named:
+        values["mag_ratios"] = str(table.path.absolute())
+    if args.magcache_speedup is not None:
+        left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
+    elif table and table.named:
+        values["mag_ratios"] = table.name
+    shared = args.ulysses_size * args.ring_size
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(shared)] if shared > 1 else []
+    flags = record.command_line(make_parser(), values, left_out)
+    frames, height, width = pixels
+    return {
+        "video": path.name,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "date": datetime.now().isoformat("T", "seconds"),
+        "prompt": prompt,
+        "seed": seed,
+        "command": [sys.executable, *launcher, os.path.abspath(__file__), *flags],
+        "arguments": values | {"save_file": str(path.absolute())},
+        "versions": record.versions() | {"wan": os.path.dirname(os.path.abspath(wan.__file__))},
+        "device": record.device(),
+        "steps_by": made_by,
+        "table": record.describe_table(table),
+        "schedule": record.describe_schedule(schedule) if schedule else None,
+        "seconds": {name: round(value, 4) for name, value in (seconds | watch.seconds).items()},
+        "calls": {"computed": sum(not r for r, _ in watch.calls), "reused": sum(r for r, _ in watch.calls)},
+        "peak_memory": record.peak_memory(),
+    }
+
+
+def write_record(args, path: Path, record: dict) -> None:
+    from magcache.record import record_path, write_record
+
+    if args.magcache_record == "on":
+        write_record(record_path(path), record)
+
+
+def compare(args, pipeline, run, cache, schedule, made_by: str, watch, frames, request, fps: int) -> dict | None:
+    """Generates the same video without the cache and writes the comparison.
+
+    frames: of the cached video, uint8; None where this process got none. request: its prompt, seed and path. Returns
+    what a record holds of it.
+    """
+    from magcache.compare import Comparison, in_words, to_frames
+    from magcache.patch import attach
+    from magcache.progress import watched
+
+    prompt, seed, path = request
+    print("now the same without the cache, to compare", flush=True)
+    magcache.remove_magcache(pipeline.model)
+    try:
+        with watched(pipeline, all_computed(args), show=watch.show) as plain:
+            video = run()
+        if frames is None:
+            return None
+        uncached = path.with_stem(f"{path.stem}_uncached")
+        save_result(video, uncached, fps)
+        plain.lap("save")
+        comparison = Comparison(
+            prompt=prompt,
+            made_by=f"{made_by}, {settings_words(args)}",
+            video=describe_video(args, frames.shape[:3], seed),
+            device=device_name(),
+            schedule=schedule,
+            prediction=predict(args, schedule, made_by),
+            cached=watch.seconds,
+            uncached=plain.seconds,
+        )
+        scores, files = comparison.write(path, frames, to_frames(video), fps)
+    except BaseException:
+        print(f"the comparison failed; the video with the cache is in {path}", file=sys.stderr)
+        raise
+    finally:
+        attach(pipeline.model, cache)  # for the next video
+    print(f"compared  PSNR {in_words(scores.overall_psnr)}, SSIM {scores.overall_ssim:.4f}; {uncached.name}")
+    for file in files:
+        print(f"          {file}", flush=True)
+    return {
+        "psnr": scores.overall_psnr,
+        "ssim": scores.overall_ssim,
+        "psnr_by_frame": scores.psnr,
+        "ssim_by_frame": scores.ssim,
+        "uncached_seconds": {name: round(value, 4) for name, value in plain.seconds.items()},
+        "files": [file.name for file in (uncached, *files)],
+    }
+
+
+def all_computed(args) -> magcache.Schedule:
+    return magcache.Schedule((None, None) * args.sample_steps)
 
 
 def generate(
@@ -766,6 +931,9 @@ def generate(
     import torch
 
     import wan
+    from magcache.compare import to_frames
+    from magcache.progress import watched
+    from magcache.record import record_path
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
     seconds, clock = {}, time.perf_counter()
@@ -782,7 +950,7 @@ def generate(
         requests = processes.from_first(requests)
         lap("extend")
     cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "CPU, float32"
+    device = device_name()
     if processes.world > 1:
         device = f"{processes.world} processes, {device}"
     print(f"device    {device}; loading {args.ckpt_dir}", flush=True)
@@ -823,10 +991,12 @@ def generate(
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
-    runs, products = [], []  # what was measured on the requests so far
+    runs, products, watches = [], [], []  # what was measured and seen of the requests so far
     try:
-        for prompt, seed, path in requests:
-            video = pipeline.generate(
+        for request in requests:
+            prompt, seed, path = request
+            run = functools.partial(
+                pipeline.generate,
                 prompt,
                 *inputs,
                 **given,
@@ -838,16 +1008,27 @@ def generate(
                 seed=seed,
                 offload_model=args.offload_model,
             )
-            lap("generate")
+            with watched(pipeline, schedule or all_computed(args), cache, processes.rank == 0) as watch:
+                video = run()
+            watches.append(watch)
             if calibration:
                 runs.append(calibration.lists())
                 if args.magcache_calibration == "full":
                     products.append(calibration.products.copy())
             if group.rank == 0:  # the others get no video
                 save_result(video, path, config.sample_fps)
-                lap("save")
+                watch.lap("save")
                 frames, height, width = video.shape[1:]
-                print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
+                noted = f", {record_path(path).name} beside it" if args.magcache_record == "on" else ""
+                print(f"saved     {path} ({width}x{height}, {frames} frames{noted})", flush=True)
+                record = make_record(args, request, (frames, height, width), schedule, table, watch, seconds)
+                write_record(args, path, record)
+            if args.compare:
+                frames = to_frames(video) if group.rank == 0 else None
+                del video  # the second one needs its memory
+                scores = compare(args, pipeline, run, cache, schedule, table, watch, frames, request, config.sample_fps)
+                if scores:
+                    write_record(args, path, record | {"comparison": scores})
     except BaseException:
         if calibration and len(runs) < len(requests):
             print(
@@ -859,7 +1040,130 @@ def generate(
     finally:
         if runs and processes.rank == 0:
             save_calibration(args, runs, products, requests[: len(runs)])
-    summarise(schedule, cache, table, seconds)
+    summarise(schedule, table, watches, seconds)
+
+
+def table_of(args):
+    """The ratio table that these flags stand for, None if there is none."""
+    with contextlib.suppress(ValueError):
+        return magcache.load_table(args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
+
+
+def predict(args, schedule, made_by: str):
+    """The error to expect of a schedule of `make_schedule`, None where there is no table of the model."""
+    from magcache import report
+
+    table = table_of(args)
+    if not table:
+        return None
+    if args.magcache_speedup is None:
+        ratios = resampled(table, args, [])
+        return report.predict_by_ratios(schedule, ratios, args.magcache_smooth, args.magcache_thresh)
+    if "full calibration" in made_by:
+        from magcache.search import load_products
+
+        return report.predict_by_products(schedule, load_products(table.path.with_suffix(".npz"))[0])
+    return report.predict_by_ratios(schedule, table.ratios)
+
+
+def make_neighbours(args, error):
+    """What the settings around the given ones would give, each made as a run makes it."""
+    from magcache import report
+
+    def cell(**changed):
+        other = argparse.Namespace(**vars(args) | changed)
+        schedule, made_by = make_schedule(other, error)
+        return schedule, made_by, other
+
+    if args.magcache_speedup is None:
+        thresholds, lengths = report.neighbour_settings(args.magcache_thresh, args.magcache_K)
+        cells = [[cell(magcache_thresh=thresh, magcache_K=K)[0] for K in lengths] for thresh in thresholds]
+        rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
+        heading = "other     thresh and K: calls computed, bound (* as asked)"
+        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells])
+    speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
+    forecasts = ("reuse", "linear")
+    cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
+    notes = []
+    for row in cells:
+        predicted = [predict(other, schedule, made_by) for schedule, made_by, other in row]
+        notes.append([f", error {p.largest:.3g}" if p and "both" in p.rows else "" for p in predicted])
+    heading = "other     speed-ups and forecasts: calls computed, bound (* as asked)"
+    schedules = [[schedule for schedule, *_ in row] for row in cells]
+    return report.Neighbours(heading, [f"speedup {x:g}" for x in speedups], list(forecasts), schedules, notes)
+
+
+def planned_video(args) -> tuple[int, int, int, int]:
+    """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
+    from magcache import report
+
+    width, height = map(int, args.size.split("*"))
+    kind = args.task.split("-")[0]
+    if kind in ("i2v", "flf2v"):
+        path = getattr(args, INPUTS[kind][0])
+        if path and Path(path).is_file():
+            from PIL import Image
+
+            try:
+                with Image.open(path) as image:
+                    size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # lies on its side
+                width, height = report.size_by_image(size, width * height)
+            except (OSError, ValueError) as fault:
+                print(f"note: {path} cannot be read ({fault}), so --size is taken for the shape")
+        else:
+            print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
+    references = len([path for path in (args.src_ref_images or "").split(",") if path.strip()]) if kind == "vace" else 0
+    if kind == "vace" and args.src_video:
+        print("note: the source video decides on shape and length; the largest that it may have is taken")
+    return args.frame_num, height, width, references
+
+
+def show_plan(args, error) -> None:
+    """Says what a run with these flags would do, by the same code, without the wan package or any weights."""
+    from magcache import report
+
+    args.use_magcache, args.ckpt_dir = True, args.ckpt_dir or args.task
+    picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
+    if picture:
+        need_package("matplotlib", "--magcache_plan with a picture", error)
+        check_writable(picture.parent, error)
+    with contextlib.redirect_stdout(io.StringIO()) as notes:
+        check_request(args, error)
+        schedule, made_by = make_schedule(args, error)
+        frames, height, width, references = planned_video(args)
+        if args.size not in report.SIZES[args.task]:
+            print(f"note: task {args.task} does not run at {args.size}, only at {', '.join(report.SIZES[args.task])}")
+    table, shards = table_of(args), args.ulysses_size * args.ring_size
+    where = "in CPU memory" if args.magcache_offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
+    with contextlib.redirect_stdout(io.StringIO()):  # it says again what the asked one has said
+        neighbours = make_neighbours(args, error)
+    plan = report.Plan(
+        schedule,
+        f"{made_by}, {settings_words(args)}",
+        report.table_origin(table) if table else "no table",
+        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps",
+        report.token_count(frames, height, width, references),
+        report.shape_of(args.task, args.ckpt_dir),
+        predict(args, schedule, made_by),
+        neighbours,
+        args.magcache_dtype,
+        where,
+        shards,
+    )
+    print("\n".join(plan.lines()))
+    print(notes.getvalue(), end="")
+    if picture:
+        from magcache.plot import draw_plan
+
+        draw_plan(plan, resampled(table, args, []) if table else None, picture)
+        print(f"picture   {picture}")
+
+
+def need_package(name: str, what: str, error) -> None:
+    """Refuses a flag whose package is missing."""
+    packages = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
+    if importlib.util.find_spec(name) is None:
+        error(f"{what} needs the package {name}: pip install {packages.get(name, name)}")
 
 
 def main() -> None:
@@ -868,6 +1172,8 @@ def main() -> None:
     given = dict(vars(args))
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
+    if args.magcache_plan:
+        return show_plan(args, parser.error)
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
     config = check_wan(args, parser.error)
@@ -875,6 +1181,7 @@ def main() -> None:
     processes = Processes.from_environment()
     group = start_processes(processes, args, given, schedule, parser.error)
     requests = processes.from_first(make_requests(args, parser.error))
+    check_records(args, requests, parser.error)
     expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
     generate(args, processes, group, config, schedule, table, inputs, expander, requests)
