@@ -357,6 +357,11 @@ def check_writable(folder: Path, error) -> None:
         error(f"cannot write to {folder}")
 
 
+def is_stock_wan() -> bool:
+    """Whether the `wan` here is Wan2.1's own, which does less than this repository's."""
+    return importlib.util.find_spec("wan.pipeline") is None
+
+
 def check_wan(args, error):
     """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
     try:
@@ -394,6 +399,8 @@ def check_wan(args, error):
     files = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
     if needed in ("i2v", "flf2v"):
         files.append(config.clip_checkpoint)
+        if is_stock_wan():
+            files.append(f"{config.clip_tokenizer}/tokenizer.json")
     for path in (*weights, *(folder / name for name in files)):
         if not path.is_file():
             error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
@@ -405,18 +412,21 @@ def check_wan(args, error):
 
 def read_inputs(args, error) -> list:
     """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
-    and references of vace, as lists of one. Empty for tasks without."""
+    and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
+    reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
     kind = args.task.split("-")[0]
     try:
+        if kind == "vace" and is_stock_wan():
+            return check_sources(args)
         if kind == "vace":
             from wan.configs import SIZE_CONFIGS
             from wan.utils.vace_source import prepare_source
 
-            refs = [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
+            refs = reference_paths(args)
             sources = prepare_source(args.src_video, args.src_mask, refs, args.frame_num, SIZE_CONFIGS[args.size])
             return [[source] for source in sources]
         if kind in INPUTS:
-            from wan.utils.images import read_image
+            from magcache.images import read_image
 
             return [read_image(getattr(args, flag)) for flag in INPUTS[kind]]
     except ValueError as fault:
@@ -424,14 +434,33 @@ def read_inputs(args, error) -> list:
     return []
 
 
-def video_shape(args, inputs: list) -> tuple[int, int, int]:
+def reference_paths(args) -> list[str]:
+    return [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
+
+
+def check_sources(args) -> None:
+    """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
+    from magcache.images import read_image
+
+    for path in (args.src_video, args.src_mask):
+        if path and not Path(path).is_file():
+            raise ValueError(f"cannot read {path}: no such file")
+    if args.src_mask and not args.src_video:
+        raise ValueError(f"the mask {args.src_mask} needs a source video")
+    for path in reference_paths(args):
+        read_image(path)
+    if args.src_video:
+        print("note: this wan package reads the source video after loading; its size and length are the video's")
+
+
+def video_shape(args, inputs: list | None) -> tuple[int, int, int]:
     """(frames, height, width) of the result."""
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
-    if args.task.startswith("vace"):
+    if args.task.startswith("vace") and inputs:
         return tuple(inputs[0][0].shape[1:])
     if inputs:
-        from wan.utils.images import video_size
+        from magcache.images import video_size
 
         return args.frame_num, *reversed(video_size(inputs[0].size, MAX_AREA_CONFIGS[args.size]))
     return args.frame_num, *reversed(SIZE_CONFIGS[args.size])
@@ -562,16 +591,17 @@ def start_xfuser(processes: Processes, args, error) -> OneGroup:
 
 
 def make_expander(args, error):
-    """Returns what extends the prompt, or None. Reads no weights."""
+    """Returns what extends the prompt, or None. Reads no weights, unless the `wan` here does."""
     if not args.use_prompt_extend:
         return None
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
     method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[args.prompt_extend_method]
+    device = {"device": 0} if args.prompt_extend_method == "local_qwen" else {}
     try:
-        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), device=0)
-    except ValueError as fault:
-        error(fault)
+        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), **device)
+    except (ValueError, OSError, ImportError) as fault:
+        error(str(fault).splitlines()[0])
 
 
 def extend_prompt(args, prompt: str, expander, images: list) -> str:
@@ -582,8 +612,8 @@ def extend_prompt(args, prompt: str, expander, images: list) -> str:
     if not out.status:
         print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
         return prompt
-    if out.message:
-        print(f"note: {out.message}")
+    if images and not expander.is_vl:
+        print(f"note: {expander.model_name} sees no pictures, so only the text was extended")
     print(f"prompt    {out.prompt}")
     return out.prompt
 
@@ -731,12 +761,13 @@ def save_result(video, path: Path, fps: int) -> None:
     from wan.utils.utils import cache_image, cache_video
 
     try:
-        if path.suffix.lower() in IMAGE_ENDINGS:
-            written = cache_image(video[None, :, 0], str(path), nrow=1)
-        else:
-            written = cache_video(video[None], str(path), fps=fps, nrow=1)
-        if written is None:  # upstream's writers report a failure so
-            raise OSError(f"cannot write {path}")
+        with magcache.ratios.written_whole(path) as part:
+            if path.suffix.lower() in IMAGE_ENDINGS:
+                written = cache_image(video[None, :, 0], str(part), nrow=1)
+            else:
+                written = cache_video(video[None], str(part), fps=fps, nrow=1)
+            if written is None:  # upstream's writers report a failure so
+                raise OSError(f"cannot write {path}")
     except BaseException:
         pixels = ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
         for folder in (tempfile.gettempdir(), "."):
@@ -930,7 +961,8 @@ def generate(
         device = f"{processes.world} processes, {device}"
     print(f"device    {device}; loading {args.ckpt_dir}", flush=True)
     if not cuda and not args.task.endswith("-tiny"):
-        print("note: there is no CUDA device; a full-size model takes hours for a video here", flush=True)
+        slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
+        print(f"note: there is no CUDA device; {slow}", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
     pipeline = pipeline_class(
         config=config,
@@ -959,6 +991,9 @@ def generate(
         else:
             calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
 
+    if inputs is None:
+        paths = ([args.src_video], [args.src_mask], [reference_paths(args) or None])
+        inputs = pipeline.prepare_source(*paths, args.frame_num, SIZE_CONFIGS[args.size], pipeline.device)
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
