@@ -820,8 +820,9 @@ def check_records(args, requests: list, error) -> None:
             error(f"{record} exists and is no record of a video: move it, or use --magcache_record off")
 
 
-def make_record(args, request, pixels, schedule, made_by: str | None, watch, seconds: dict[str, float]) -> dict:
-    """All that it takes to make a video again. request: its prompt, seed and path; pixels: (frames, height, width)."""
+def make_record(args, group, request, pixels, schedule, made_by: str | None, watch, seconds: dict) -> dict:
+    """All that it takes to make a video again. request: its prompt, seed and path; pixels: (frames, height, width);
+    seconds: of what came before the video."""
     import wan
     from magcache import record
 
@@ -839,8 +840,7 @@ def make_record(args, request, pixels, schedule, made_by: str | None, watch, sec
         left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
     elif table and table.named:
         values["mag_ratios"] = table.name
-    shared = args.ulysses_size * args.ring_size
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(shared)] if shared > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
     flags = record.command_line(make_parser(), values, left_out)
     frames, height, width = pixels
     return {
@@ -1026,7 +1026,7 @@ def generate(
                 watch.lap("save")
                 frames, height, width = video.shape[1:]
                 print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
-                record = make_record(args, request, (frames, height, width), schedule, table, watch, seconds)
+                record = make_record(args, group, request, (frames, height, width), schedule, table, watch, seconds)
                 if write_record(args, path, record):
                     print(f"record    {path.with_suffix('.json')}", flush=True)
             if args.compare:
@@ -1101,24 +1101,20 @@ def make_neighbours(args, error):
 
 def planned_video(args) -> tuple[int, int, int, int]:
     """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
-    from magcache import report
-
     width, height = map(int, args.size.split("*"))
     kind = args.task.split("-")[0]
     if kind in ("i2v", "flf2v"):
         path = getattr(args, INPUTS[kind][0])
         if path and Path(path).is_file():
-            from PIL import Image
+            from magcache.images import read_image, video_size
 
             try:
-                with Image.open(path) as image:
-                    size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # lies on its side
-                width, height = report.size_by_image(size, width * height)
-            except (OSError, ValueError) as fault:
-                print(f"note: {path} cannot be read ({fault}), so --size is taken for the shape")
+                width, height = video_size(read_image(path).size, width * height)
+            except ValueError as fault:
+                print(f"note: {fault}; here its shape is that of --size")
         else:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
-    references = len([path for path in (args.src_ref_images or "").split(",") if path.strip()]) if kind == "vace" else 0
+    references = len(reference_paths(args)) if kind == "vace" else 0
     if kind == "vace" and args.src_video:
         print("note: the source video decides on shape and length; the largest that it may have is taken")
     return args.frame_num, height, width, references

@@ -5,11 +5,10 @@ Works from the outside, by hooks on what this repo's pipelines and upstream's ha
 """
 
 import contextlib
-import functools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -60,6 +59,21 @@ class Watch:
         per_step = self.schedule.calls_per_step
         if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
             self.tell()
+
+    def timed(self, vae) -> dict[str, Callable]:
+        """What stands in for the VAE's methods."""
+        encode, decode = vae.encode, vae.decode
+
+        def timed_encode(*args, **kwargs):
+            out = encode(*args, **kwargs)
+            self.lap("inputs")
+            return out
+
+        def timed_decode(*args, **kwargs):
+            self.lap("sampler")
+            return decode(*args, **kwargs)
+
+        return {"encode": timed_encode, "decode": timed_decode}
 
     def tell(self) -> None:
         """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
@@ -121,24 +135,15 @@ def watched(pipeline, schedule: Schedule, cache: ResidualCache | None = None, sh
         hooks = [
             pipeline.model.register_forward_pre_hook(watch.before_call),
             pipeline.model.register_forward_hook(watch.after_call),
-            pipeline.text_encoder.model.register_forward_hook(watch.after_text),
         ]
+        # without these the time only counts elsewhere
+        encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
+        if isinstance(encoder, torch.nn.Module):
+            hooks.append(encoder.register_forward_hook(watch.after_text))
+        if hasattr(vae, "encode") and hasattr(vae, "decode"):
+            stack.enter_context(shadowed(vae, watch.timed(vae)))
         for hook in hooks:
             stack.callback(hook.remove)
-        encode, decode = pipeline.vae.encode, pipeline.vae.decode
-
-        @functools.wraps(encode)
-        def timed_encode(*args, **kwargs):
-            out = encode(*args, **kwargs)
-            watch.lap("inputs")
-            return out
-
-        @functools.wraps(decode)
-        def timed_decode(*args, **kwargs):
-            watch.lap("sampler")
-            return decode(*args, **kwargs)
-
-        stack.enter_context(shadowed(pipeline.vae, {"encode": timed_encode, "decode": timed_decode}))
         for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
             if "tqdm" in vars(module):
                 stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))

@@ -15,7 +15,6 @@ from magcache.schedule import Schedule
 BRANCHES = ("cond", "uncond")
 CLIP_TOKENS = 257  # of an image
 PATCH = 1 * 2 * 2  # latent pixels to a token
-TOKEN_PIXELS = 16  # on either side of a frame
 BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}  # of a number in a cached residual; Wan's are float32
 
 
@@ -81,13 +80,6 @@ def shape_of(task: str, ckpt_dir: str | Path) -> Shape:
 def token_count(frames: int, height: int, width: int, references: int = 0) -> int:
     """Tokens of a call: frames (4 n + 1) and sides (multiples of 16) of the video in pixels, and VACE's references."""
     return ((frames - 1) // 4 + 1 + references) * (height // 8) * (width // 8) // PATCH
-
-
-def size_by_image(image_size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) of a video in the shape of an image, of at most `area` pixels, in whole tokens."""
-    aspect = image_size[1] / image_size[0]
-    width, height = (int(math.sqrt(side) // TOKEN_PIXELS) * TOKEN_PIXELS for side in (area / aspect, area * aspect))
-    return width, height
 
 
 def call_flops(shape: Shape, tokens: int) -> tuple[int, int]:
