@@ -1086,7 +1086,8 @@ def make_neighbours(args, error):
         cells = [[cell(magcache_thresh=thresh, magcache_K=K)[0] for K in lengths] for thresh in thresholds]
         rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
         heading = "other     thresh and K: calls computed, bound (* as asked)"
-        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells])
+        asked = (thresholds.index(args.magcache_thresh), lengths.index(args.magcache_K))
+        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells], asked)
     speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
     forecasts = ("reuse", "linear")
     cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
@@ -1096,7 +1097,9 @@ def make_neighbours(args, error):
         notes.append([f", error {p.largest:.3g}" if p and "both" in p.rows else "" for p in predicted])
     heading = "other     speed-ups and forecasts: calls computed, bound (* as asked)"
     schedules = [[schedule for schedule, *_ in row] for row in cells]
-    return report.Neighbours(heading, [f"speedup {x:g}" for x in speedups], list(forecasts), schedules, notes)
+    asked = (speedups.index(args.magcache_speedup), forecasts.index(args.magcache_forecast or "linear"))
+    rows = [f"speedup {x:g}" for x in speedups]
+    return report.Neighbours(heading, rows, list(forecasts), schedules, notes, asked)
 
 
 def planned_video(args) -> tuple[int, int, int, int]:

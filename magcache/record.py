@@ -38,11 +38,11 @@ def command_line(parser: argparse.ArgumentParser, values: dict, left_out: Iterab
     command = []
     for action in parser._actions:
         value = values.get(action.dest)
-        if value is None or value is False or action.dest in left_out or not action.option_strings:
+        if value is None or action.dest in left_out:
             continue
         flag = action.option_strings[0]
-        if action.nargs == 0:
-            command.append(flag)
+        if action.nargs in (0, "?") and isinstance(value, bool):
+            command += [flag] if value else []
         elif str(value).startswith("-"):
             command.append(f"{flag}={value}")
         else:

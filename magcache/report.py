@@ -216,23 +216,24 @@ def number_of_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Schedules that other settings would make, for a table: by row and column. notes: what else is said of each."""
+    """Schedules that other settings would make, for a table: by row and column. notes: what else is said of each.
+    asked: row and column of the settings that were asked for."""
 
     heading: str
     rows: list[str]
     columns: list[str]
     schedules: list[list[Schedule]]
     notes: list[list[str]]
+    asked: tuple[int, int]
 
-    def lines(self, asked: Schedule) -> list[str]:
-        """The cells with the schedule that is asked for have a star."""
+    def lines(self) -> list[str]:
+        """The cell of the settings that were asked for has a star."""
         cells = [
-            [
-                f"{s.computed}, {s.speedup_bound:.2f}x{note}{' *' if s == asked else ''}"
-                for s, note in zip(*row, strict=True)
-            ]
+            [f"{schedule.computed}, {schedule.speedup_bound:.2f}x{note}" for schedule, note in zip(*row, strict=True)]
             for row in zip(self.schedules, self.notes, strict=True)
         ]
+        row, column = self.asked
+        cells[row][column] += " *"
         width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
         first = max(map(len, self.rows)) + 3
         rows = [("", self.columns), *zip(self.rows, cells, strict=True)]
@@ -295,7 +296,7 @@ class Plan:
             f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
             f"memory    {memory}",
             "",
-            *self.neighbours.lines(schedule),
+            *self.neighbours.lines(),
         ]
         return [line.rstrip() for line in lines]
 
