@@ -6,10 +6,12 @@ Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside i
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -18,13 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 try:
     import magcache  # without torch until something runs
-    from magcache.processes import Processes
+    from magcache import prompts
+    from magcache.processes import Processes, gathered
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
@@ -107,8 +109,25 @@ def make_parser() -> Parser:
     )
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
-    add("--base_seed", type=int, default=-1, help="seed of the noise; negative: random (default: -1)")
-    add("--save_file", help="path of the result (default: a name made of the settings, here)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="make a video of every line: a prompt, or JSON with prompt and, where wanted, seed, image, save_file; a "
+        "rerun makes those that are missing",
+    )
+    add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
+    add(
+        "--base_seed",
+        type=int,
+        default=-1,
+        help="seed of the noise; negative: random (default: -1). The i-th prompt of a --prompt_file, from 0, has seed "
+        "base_seed + i unless its line says another (default there: 0)",
+    )
+    add(
+        "--save_file",
+        help="path of the result (default: a name made of the settings, here); with --prompt_file the folder of the "
+        "results (default: the file's name without its ending)",
+    )
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -187,7 +206,6 @@ def make_parser() -> Parser:
         help="measure the ratio table of this model in a run without skips; full: also how the residuals of all steps "
         "relate, for --magcache_speedup",
     )
-    add("--prompt_file", metavar="FILE", help="calibrate on several prompts, one a line")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
     add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
     add(
@@ -255,10 +273,12 @@ def check_request(args, error) -> None:
         error(f"--sample_guide_scale must be finite, got {args.sample_guide_scale}")
     if args.base_seed >= 2**63:
         error(f"--base_seed must be below 2^63, got {args.base_seed}")
-    if args.base_seed < 0:
-        args.base_seed = random.randrange(2**32)
+    if args.overwrite and not args.prompt_file:
+        error("--overwrite needs --prompt_file: a single video is always made")
     if args.prompt_file:
         read_prompts(args, error)
+    if args.base_seed < 0:
+        args.base_seed = random.randrange(2**32)
     choose_inputs(args, error if not args.magcache_plan else lambda message: None)  # a plan needs no files
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
@@ -281,6 +301,8 @@ def check_request(args, error) -> None:
         if not 1 <= args.magcache_speedup <= args.sample_steps:
             error(f"--magcache_speedup must be between 1 and {args.sample_steps}, at which one step is computed")
     if args.magcache_calibration:
+        if args.magcache_calibration == "full" and args.ulysses_size * args.ring_size > 1:
+            error("--magcache_calibration full needs all tokens in one process, so --ulysses_size 1 and --ring_size 1")
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)
@@ -314,19 +336,25 @@ def check_processes(args, error) -> None:
 
 
 def read_prompts(args, error) -> None:
-    """Sets args.prompts to the lines of --prompt_file."""
-    if not args.magcache_calibration:
-        error("--prompt_file needs --magcache_calibration")
+    """Sets args.lines to the lines of --prompt_file, and what a single request would have to the first one's."""
     if args.prompt is not None:
         error("--prompt and --prompt_file exclude each other")
+    if args.base_seed < 0:
+        args.base_seed = 0  # a rerun has to find what is finished
     try:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as fault:
-        error(f"cannot read --prompt_file {args.prompt_file}: {fault}")
-    args.prompts = [line.strip() for line in lines if line.strip()]
-    if not args.prompts:
-        error(f"--prompt_file {args.prompt_file} holds no prompt")
-    args.prompt = args.prompts[0]
+        args.lines = prompts.read_prompts(args.prompt_file, args.base_seed)
+    except ValueError as fault:
+        error(f"--prompt_file: {fault}")
+    args.prompt = args.lines[0].prompt
+    images = [line.image or args.image for line in args.lines]
+    if "image" not in INPUTS.get(args.task.split("-")[0], ()):
+        if any(line.image for line in args.lines):
+            error(f"--prompt_file {args.prompt_file} names images, task {args.task} takes none")
+    elif None in images:
+        error(
+            f"--prompt_file {args.prompt_file}: prompt {images.index(None) + 1} has no image, and there is no --image"
+        )
+    args.image = images[0]
 
 
 def choose_inputs(args, error) -> None:
@@ -534,7 +562,7 @@ def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
     return magcache.resample_sigma(table.ratios, table.sigmas, wanted)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class OneGroup:
     """What upstream's `wan` makes of several processes: all of them work on the same video."""
 
@@ -556,6 +584,7 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
     except ValueError as fault:
         error(fault)
     compared = {f"--{name}": value for name, value in given.items()} | {"the plan": schedule and schedule.weights}
+    compared["the prompts of --prompt_file"] = getattr(args, "lines", None)
     if differences := processes.differences(compared):
         if processes.rank in (0, *differences):
             rank, names = min(differences.items())
@@ -568,7 +597,10 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
         from wan.distributed.groups import start_groups
     except ModuleNotFoundError:
         return start_xfuser(processes, args, error)
-    return start_groups(args.ulysses_size, args.ring_size)
+    try:
+        return start_groups(args.ulysses_size, args.ring_size, fsdp=args.dit_fsdp or args.t5_fsdp)
+    except ValueError as fault:
+        error(fault)
 
 
 def start_xfuser(processes: Processes, args, error) -> OneGroup:
@@ -618,16 +650,61 @@ def extend_prompt(args, prompt: str, expander, images: list) -> str:
     return out.prompt
 
 
-def make_requests(args, error) -> list[tuple[str, int, Path]]:
-    """(prompt, seed, path of the result) of every video; seeds count up."""
-    prompts = args.prompts if args.prompt_file else [args.prompt]
-    if len(prompts) == 1:
-        return [(prompts[0], args.base_seed, result_path(args, prompts[0], error))]
-    paths = [result_path(args, prompt, error) for prompt in prompts]
-    return [
-        (prompt, args.base_seed + i, path.with_stem(f"{path.stem}_{i + 1}"))
-        for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
-    ]
+def make_requests(args, schedule, error) -> list[tuple[str, int, Path]]:
+    """(prompt, seed, path of the result) of every video."""
+    if not args.prompt_file:
+        return [(args.prompt, args.base_seed, result_path(args, args.prompt, error))]
+    endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
+    folder = Path(args.save_file or Path(args.prompt_file).stem)
+    if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file():
+        error(f"with --prompt_file, --save_file must be a folder, got {folder}")
+    check_writable(folder, error)
+    decisive = settings_of(args) | {"steps": args.sample_steps, "plan": schedule and schedule.weights}
+    decisive |= {flag: getattr(args, flag) for flag in ("magcache_dtype", "use_prompt_extend")}
+    decisive["inputs"] = [getattr(args, flag) for flags in INPUTS.values() for flag in flags if flag != "image"]
+    paths = []
+    for line in args.lines:
+        if line.save_file:
+            named = argparse.Namespace(**vars(args) | {"save_file": line.save_file})
+            paths.append(result_path(named, line.prompt, lambda fault, n=line.number: error(f"prompt {n}: {fault}")))
+        else:
+            line = dataclasses.replace(line, image=line.image or args.image)
+            paths.append(folder / prompts.result_name(line, decisive, endings[0]))
+    if clash := prompts.find_clash(paths):
+        error(f"prompts {clash[0] + 1} and {clash[1] + 1} of {args.prompt_file} have the same result {paths[clash[1]]}")
+    return [(line.prompt, line.seed, path) for line, path in zip(args.lines, paths, strict=True)]
+
+
+def choose_requests(args, requests: list, error) -> list:
+    """Those that are not finished. Sets args.images, by path of the result, and checks those that are needed."""
+    args.images = {}
+    if not args.prompt_file:
+        return requests
+    missing = requests
+    if not args.overwrite and not args.magcache_calibration:
+        missing = [request for request in requests if not prompts.is_finished(request[-1])]
+    finished = len(requests) - len(missing)
+    print(f"prompts   {len(requests)} in {args.prompt_file}" + (f", {finished} of them finished" if finished else ""))
+    if "image" in INPUTS.get(args.task.split("-")[0], ()):
+        from magcache.images import read_image
+
+        args.images = {path: line.image or args.image for (*_, path), line in zip(requests, args.lines, strict=True)}
+        try:
+            for image in dict.fromkeys(args.images[path] for *_, path in missing):
+                read_image(image)
+        except ValueError as fault:
+            error(fault)
+    return missing
+
+
+def use_image(args, path: Path, inputs: list) -> list:
+    """The inputs of the request with this path, whose image args.image becomes."""
+    if path not in args.images:
+        return inputs
+    from magcache.images import read_image
+
+    args.image = args.images[path]
+    return [read_image(args.image)]
 
 
 def result_path(args, prompt: str, error) -> Path:
@@ -645,9 +722,7 @@ def result_path(args, prompt: str, error) -> Path:
             error(f"the folder of --save_file does not exist: {path.parent}")
     else:
         size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
-        prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in prompt[:50])
-        prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-        parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
+        parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompts.slug(prompt)]
         parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if args.use_magcache:
             settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}"
@@ -660,7 +735,7 @@ def result_path(args, prompt: str, error) -> Path:
     return path
 
 
-def describe_video(args, shape: tuple[int, int, int], seed: int) -> str:
+def describe_video(args, shape: tuple[int, int, int], seed: int | str) -> str:
     """shape: (frames, height, width)."""
     frames, height, width = shape
     return (
@@ -685,12 +760,13 @@ def device_name() -> str:
 def announce(args, schedule, table: str | None, shape: tuple[int, int, int], requests: list) -> None:
     """Says before the models are loaded what is going to happen."""
     calls = 2 * args.sample_steps
-    for prompt, *_ in requests:
-        print(f"prompt    {prompt}")
+    if not args.prompt_file:
+        print(f"prompt    {args.prompt}")
     for flag in INPUTS.get(args.task.split("-")[0], ()):
-        if getattr(args, flag):
+        if getattr(args, flag) and not args.images:
             print(f"{flag:<9} {getattr(args, flag)}")
-    print(f"video     {describe_video(args, shape, args.base_seed)}")
+    seed = args.base_seed if len(requests) == 1 else f"{args.base_seed} and up"
+    print(f"video     {describe_video(args, shape, seed)}")
     if schedule:
         print(
             f"MagCache  {schedule.computed} of {calls} transformer calls computed, at most "
@@ -705,8 +781,10 @@ def announce(args, schedule, table: str | None, shape: tuple[int, int, int], req
         if args.magcache_calibration == "full":
             gigabytes = magcache.host_bytes(args.sample_steps, width_of(args)) / 1e9
             print(f"          the residuals of all steps are sampled: {gigabytes:.2f} GB of CPU memory")
-    for *_, path in requests:
-        print(f"result    {path}", flush=True)
+    if len(requests) > 1:
+        print(f"results   {len(requests)} files in {', '.join(sorted({str(path.parent) for *_, path in requests}))}")
+    else:
+        print(f"result    {requests[0][-1]}", flush=True)
 
 
 def width_of(args) -> int:
@@ -736,7 +814,8 @@ def save_calibration(args, runs: list[dict], products: list, done: list[tuple[st
         "sample_steps": args.sample_steps,
         "prompts": [prompt for prompt, *_ in done],
         "seeds": [seed for _, seed, _ in done],
-        "inputs": {flag: getattr(args, flag) for flag in INPUTS.get(args.task.split("-")[0], ())},
+        "inputs": {flag: getattr(args, flag) for flag in INPUTS.get(args.task.split("-")[0], ())}
+        | ({"image": [args.images[path] for *_, path in done]} if args.images else {}),
         "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
         "timesteps": [int(1000 * sigma) for sigma in sigmas],
         "sigmas": sigmas,
@@ -831,7 +910,7 @@ def make_record(args, group, request, pixels, schedule, made_by: str | None, wat
     values |= {name: record.absolute(name, values[name]) for name in record.PATHS}
     again = path.with_stem(f"{path.stem}_again").absolute()
     values |= {"prompt": prompt, "base_seed": seed, "save_file": str(again)}
-    left_out = ["prompt_file", "magcache_calibration", "calibration_dir", "magcache_plan", "compare"]
+    left_out = ["prompt_file", "overwrite", "magcache_calibration", "calibration_dir", "magcache_plan", "compare"]
     left_out += ["use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"]
     table = table_of(args) if schedule else None
     if table and not table.named:
@@ -934,8 +1013,10 @@ def all_computed(args) -> magcache.Schedule:
 
 def generate(
     args, processes: Processes, group, config, schedule, table: str | None, inputs: list, expander, requests: list
-) -> None:
+) -> list[str]:
+    """Makes this group's share of the requests. Returns what went wrong in any group, a line for each video."""
     import torch
+    from tqdm import tqdm
 
     import wan
     from magcache.compare import to_frames
@@ -949,12 +1030,22 @@ def generate(
         seconds[name] = seconds.get(name, 0) + time.perf_counter() - clock
         clock = time.perf_counter()
 
+    vace = args.task.startswith("vace")
     if expander:
-        images = [] if args.task.startswith("vace") else inputs
-        requests = [(extend_prompt(args, prompt, expander, images), *rest) for prompt, *rest in requests]
+        requests = [
+            (extend_prompt(args, prompt, expander, [] if vace else use_image(args, path, inputs)), seed, path)
+            for prompt, seed, path in requests
+        ]
     if args.use_prompt_extend:
         requests = processes.from_first(requests)
         lap("extend")
+    requests = prompts.share(requests, group.index, group.count)
+    everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
+    if not requests:  # fewer videos than groups
+        return list(itertools.chain(*gathered([], everyone)))
+    if group.rank == 0:
+        for *_, path in requests:
+            path.parent.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     device = device_name()
     if processes.world > 1:
@@ -989,7 +1080,7 @@ def generate(
             scale = args.sample_guide_scale
             calibration = magcache.apply_full_calibration(pipeline.model, args.sample_steps, sigmas, scale)
         else:
-            calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
+            calibration = magcache.apply_calibration(pipeline.model, args.sample_steps, sharing_group(args, group))
 
     if inputs is None:
         paths = ([args.src_video], [args.src_mask], [reference_paths(args) or None])
@@ -997,25 +1088,39 @@ def generate(
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
-    runs, products, watches = [], [], []  # what was measured and seen of the requests so far
+    runs, products, watches, failures = [], [], [], []  # what was measured and seen of the requests so far
+    several = bool(args.prompt_file) and not calibration  # one that fails does not stop the others
+    bar = tqdm(requests, desc="videos", unit="video", disable=None if several and processes.rank == 0 else True)
     try:
-        for request in requests:
+        for number, request in enumerate(bar, start=1):
             prompt, seed, path = request
-            run = functools.partial(
-                pipeline.generate,
-                prompt,
-                *inputs,
-                **given,
-                frame_num=args.frame_num,
-                shift=args.sample_shift,
-                sample_solver=args.sample_solver,
-                sampling_steps=args.sample_steps,
-                guide_scale=args.sample_guide_scale,
-                seed=seed,
-                offload_model=args.offload_model,
-            )
-            with watched(pipeline, schedule or all_computed(args), cache, processes.rank == 0) as watch:
-                video = run()
+            if args.prompt_file:
+                whose = f", those of group 1 of {group.count}" if group.count > 1 else ""
+                print(f"video     {number} of {len(requests)}{whose}, seed {seed}: {prompt}", flush=True)
+            fault = None
+            try:
+                run = functools.partial(
+                    pipeline.generate,
+                    prompt,
+                    *use_image(args, path, inputs),
+                    **given,
+                    frame_num=args.frame_num,
+                    shift=args.sample_shift,
+                    sample_solver=args.sample_solver,
+                    sampling_steps=args.sample_steps,
+                    guide_scale=args.sample_guide_scale,
+                    seed=seed,
+                    offload_model=args.offload_model,
+                )
+                with watched(pipeline, schedule or all_computed(args), cache, processes.rank == 0) as watch:
+                    video = run()
+            except Exception as raised:
+                if not several:
+                    raise
+                fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            if several and (fault := agreed(fault, own)):
+                failures.append(f"{path}: {fault}")
+                continue
             watches.append(watch)
             if calibration:
                 runs.append(calibration.lists())
@@ -1047,6 +1152,26 @@ def generate(
         if runs and processes.rank == 0:
             save_calibration(args, runs, products, requests[: len(runs)])
     summarise(schedule, table, watches, seconds)
+    return list(itertools.chain(*gathered(failures if group.rank == 0 else [], everyone)))
+
+
+def sharing_group(args, group):
+    """The processes that share the tokens of a video, None if each has all of them."""
+    if args.ulysses_size * args.ring_size == 1:
+        return None
+    import torch
+
+    sequence = getattr(group, "sequence", None)  # upstream's `wan` shares them among all
+    return sequence.group if sequence else torch.distributed.group.WORLD
+
+
+def agreed(fault: str | None, group) -> str | None:
+    """What went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree: then they are
+    no longer at the same point, and could not go on together."""
+    faults = gathered(fault, group)
+    if len(set(faults)) > 1:
+        raise RuntimeError(f"not all processes of a group made the video: {faults}")
+    return fault
 
 
 def table_of(args):
@@ -1185,12 +1310,30 @@ def main() -> None:
     inputs = read_inputs(args, parser.error)
     processes = Processes.from_environment()
     group = start_processes(processes, args, given, schedule, parser.error)
-    requests = processes.from_first(make_requests(args, parser.error))
+    if args.magcache_calibration and group.count > 1:
+        parser.error(
+            f"--magcache_calibration needs one group of processes, and {processes.world} processes with --ulysses_size "
+            f"{args.ulysses_size} and --ring_size {args.ring_size} are {group.count}"
+        )
+    requests = processes.from_first(make_requests(args, schedule, parser.error))
+    requests = processes.from_first(choose_requests(args, requests, parser.error))
+    if not requests:
+        print("all of them are finished; --overwrite makes them again")
+        return processes.disconnect()
     check_records(args, requests, parser.error)
     expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
-    generate(args, processes, group, config, schedule, table, inputs, expander, requests)
+    if group.count > len(requests):
+        print(f"note: {len(requests)} videos for {group.count} groups of processes; the others have nothing to do")
+    failures = generate(args, processes, group, config, schedule, table, inputs, expander, requests)
     processes.disconnect()
+    if failures:
+        if processes.rank == 0:
+            lines = "\n".join(failures)
+            print(
+                f"{len(failures)} of {len(requests)} videos failed, a rerun tries them again:\n{lines}", file=sys.stderr
+            )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Watch:
             text = f"{done}/{steps} in {clock_time(spent)}"
         if sys.stderr.isatty():
             if self.bar is None:
-                self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True)
+                self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
             room = max(10, (self.bar.ncols or 80) - len(f"denoise [] {steps}/{steps} half reused, about 0:00:00 left "))
             row = [
                 all(reused for reused, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)

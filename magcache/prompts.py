@@ -65,8 +65,10 @@ def read_object(line: str) -> dict:
             raise ValueError(f'"{key}" is none of {", ".join(types)}')
         if type(value) is not types[key]:  # a bool is an int, too
             raise ValueError(f'"{key}" must be {"a whole number" if types[key] is int else "text"}, got {value!r}')
-        if value == "" or (key == "prompt" and not value.strip()):
+        if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
+        if types[key] is str and any("\ud800" <= c <= "\udfff" for c in value):  # half a character
+            raise ValueError(f'"{key}" is no valid text: {value!r}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
     return values

@@ -1,9 +1,10 @@
 """What processes that share a video are compared with: the same runs in one process. Started by torchrun it makes the
 runs of several, and every process writes what it saw.
 
-PYTHONPATH=. torchrun ... tests/ranks.py pipelines|models FOLDER      (FOLDER/CHECKPOINT holds the tiny checkpoints)
+PYTHONPATH=. torchrun --nproc_per_node 4 tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import magcache
 import wan
+from magcache.processes import Processes
+from magcache_generate import agreed
 from wan.configs import WAN_CONFIGS
 from wan.distributed.groups import start_groups
 from wan.modules.model import WanModel
@@ -26,7 +29,7 @@ EVEN, ODD = ((64, 64), 9), ((48, 48), 9)  # 48 and 27 tokens
 PIPELINE_RUNS = {
     "t2v ulysses": (2, {"use_usp": True}, "t2v", EVEN),
     "t2v ulysses odd": (2, {"use_usp": True}, "t2v", ODD),
-    "t2v fsdp": (1, {"dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
+    "t2v fsdp of 4": (1, {"dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
     "t2v both": (2, {"use_usp": True, "dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
     "i2v both": (2, {"use_usp": True, "dit_fsdp": True}, "i2v", ODD),
     "vace both": (2, {"use_usp": True, "dit_fsdp": True}, "vace", ODD),
@@ -62,7 +65,7 @@ class Counted:
 
 
 def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, **flags) -> dict:
-    """Latents, schedule as it ran, collectives of the cached calls and the measured ratios."""
+    """Latents, schedule as it ran, collectives of the cached calls and the measured ratios, all after a failed run."""
     if kind == "t2v":
         pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO), rank=rank, **flags)
         inputs, arguments = ("a red circle moves right on a white background",), {"size": size}
@@ -80,19 +83,43 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     pipeline.decode = latents.append
     arguments |= {"frame_num": frame_num} if kind != "vace" else {}
     arguments |= {"sampling_steps": STEPS, "seed": 3, "offload_model": False}
-    model, result = pipeline.model, {}
+    model = pipeline.model
+    fail_within_a_block(model, lambda: pipeline.generate(*inputs, **arguments))
+    calibration = magcache.apply_calibration(model, STEPS, model.sequence.group if model.sequence else None)
     pipeline.generate(*inputs, **arguments)
     cache = magcache.apply_magcache(model, schedule())
     pipeline.model = counted = Counted(model)
     pipeline.generate(*inputs, **arguments)
-    result |= {"reuse": tuple(skipped for _, skipped, _ in cache.log), "collectives": counted.counts}
-    pipeline.model = model
-    group = model.sequence.group if model.sequence else None
-    calibration = magcache.apply_calibration(model, STEPS, group)
-    pipeline.generate(*inputs, **arguments)
-    plain, cached, calibrated = latents
-    assert torch.equal(plain, calibrated)
-    return result | {"plain": plain, "cached": cached, "lists": calibration.lists()}
+    return {
+        "uncached": latents[0],
+        "cached": latents[1],
+        "reuse": tuple(skipped for _, skipped, _ in cache.log),
+        "collectives": counted.counts,
+        "lists": calibration.lists(),
+    }
+
+
+def fail_within_a_block(model, run) -> None:
+    """Leaves the model as a failing video does."""
+
+    def fail(*_):
+        raise FloatingPointError
+
+    hook = model.blocks[0].cross_attn.register_forward_pre_hook(fail)
+    with contextlib.suppress(FloatingPointError):
+        run()
+    hook.remove()
+
+
+def who_agrees(group) -> list:
+    """What `agreed` says if all are well, if all fail alike, and if one fails alone."""
+    answers = []
+    for fault in (None, "alike", dist.get_rank(group) or None):
+        try:
+            answers.append(agreed(fault, group))
+        except RuntimeError as error:
+            answers.append(str(error))
+    return answers
 
 
 def model_run(grid, sequence=None) -> dict:
@@ -154,23 +181,23 @@ def register_cpu_attention_with_lse() -> None:
     attention._AttentionBackendRegistry.set_active_backend(name)
 
 
-def main(what: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     results = {}
-    if what == "pipelines":
-        for name, (ulysses, flags, kind, (size, frame_num)) in PIPELINE_RUNS.items():
-            groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
+    for number, (name, (ulysses, flags, kind, (size, frame_num))) in enumerate(PIPELINE_RUNS.items()):
+        groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
+        if number % groups.count == groups.index:  # each group has its own to do
             results[name] = pipeline_run(folder, kind, size, frame_num, groups.rank, **flags)
-        results["autocast"] = sharded_under_autocast()
-    else:
-        register_cpu_attention_with_lse()
-        for name, (ring, ulysses, grid) in MODEL_RUNS.items():
-            groups = start_groups(ulysses, ring)
-            results[name] = model_run(grid, groups.sequence)
-            results[name]["place"] = groups.rank, groups.size, groups.index, groups.count
-    torch.save(results, folder / f"{what}{dist.get_rank()}.pt")
+    results["autocast"] = sharded_under_autocast()
+    results["agreed"] = who_agrees(Processes(dist.get_rank(), dist.get_world_size()).patient_group(2))
+    register_cpu_attention_with_lse()
+    for name, (ring, ulysses, grid) in MODEL_RUNS.items():
+        groups = start_groups(ulysses, ring)
+        place = {"place": (groups.rank, groups.size, groups.index, groups.count)}
+        results[name] = model_run(grid, groups.sequence) | place
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -46,6 +46,7 @@ def test_json_lines(tmp_path, name):
         ('{"prompt": "a", "seed": -1}', "seed must be between 0"),
         ('{"prompt": "a", "seed": 9223372036854775808}', "seed must be between 0"),
         ('{"prompt": "a", "image": ""}', '"image" is empty'),
+        (r'{"prompt": "a \ud83d"}', '"prompt" is no valid text'),
         ('{"prompt": "a", "steps": 3}', '"steps" is none of prompt, seed, image, save_file'),
     ],
 )

@@ -113,11 +113,16 @@ class WanPipeline:
     @contextmanager
     def inference(self):
         """No gradients; bfloat16 autocast on CUDA, plain float32 on the CPU."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
-        ):
-            yield
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
+            ):
+                yield
+        except BaseException:
+            if hasattr(self.model, "reset_iter_state"):  # FSDP's, for the next video
+                self.model.reset_iter_state()
+            raise
 
     def denoise(
         self,
