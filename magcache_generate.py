@@ -83,11 +83,16 @@ class Explicit(argparse.Action):
         namespace.explicit = {*getattr(namespace, "explicit", ()), self.dest}
 
 
+def is_first(rank: str) -> bool:
+    """By torchrun's name for it: the first of all processes (RANK), or of those on this machine (LOCAL_RANK)."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, once a machine where several processes find it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_first("LOCAL_RANK") else None)
 
 
 def truth_value(text: str) -> bool:
@@ -427,8 +432,8 @@ def check_wan(args, error):
     files = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
     if needed in ("i2v", "flf2v"):
         files.append(config.clip_checkpoint)
-        if is_stock_wan():
-            files.append(f"{config.clip_tokenizer}/tokenizer.json")
+        if is_stock_wan() and not (folder / config.clip_tokenizer).is_dir():
+            error(f"--ckpt_dir {folder} lacks {config.clip_tokenizer}/, which the wan package here loads")
     for path in (*weights, *(folder / name for name in files)):
         if not path.is_file():
             error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
@@ -1300,7 +1305,7 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     given = dict(vars(args))
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first("RANK"):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     if args.magcache_plan:
         return show_plan(args, parser.error)

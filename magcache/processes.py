@@ -37,8 +37,9 @@ class Processes:
         import torch
 
         if torch.cuda.is_available():
-            if self.local_rank >= torch.cuda.device_count():
-                raise ValueError(f"{torch.cuda.device_count()} GPUs are too few for the processes on this machine")
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
             torch.cuda.set_device(self.local_rank)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=TIMEOUT)
