@@ -10,6 +10,7 @@ from datetime import timedelta
 
 # for a process that never comes, or hangs; where one fails, torchrun ends the others at once
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(days=7)  # for processes that wait while others make videos
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,26 @@ class Processes:
             rank: [name for name in values if theirs[name] != everyone[0][name]] for rank, theirs in enumerate(everyone)
         }
         return {rank: different for rank, different in names.items() if different}
+
+    def patient_group(self, size: int):
+        """This process and its neighbours, `size` in all, for `gathered`; None for one alone. All must call it."""
+        if size == 1:
+            return None
+        import torch
+
+        return torch.distributed.new_subgroups(size, backend="gloo", timeout=PATIENCE)[0]
+
+
+def gathered(value, group) -> list:
+    """The value (anything that can be pickled) of every process of a `Processes.patient_group`, in order; waits as long
+    as one of them takes."""
+    if group is None:
+        return [value]
+    import torch
+
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager
