@@ -149,7 +149,8 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
     lines[3] |= {"seed": 99}
     lines[7] |= {"save_file": str(tmp_path / "eighth.mp4")}
     lines[11] |= {"image": str(tmp_path / "other.png")}
-    Image.open(IMAGE).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "other.png")
+    flipped = Image.open(IMAGE).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    flipped.save(tmp_path / "other.png")
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = (*I2V, "--image", IMAGE, "--prompt_file", tmp_path / "list.jsonl", "--save_file", out, "--base_seed", 5)
 
@@ -190,10 +191,13 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
         (path,) = [tmp_path / "eighth.mp4"] if i == 7 else out.glob(f"{i + 1:05d}_*_{seed}_*.mp4")
         assert np.array_equal(iio.imread(path), in_one_process(lines[i]["prompt"], seed, tmp_path / "api.mp4"))
 
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines[:11])))
+    flipped.save(tmp_path / "other.png")
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
-    magcache_generate.main()  # by one process, which finds what two have made
-    assert "11 of them finished\nall of them are finished" in capsys.readouterr().out
+    for finished in (11, 12):  # by one process, which finds what two have made
+        magcache_generate.main()
+        assert f"{finished} of them finished" in capsys.readouterr().out
+        assert len(list(out.glob("*.mp4"))) == 11
+    assert {path: made()[path] for path in after} == after
 
 
 def test_two_processes_calibrate_once(tmp_path):
