@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from diffusers.models.attention_dispatch import attention_backend as diffusers_backend
 from golden_data import write_checkpoint
 from PIL import Image
 
@@ -20,6 +21,7 @@ import magcache
 import magcache_generate
 import wan
 from wan.configs import WAN_CONFIGS
+from wan.distributed.sequence import attention_backend
 from wan.utils.utils import cache_video
 
 REPO = Path(__file__).parent.parent
@@ -105,6 +107,15 @@ def test_rings(seen, name):
         assert reused == {"c10d.allgather_": 1}
 
 
+def test_attention_that_cannot_share_is_refused():
+    assert attention_backend("cuda", 1) is attention_backend("cpu", 1) is None
+    assert attention_backend("cuda", 2) == "_native_flash"
+    with pytest.raises(ValueError, match="ring_size must be 1 on the CPU"):
+        attention_backend("cpu", 2)
+    with diffusers_backend("_native_math"), pytest.raises(ValueError, match="_native_math cannot share sequences"):
+        attention_backend("cpu", 1)
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 SCRIPT = REPO / "magcache_generate.py"
@@ -138,7 +149,8 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
     lines[3] |= {"seed": 99}
     lines[7] |= {"save_file": str(tmp_path / "eighth.mp4")}
     lines[11] |= {"image": str(tmp_path / "other.png")}
-    Image.open(IMAGE).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "other.png")
+    flipped = Image.open(IMAGE).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    flipped.save(tmp_path / "other.png")
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = (*I2V, "--image", IMAGE, "--prompt_file", tmp_path / "list.jsonl", "--save_file", out, "--base_seed", 5)
 
@@ -179,10 +191,13 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
         (path,) = [tmp_path / "eighth.mp4"] if i == 7 else out.glob(f"{i + 1:05d}_*_{seed}_*.mp4")
         assert np.array_equal(iio.imread(path), in_one_process(lines[i]["prompt"], seed, tmp_path / "api.mp4"))
 
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines[:11])))
+    flipped.save(tmp_path / "other.png")
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
-    magcache_generate.main()  # by one process, which finds what two have made
-    assert "11 of them finished\nall of them are finished" in capsys.readouterr().out
+    for finished in (11, 12):  # by one process, which finds what two have made
+        magcache_generate.main()
+        assert f"{finished} of them finished" in capsys.readouterr().out
+        assert len(list(out.glob("*.mp4"))) == 11
+    assert {path: made()[path] for path in after} == after
 
 
 def test_two_processes_calibrate_once(tmp_path):

@@ -46,10 +46,11 @@ class SequenceParallel:
         return config
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of x [B, L, ...] along L. Raises ValueError if there are fewer tokens than ranks."""
+        """A copy of this rank's part of x [B, L, ...] along L, so that the whole can be freed. Raises ValueError if
+        there are fewer tokens than ranks."""
         if x.shape[1] < self.size:
             raise ValueError(f"{x.shape[1]} tokens cannot be shared by {self.size} ranks")
-        return x.tensor_split(self.size, dim=1)[self.rank]
+        return x.tensor_split(self.size, dim=1)[self.rank].clone()
 
     def gather(self, x: torch.Tensor, length: int) -> torch.Tensor:
         """The parts x [B, part, C] of all ranks as [B, length, C]."""
