@@ -336,6 +336,8 @@ def check_processes(args, error) -> None:
             f"{world} processes are no multiple of --ulysses_size {args.ulysses_size} times --ring_size "
             f"{args.ring_size}"
         )
+    if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
+        print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
     if args.offload_model is None:
         args.offload_model = world == 1
 
@@ -604,7 +606,7 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
         return start_xfuser(processes, args, error)
     try:
         return start_groups(args.ulysses_size, args.ring_size, fsdp=args.dit_fsdp or args.t5_fsdp)
-    except ValueError as fault:
+    except (ValueError, ImportError) as fault:  # of a torch or diffusers that is too old
         error(fault)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
+from magcache.prompts import Line
 from magcache.search import best_steps, linear_errors, load_products, reuse_errors
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
@@ -131,6 +132,27 @@ def test_readme_commands_parse_and_plan():
         "vace-1.3B": ("table vace-1.3B", 58, 81, 50, 16.0),
         "t2i-14B": ("table t2v-14B", 50, 1, 50, 5.0),
     }
+
+
+def test_readme_torchrun_commands(monkeypatch):
+    """The processes that they start are those that their flags need."""
+    text = (REPO / "README.md").read_text()
+    commands = re.findall(r"^torchrun (.*) (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
+    monkeypatch.setattr(magcache_generate.prompts, "read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    groups = []
+    for launch, command in commands:
+        nodes, processes = (
+            int((re.search(rf"--{f} (\d+)", launch) or [0, 1])[1]) for f in ("nnodes", "nproc_per_node")
+        )
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("WORLD_SIZE", str(nodes * processes))
+        args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
+        magcache_generate.check_request(args, pytest.fail)
+        assert magcache_generate.make_schedule(args, pytest.fail)[0].speedup_bound > 1
+        assert WAN_CONFIGS[args.task].num_heads % args.ulysses_size == 0
+        groups.append((nodes * processes, nodes * processes // (args.ulysses_size * args.ring_size)))
+    assert groups == [(2, 1), (4, 1), (8, 1), (8, 1), (16, 1), (8, 8), (8, 4)]
 
 
 def test_calibration_of_61_frames_is_planned():

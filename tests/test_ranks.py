@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from diffusers.models.attention_dispatch import attention_backend as diffusers_backend
 from golden_data import write_checkpoint
 from PIL import Image
 
@@ -20,6 +21,7 @@ import magcache
 import magcache_generate
 import wan
 from wan.configs import WAN_CONFIGS
+from wan.distributed.sequence import attention_backend
 from wan.utils.utils import cache_video
 
 REPO = Path(__file__).parent.parent
@@ -103,6 +105,15 @@ def test_rings(seen, name):
         computed, reused = result["collectives"]
         assert sum(computed.values()) > 2
         assert reused == {"c10d.allgather_": 1}
+
+
+def test_attention_that_cannot_share_is_refused():
+    assert attention_backend("cuda", 1) is attention_backend("cpu", 1) is None
+    assert attention_backend("cuda", 2) == "_native_flash"
+    with pytest.raises(ValueError, match="ring_size must be 1 on the CPU"):
+        attention_backend("cpu", 2)
+    with diffusers_backend("_native_math"), pytest.raises(ValueError, match="_native_math cannot share sequences"):
+        attention_backend("cpu", 1)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

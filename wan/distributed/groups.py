@@ -44,7 +44,8 @@ def start_groups(ulysses_size: int = 1, ring_size: int = 1, fsdp: bool = False) 
     form one group in which each computes the same.
 
     To be called by all ranks after `torch.distributed.init_process_group`, once; without it there is one group of one.
-    Raises ValueError if the world is no multiple of the product, or an attention backend cannot do it.
+    Raises ValueError if the world is no multiple of the product, or an attention backend cannot do it; ImportError if
+    torch or diffusers are too old.
     """
     global _groups
     shared = ulysses_size * ring_size
@@ -54,6 +55,8 @@ def start_groups(ulysses_size: int = 1, ring_size: int = 1, fsdp: bool = False) 
     if world == 1:
         _groups = Groups()
         return _groups
+    if fsdp:
+        import wan.distributed.fsdp  # noqa: F401 (fails now rather than after loading)
     size = world if fsdp and shared == 1 else shared
     count, device = world // size, "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (count, size), mesh_dim_names=("group", "rank"))
