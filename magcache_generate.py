@@ -1,12 +1,17 @@
 #!/usr/bin/env python
 """Generates videos with Wan2.1; with --use_magcache, reuses residuals of its transformer instead of computing them.
 
-Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it.
+Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it: this repository's or Wan2.1's own.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import hashlib
+import importlib.util
+import io
+import itertools
 import json
 import math
 import os
@@ -20,9 +25,11 @@ from pathlib import Path
 
 try:
     import magcache  # without torch until something runs
-except ImportError:
-    remedies = "`pip install .` in its repository, or copy magcache/ beside magcache_generate.py"
-    print(f"magcache_generate.py: error: package magcache is missing: {remedies}", file=sys.stderr)
+    from magcache import prompts
+    from magcache.processes import Processes, gathered, leaving_at_once
+except ImportError as fault:
+    remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
+    print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
     sys.exit(2)
 
 # by the first part of the task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
@@ -76,11 +83,16 @@ class Explicit(argparse.Action):
         namespace.explicit = {*getattr(namespace, "explicit", ()), self.dest}
 
 
+def is_first(rank: str) -> bool:
+    """By torchrun's name for it: the first of all processes (RANK), or of those on this machine (LOCAL_RANK)."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Says what is wrong in one line, once a machine where several processes find it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_first("LOCAL_RANK") else None)
 
 
 def truth_value(text: str) -> bool:
@@ -102,8 +114,25 @@ def make_parser() -> Parser:
     )
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
-    add("--base_seed", type=int, default=-1, help="seed of the noise; negative: random (default: -1)")
-    add("--save_file", help="path of the result (default: a name made of the settings, here)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="make a video of every line: a prompt, or JSON with prompt and, where wanted, seed, image, save_file; a "
+        "rerun makes those that are missing",
+    )
+    add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
+    add(
+        "--base_seed",
+        type=int,
+        default=-1,
+        help="seed of the noise; negative: random (default: -1). The i-th prompt of a --prompt_file, from 0, has seed "
+        "base_seed + i unless its line says another (default there: 0)",
+    )
+    add(
+        "--save_file",
+        help="path of the result (default: a name made of the settings, here); with --prompt_file the folder of the "
+        "results (default: the file's name without its ending)",
+    )
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -122,7 +151,7 @@ def make_parser() -> Parser:
     add(
         "--offload_model",
         type=truth_value,
-        help="transformer and text encoder on the GPU only while they work (default: True)",
+        help="transformer and text encoder on the GPU only while they work (default: True; False on several GPUs)",
     )
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
@@ -183,7 +212,6 @@ def make_parser() -> Parser:
         help="measure the ratio table of this model in a run without skips; full: also how the residuals of all steps "
         "relate, for --magcache_speedup",
     )
-    add("--prompt_file", metavar="FILE", help="calibrate on several prompts, one a line")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
     add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
     add(
@@ -200,6 +228,24 @@ def make_parser() -> Parser:
         help="of the cached residuals (default: as computed)",
     )
     add("--magcache_offload", action="store_true", help="cached residuals wait in CPU memory")
+    add(
+        "--magcache_plan",
+        nargs="?",
+        const=True,
+        metavar="PNG",
+        help="only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are",
+    )
+    add(
+        "--magcache_record",
+        default="on",
+        choices=("on", "off"),
+        help="write a JSON beside the video with all it takes to make it again (default: on)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="also generate without the cache, and write both and their difference as a video and a page, with scores",
+    )
     add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
     return parser
 
@@ -207,12 +253,8 @@ def make_parser() -> Parser:
 def check_request(args, error) -> None:
     """Fills in the task's defaults and refuses what makes no sense, by the flags alone."""
     kind = args.task.split("-")[0]
-    for flag in ("t5_fsdp", "dit_fsdp"):
-        if getattr(args, flag):
-            error(f"--{flag} is not part of this release")
-    if args.ulysses_size * args.ring_size * int(os.environ.get("WORLD_SIZE", 1)) != 1:
-        error("this release runs on one device: without torchrun, and with --ulysses_size 1 --ring_size 1")
-
+    if not args.magcache_plan:
+        check_processes(args, error)
     if args.frame_num is None:
         args.frame_num = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
     elif kind == "vace" and args.src_video:
@@ -237,13 +279,13 @@ def check_request(args, error) -> None:
         error(f"--sample_guide_scale must be finite, got {args.sample_guide_scale}")
     if args.base_seed >= 2**63:
         error(f"--base_seed must be below 2^63, got {args.base_seed}")
-    if args.base_seed < 0:
-        args.base_seed = random.randrange(2**32)
-    if args.offload_model is None:
-        args.offload_model = True
+    if args.overwrite and not args.prompt_file:
+        error("--overwrite needs --prompt_file: a single video is always made")
     if args.prompt_file:
         read_prompts(args, error)
-    choose_inputs(args, error)
+    if args.base_seed < 0:
+        args.base_seed = random.randrange(2**32)
+    choose_inputs(args, error if not args.magcache_plan else lambda message: None)  # a plan needs no files
     if not args.ckpt_dir:
         error("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
 
@@ -253,36 +295,76 @@ def check_request(args, error) -> None:
         error(fault)
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
-    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast"):
+    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast", "compare"):
         if getattr(args, flag) and not args.use_magcache:
             error(f"--{flag} needs --use_magcache")
     if args.magcache_forecast == "fitted" and args.magcache_speedup is None:
         error("--magcache_forecast fitted needs --magcache_speedup, which chooses the steps it is fitted for")
+    if args.compare:
+        for package in ("skimage", "imageio_ffmpeg", "PIL"):
+            need_package(package, "--compare", error)
     if args.magcache_speedup is not None:
         if given := getattr(args, "explicit", None):
             error(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
         if not 1 <= args.magcache_speedup <= args.sample_steps:
             error(f"--magcache_speedup must be between 1 and {args.sample_steps}, at which one step is computed")
     if args.magcache_calibration:
+        if args.magcache_calibration == "full" and args.ulysses_size * args.ring_size > 1:
+            error("--magcache_calibration full needs all tokens in one process, so --ulysses_size 1 and --ring_size 1")
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)
 
 
+def check_processes(args, error) -> None:
+    """Refuses flags for several GPUs that the number of processes does not fit, and fills in --offload_model."""
+    try:
+        world = Processes.from_environment().world
+    except ValueError as fault:
+        error(fault)
+    size = args.ulysses_size * args.ring_size
+    if min(args.ulysses_size, args.ring_size) < 1:
+        error(f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}")
+    if world == 1:
+        for flag in ("t5_fsdp", "dit_fsdp"):
+            if getattr(args, flag):
+                error(f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N")
+        if size > 1:
+            error(
+                f"--ulysses_size {args.ulysses_size} and --ring_size {args.ring_size} need {size} processes: "
+                f"start them with torchrun --nproc_per_node {size}"
+            )
+    if world % size:
+        error(
+            f"{world} processes are no multiple of --ulysses_size {args.ulysses_size} times --ring_size "
+            f"{args.ring_size}"
+        )
+    if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
+        print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
+    if args.offload_model is None:
+        args.offload_model = world == 1
+
+
 def read_prompts(args, error) -> None:
-    """Sets args.prompts to the lines of --prompt_file."""
-    if not args.magcache_calibration:
-        error("--prompt_file needs --magcache_calibration")
+    """Sets args.lines to the lines of --prompt_file, and what a single request would have to the first one's."""
     if args.prompt is not None:
         error("--prompt and --prompt_file exclude each other")
+    if args.base_seed < 0:
+        args.base_seed = 0  # a rerun has to find what is finished
     try:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as fault:
-        error(f"cannot read --prompt_file {args.prompt_file}: {fault}")
-    args.prompts = [line.strip() for line in lines if line.strip()]
-    if not args.prompts:
-        error(f"--prompt_file {args.prompt_file} holds no prompt")
-    args.prompt = args.prompts[0]
+        args.lines = prompts.read_prompts(args.prompt_file, args.base_seed)
+    except ValueError as fault:
+        error(f"--prompt_file: {fault}")
+    args.prompt = args.lines[0].prompt
+    images = [line.image or args.image for line in args.lines]
+    if "image" not in INPUTS.get(args.task.split("-")[0], ()):
+        if any(line.image for line in args.lines):
+            error(f"--prompt_file {args.prompt_file} names images, task {args.task} takes none")
+    elif None in images:
+        error(
+            f"--prompt_file {args.prompt_file}: prompt {images.index(None) + 1} has no image, and there is no --image"
+        )
+    args.image = images[0]
 
 
 def choose_inputs(args, error) -> None:
@@ -313,6 +395,11 @@ def check_writable(folder: Path, error) -> None:
         error(f"cannot write to {folder}")
 
 
+def is_stock_wan() -> bool:
+    """Whether the `wan` here is Wan2.1's own, which does less than this repository's."""
+    return importlib.util.find_spec("wan.pipeline") is None
+
+
 def check_wan(args, error):
     """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
     try:
@@ -323,6 +410,8 @@ def check_wan(args, error):
         error(f"the wan package here has no task {args.task}")
     if args.size not in SUPPORTED_SIZES[args.task]:
         error(f"task {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
+    if args.task.startswith("flf2v") and args.frame_num != 81 and is_stock_wan():
+        error(f"the wan package here makes flf2v videos of 81 frames only, --frame_num is {args.frame_num}")
     config, folder = WAN_CONFIGS[args.task], Path(args.ckpt_dir)
     if not folder.is_dir():
         error(f"--ckpt_dir {folder} is not a folder")
@@ -331,6 +420,7 @@ def check_wan(args, error):
     try:
         model = json.loads((folder / "config.json").read_text())
         kind, shape = model.get("model_type"), (model.get("dim"), model.get("num_layers"))
+        heads = model.get("num_heads", config.num_heads)
         if index.is_file():
             weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         elif any(folder.glob("diffusion_pytorch_model-*.safetensors")):
@@ -342,9 +432,15 @@ def check_wan(args, error):
     needed = MODEL_TYPES[args.task.split("-")[0]]
     if kind != needed:
         error(f"--ckpt_dir {folder} holds a model of type {kind}, task {args.task} needs {needed}")
+    if heads % args.ulysses_size:
+        error(
+            f"--ulysses_size {args.ulysses_size} does not divide the {heads} attention heads of the model in {folder}"
+        )
     files = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
     if needed in ("i2v", "flf2v"):
         files.append(config.clip_checkpoint)
+        if is_stock_wan() and not (folder / config.clip_tokenizer).is_dir():
+            error(f"--ckpt_dir {folder} lacks {config.clip_tokenizer}/, which the wan package here loads")
     for path in (*weights, *(folder / name for name in files)):
         if not path.is_file():
             error(f"--ckpt_dir {folder} lacks {path.relative_to(folder)}")
@@ -356,18 +452,21 @@ def check_wan(args, error):
 
 def read_inputs(args, error) -> list:
     """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
-    and references of vace, as lists of one. Empty for tasks without."""
+    and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
+    reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
     kind = args.task.split("-")[0]
     try:
+        if kind == "vace" and is_stock_wan():
+            return check_sources(args)
         if kind == "vace":
             from wan.configs import SIZE_CONFIGS
             from wan.utils.vace_source import prepare_source
 
-            refs = [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
+            refs = reference_paths(args)
             sources = prepare_source(args.src_video, args.src_mask, refs, args.frame_num, SIZE_CONFIGS[args.size])
             return [[source] for source in sources]
         if kind in INPUTS:
-            from wan.utils.images import read_image
+            from magcache.images import read_image
 
             return [read_image(getattr(args, flag)) for flag in INPUTS[kind]]
     except ValueError as fault:
@@ -375,14 +474,33 @@ def read_inputs(args, error) -> list:
     return []
 
 
-def video_shape(args, inputs: list) -> tuple[int, int, int]:
+def reference_paths(args) -> list[str]:
+    return [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
+
+
+def check_sources(args) -> None:
+    """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
+    from magcache.images import read_image
+
+    for path in (args.src_video, args.src_mask):
+        if path and not Path(path).is_file():
+            raise ValueError(f"cannot read {path}: no such file")
+    if args.src_mask and not args.src_video:
+        raise ValueError(f"the mask {args.src_mask} needs a source video")
+    for path in reference_paths(args):
+        read_image(path)
+    if args.src_video:
+        print("note: this wan package reads the source video after loading; its size and length are the video's")
+
+
+def video_shape(args, inputs: list | None) -> tuple[int, int, int]:
     """(frames, height, width) of the result."""
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
-    if args.task.startswith("vace"):
+    if args.task.startswith("vace") and inputs:
         return tuple(inputs[0][0].shape[1:])
     if inputs:
-        from wan.utils.images import video_size
+        from magcache.images import video_size
 
         return args.frame_num, *reversed(video_size(inputs[0].size, MAX_AREA_CONFIGS[args.size]))
     return args.frame_num, *reversed(SIZE_CONFIGS[args.size])
@@ -454,17 +572,77 @@ def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
     return magcache.resample_sigma(table.ratios, table.sigmas, wanted)
 
 
+@dataclasses.dataclass(frozen=True)
+class OneGroup:
+    """What upstream's `wan` makes of several processes: all of them work on the same video."""
+
+    rank: int
+    size: int
+    index: int = 0
+    count: int = 1
+
+
+def start_processes(processes: Processes, args, given: dict, schedule, error):
+    """Connects the processes of torchrun, gives them one seed, and starts the sequence parallelism of the `wan` here.
+
+    given: the arguments as they were parsed; they and the plan must be the same everywhere, as every process decides
+    on its own what to reuse. Returns the group of processes that makes a video together: this one's `rank` in it, its
+    `size`, its `index` among `count` groups.
+    """
+    try:
+        processes.connect()
+    except ValueError as fault:
+        error(fault)
+    compared = {f"--{name}": value for name, value in given.items()} | {"the plan": schedule and schedule.weights}
+    compared["the prompts of --prompt_file"] = getattr(args, "lines", None)
+    if differences := processes.differences(compared):
+        if processes.rank in (0, *differences):
+            rank, names = min(differences.items())
+            names = ", ".join(names)
+            print(f"magcache_generate.py: error: process {rank} differs from process 0 in {names}", file=sys.stderr)
+        sys.exit(2)
+    args.base_seed = processes.from_first(args.base_seed)
+    try:
+        from wan.distributed.groups import start_groups
+    except ModuleNotFoundError:
+        return start_xfuser(processes, args, error)
+    try:
+        return start_groups(args.ulysses_size, args.ring_size, fsdp=args.dit_fsdp or args.t5_fsdp)
+    except (ValueError, ImportError) as fault:  # of a torch or diffusers that is too old
+        error(fault)
+
+
+def start_xfuser(processes: Processes, args, error) -> OneGroup:
+    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made."""
+    if args.ulysses_size * args.ring_size > 1:
+        if args.ulysses_size * args.ring_size != processes.world:
+            error(
+                f"--ulysses_size {args.ulysses_size} times --ring_size {args.ring_size} must be the number of "
+                f"processes with the wan package here, there are {processes.world}"
+            )
+        try:
+            from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
+        except ImportError as fault:
+            error(f"--ulysses_size and --ring_size need the package xfuser with the wan package here: {fault}")
+        init_distributed_environment(rank=processes.rank, world_size=processes.world)
+        initialize_model_parallel(
+            sequence_parallel_degree=processes.world, ring_degree=args.ring_size, ulysses_degree=args.ulysses_size
+        )
+    return OneGroup(processes.rank, processes.world)
+
+
 def make_expander(args, error):
-    """Returns what extends the prompt, or None. Reads no weights."""
+    """Returns what extends the prompt, or None. Reads no weights, unless the `wan` here does."""
     if not args.use_prompt_extend:
         return None
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
     method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[args.prompt_extend_method]
+    device = {"device": 0} if args.prompt_extend_method == "local_qwen" else {}
     try:
-        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), device=0)
-    except ValueError as fault:
-        error(fault)
+        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), **device)
+    except (ValueError, OSError, ImportError) as fault:
+        error(str(fault).splitlines()[0])
 
 
 def extend_prompt(args, prompt: str, expander, images: list) -> str:
@@ -475,22 +653,67 @@ def extend_prompt(args, prompt: str, expander, images: list) -> str:
     if not out.status:
         print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
         return prompt
-    if out.message:
-        print(f"note: {out.message}")
+    if images and not expander.is_vl:
+        print(f"note: {expander.model_name} sees no pictures, so only the text was extended")
     print(f"prompt    {out.prompt}")
     return out.prompt
 
 
-def make_requests(args, error) -> list[tuple[str, int, Path]]:
-    """(prompt, seed, path of the result) of every video; seeds count up."""
-    prompts = args.prompts if args.prompt_file else [args.prompt]
-    if len(prompts) == 1:
-        return [(prompts[0], args.base_seed, result_path(args, prompts[0], error))]
-    paths = [result_path(args, prompt, error) for prompt in prompts]
-    return [
-        (prompt, args.base_seed + i, path.with_stem(f"{path.stem}_{i + 1}"))
-        for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
-    ]
+def make_requests(args, schedule, error) -> list[tuple[str, int, Path]]:
+    """(prompt, seed, path of the result) of every video."""
+    if not args.prompt_file:
+        return [(args.prompt, args.base_seed, result_path(args, args.prompt, error))]
+    endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
+    folder = Path(args.save_file or Path(args.prompt_file).stem)
+    if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file():
+        error(f"with --prompt_file, --save_file must be a folder, got {folder}")
+    check_writable(folder, error)
+    decisive = settings_of(args) | {"steps": args.sample_steps, "plan": schedule and schedule.weights}
+    decisive |= {flag: getattr(args, flag) for flag in ("magcache_dtype", "use_prompt_extend")}
+    decisive["inputs"] = [getattr(args, flag) for flags in INPUTS.values() for flag in flags if flag != "image"]
+    paths = []
+    for line in args.lines:
+        if line.save_file:
+            named = argparse.Namespace(**vars(args) | {"save_file": line.save_file})
+            paths.append(result_path(named, line.prompt, lambda fault, n=line.number: error(f"prompt {n}: {fault}")))
+        else:
+            line = dataclasses.replace(line, image=line.image or args.image)
+            paths.append(folder / prompts.result_name(line, decisive, endings[0]))
+    if clash := prompts.find_clash(paths):
+        error(f"prompts {clash[0] + 1} and {clash[1] + 1} of {args.prompt_file} have the same result {paths[clash[1]]}")
+    return [(line.prompt, line.seed, path) for line, path in zip(args.lines, paths, strict=True)]
+
+
+def choose_requests(args, requests: list, error) -> list:
+    """Those that are not finished. Sets args.images, by path of the result, and checks those that are needed."""
+    args.images = {}
+    if not args.prompt_file:
+        return requests
+    missing = requests
+    if not args.overwrite and not args.magcache_calibration:
+        missing = [request for request in requests if not prompts.is_finished(request[-1])]
+    finished = len(requests) - len(missing)
+    print(f"prompts   {len(requests)} in {args.prompt_file}" + (f", {finished} of them finished" if finished else ""))
+    if "image" in INPUTS.get(args.task.split("-")[0], ()):
+        from magcache.images import read_image
+
+        args.images = {path: line.image or args.image for (*_, path), line in zip(requests, args.lines, strict=True)}
+        try:
+            for image in dict.fromkeys(args.images[path] for *_, path in missing):
+                read_image(image)
+        except ValueError as fault:
+            error(fault)
+    return missing
+
+
+def use_image(args, path: Path, inputs: list) -> list:
+    """The inputs of the request with this path, whose image args.image becomes."""
+    if path not in args.images:
+        return inputs
+    from magcache.images import read_image
+
+    args.image = args.images[path]
+    return [read_image(args.image)]
 
 
 def result_path(args, prompt: str, error) -> Path:
@@ -508,9 +731,7 @@ def result_path(args, prompt: str, error) -> Path:
             error(f"the folder of --save_file does not exist: {path.parent}")
     else:
         size = args.size.replace("*", "x") if sys.platform == "win32" else args.size
-        prompt = "".join(c if c.isalnum() or c == "-" else "_" for c in prompt[:50])
-        prompt = prompt.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-        parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompt]
+        parts = [args.task, size, str(args.ulysses_size), str(args.ring_size), prompts.slug(prompt)]
         parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
         if args.use_magcache:
             settings = f"E{args.magcache_thresh}_K{args.magcache_K}_R{args.retention_ratio}"
@@ -523,20 +744,38 @@ def result_path(args, prompt: str, error) -> Path:
     return path
 
 
+def describe_video(args, shape: tuple[int, int, int], seed: int | str) -> str:
+    """shape: (frames, height, width)."""
+    frames, height, width = shape
+    return (
+        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, {args.sample_solver}, shift "
+        f"{args.sample_shift:g}, guidance {args.sample_guide_scale:g}, seed {seed}"
+    )
+
+
+def settings_words(args) -> str:
+    if args.magcache_speedup is not None:
+        return f"speed-up {args.magcache_speedup:g}"
+    smooth = "" if args.magcache_smooth == "none" else f", smoothed ({args.magcache_smooth})"
+    return f"thresh {args.magcache_thresh:g}, K {args.magcache_K}, retention {args.retention_ratio:g}{smooth}"
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, float32"
+
+
 def announce(args, schedule, table: str | None, shape: tuple[int, int, int], requests: list) -> None:
     """Says before the models are loaded what is going to happen."""
     calls = 2 * args.sample_steps
-    frames, height, width = shape
-    for prompt, *_ in requests:
-        print(f"prompt    {prompt}")
+    if not args.prompt_file:
+        print(f"prompt    {args.prompt}")
     for flag in INPUTS.get(args.task.split("-")[0], ()):
-        if getattr(args, flag):
+        if getattr(args, flag) and not args.images:
             print(f"{flag:<9} {getattr(args, flag)}")
-    print(
-        f"video     {args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, "
-        f"{args.sample_solver}, shift {args.sample_shift:g}, guidance {args.sample_guide_scale:g}, "
-        f"seed {args.base_seed}"
-    )
+    seed = args.base_seed if len(requests) == 1 else f"{args.base_seed} and up"
+    print(f"video     {describe_video(args, shape, seed)}")
     if schedule:
         print(
             f"MagCache  {schedule.computed} of {calls} transformer calls computed, at most "
@@ -551,8 +790,10 @@ def announce(args, schedule, table: str | None, shape: tuple[int, int, int], req
         if args.magcache_calibration == "full":
             gigabytes = magcache.host_bytes(args.sample_steps, width_of(args)) / 1e9
             print(f"          the residuals of all steps are sampled: {gigabytes:.2f} GB of CPU memory")
-    for *_, path in requests:
-        print(f"result    {path}", flush=True)
+    if len(requests) > 1:
+        print(f"results   {len(requests)} files in {', '.join(sorted({str(path.parent) for *_, path in requests}))}")
+    else:
+        print(f"result    {requests[0][-1]}", flush=True)
 
 
 def width_of(args) -> int:
@@ -582,7 +823,8 @@ def save_calibration(args, runs: list[dict], products: list, done: list[tuple[st
         "sample_steps": args.sample_steps,
         "prompts": [prompt for prompt, *_ in done],
         "seeds": [seed for _, seed, _ in done],
-        "inputs": {flag: getattr(args, flag) for flag in INPUTS.get(args.task.split("-")[0], ())},
+        "inputs": {flag: getattr(args, flag) for flag in INPUTS.get(args.task.split("-")[0], ())}
+        | ({"image": [args.images[path] for *_, path in done]} if args.images else {}),
         "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
         "timesteps": [int(1000 * sigma) for sigma in sigmas],
         "sigmas": sigmas,
@@ -607,12 +849,13 @@ def save_result(video, path: Path, fps: int) -> None:
     from wan.utils.utils import cache_image, cache_video
 
     try:
-        if path.suffix.lower() in IMAGE_ENDINGS:
-            written = cache_image(video[None, :, 0], str(path), nrow=1)
-        else:
-            written = cache_video(video[None], str(path), fps=fps, nrow=1)
-        if written is None:  # upstream's writers report a failure so
-            raise OSError(f"cannot write {path}")
+        with magcache.ratios.written_whole(path) as part:
+            if path.suffix.lower() in IMAGE_ENDINGS:
+                written = cache_image(video[None, :, 0], str(part), nrow=1)
+            else:
+                written = cache_video(video[None], str(part), fps=fps, nrow=1)
+            if written is None:  # upstream's writers report a failure so
+                raise OSError(f"cannot write {path}")
     except BaseException:
         pixels = ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
         for folder in (tempfile.gettempdir(), "."):
@@ -624,32 +867,169 @@ def save_result(video, path: Path, fps: int) -> None:
         raise
 
 
-def summarise(schedule, cache, table, seconds: dict[str, float]) -> None:
-    """Says what happened, from the log of the calls and not from the plan."""
+def summarise(schedule, made_by: str | None, watches: list, seconds: dict[str, float]) -> None:
+    """Says what happened, from what was seen of the calls and not from the plan."""
+    from magcache.record import peak_memory
+    from magcache.report import number_of_bytes
+
+    for watch in watches:
+        for phase, value in watch.seconds.items():
+            phase = "denoise" if phase in ("computed", "reused", "sampler") else phase
+            seconds[phase] = seconds.get(phase, 0.0) + value
     print("time      " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-    if not schedule:
-        return
-    computed = [duration for _, skipped, duration in cache.log if not skipped]
-    reused = [duration for _, skipped, duration in cache.log if skipped]
-    cond, uncond = (sum(skipped for call, skipped, _ in cache.log if call % 2 == branch) for branch in (0, 1))
-    print(
-        f"MagCache  {len(computed)} of {len(cache.log)} calls computed, reused {cond} of {schedule.steps} cond and "
-        f"{uncond} of {schedule.steps} uncond (bound {schedule.speedup_bound:.2f}x, {table})"
-    )
-    typical = statistics.fmean(computed)
-    line = f"          computed {1000 * typical:.1f} ms a call"
-    if reused:
-        line += f", reused {1000 * statistics.fmean(reused):.1f} ms a call"
-    speedup = len(cache.log) * typical / sum(computed + reused)
-    print(f"{line}; {speedup:.2f}x faster than computing every call")
-    if tuple(skipped for _, skipped, _ in cache.log) != schedule.reuse:
+    calls = [call for watch in watches for call in watch.calls]
+    if schedule and calls:
+        times = {kind: [duration for reused, duration in calls if reused == kind] for kind in (False, True)}
+        cond, uncond = (sum(reused for w in watches for reused, _ in w.calls[branch::2]) for branch in (0, 1))
+        steps = schedule.steps * len(watches)
+        print(
+            f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {cond} of {steps} cond and "
+            f"{uncond} of {steps} uncond (bound {schedule.speedup_bound:.2f}x, {made_by})"
+        )
+        typical = statistics.fmean(times[False])
+        line = f"          computed {1000 * typical:.1f} ms a call"
+        if times[True]:
+            line += f", reused {1000 * statistics.fmean(times[True]):.1f} ms a call"
+        speedup = len(calls) * typical / sum(times[False] + times[True])
+        print(f"{line}; {speedup:.2f}x faster than computing every call")
+    if memory := peak_memory():
+        print(f"memory    at most {number_of_bytes(memory['bytes'])} of {memory['of']}")
+    if schedule and any(tuple(reused for reused, _ in watch.calls) != schedule.reuse for watch in watches):
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
 
 
-def generate(args, config, schedule, table: str | None, inputs: list, expander, requests: list) -> None:
+def check_records(args, requests: list, error) -> None:
+    """A record takes the place of an earlier one, but of no other file."""
+    from magcache.record import is_record, record_path
+
+    for *_, path in requests if args.magcache_record == "on" else ():
+        record = record_path(path)
+        if record.exists() and not is_record(record):
+            error(f"{record} exists and is no record of a video: move it, or use --magcache_record off")
+
+
+def make_record(args, group, request, pixels, schedule, made_by: str | None, watch, seconds: dict) -> dict:
+    """All that it takes to make a video again. request: its prompt, seed and path; pixels: (frames, height, width);
+    seconds: of what came before the video."""
+    import wan
+    from magcache import record
+
+    prompt, seed, path = request
+    values = {action.dest: getattr(args, action.dest) for action in make_parser()._actions if action.dest != "help"}
+    values |= {name: record.absolute(name, values[name]) for name in record.PATHS}
+    again = path.with_stem(f"{path.stem}_again").absolute()
+    values |= {"prompt": prompt, "base_seed": seed, "save_file": str(again)}
+    left_out = ["prompt_file", "overwrite", "magcache_calibration", "calibration_dir", "magcache_plan", "compare"]
+    left_out += ["use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang"]
+    table = table_of(args) if schedule else None
+    if table and not table.named:
+        values["mag_ratios"] = str(table.path.absolute())
+    if args.magcache_speedup is not None:
+        left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
+    elif table and table.named:
+        values["mag_ratios"] = table.name
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
+    flags = record.command_line(make_parser(), values, left_out)
+    frames, height, width = pixels
+    return {
+        "video": path.name,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "date": datetime.now().isoformat("T", "seconds"),
+        "prompt": prompt,
+        "seed": seed,
+        "command": [sys.executable, *launcher, os.path.abspath(__file__), *flags],
+        "arguments": values | {"save_file": str(path.absolute())},
+        "versions": record.versions() | {"wan": os.path.dirname(os.path.abspath(wan.__file__))},
+        "device": record.device(),
+        "steps_by": made_by,
+        "table": record.describe_table(table),
+        "schedule": record.describe_schedule(schedule) if schedule else None,
+        "seconds": {name: round(value, 4) for name, value in (seconds | watch.seconds).items()},
+        "calls": {"computed": sum(not r for r, _ in watch.calls), "reused": sum(r for r, _ in watch.calls)},
+        "peak_memory": record.peak_memory(),
+    }
+
+
+def write_record(args, path: Path, record: dict) -> bool:
+    """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
+    from magcache.record import record_path, write_record
+
+    if args.magcache_record == "off":
+        return False
+    try:
+        write_record(record_path(path), record)
+    except OSError as fault:
+        print(f"warning: the record could not be written: {fault}", file=sys.stderr)
+        return False
+    return True
+
+
+def compare(args, pipeline, run, cache, schedule, made_by: str, watch, frames, request, fps: int) -> dict | None:
+    """Generates the same video without the cache and writes the comparison.
+
+    frames: of the cached video, uint8; None where this process got none. request: its prompt, seed and path. Returns
+    what a record holds of it.
+    """
+    from magcache.compare import Comparison, in_words, to_frames
+    from magcache.patch import attach
+    from magcache.progress import watched
+
+    prompt, seed, path = request
+    print("now the same without the cache, to compare", flush=True)
+    magcache.remove_magcache(pipeline.model)
+    try:
+        with watched(pipeline, all_computed(args), show=watch.show) as plain:
+            video = run()
+        if frames is None:
+            return None
+        uncached = path.with_stem(f"{path.stem}_uncached")
+        save_result(video, uncached, fps)
+        plain.lap("save")
+        comparison = Comparison(
+            prompt=prompt,
+            made_by=f"{made_by}, {settings_words(args)}",
+            video=describe_video(args, frames.shape[:3], seed),
+            device=device_name(),
+            schedule=schedule,
+            prediction=predict(args, schedule, made_by),
+            cached=watch.seconds,
+            uncached=plain.seconds,
+        )
+        scores, files = comparison.write(path, frames, to_frames(video), fps)
+    except BaseException:
+        print(f"the comparison failed; the video with the cache is in {path}", file=sys.stderr)
+        raise
+    finally:
+        attach(pipeline.model, cache)  # for the next video
+    print(f"compared  PSNR {in_words(scores.overall_psnr)}, SSIM {scores.overall_ssim:.4f}; {uncached.name}")
+    for file in files:
+        print(f"          {file}", flush=True)
+    return {
+        "psnr": scores.overall_psnr,
+        "ssim": scores.overall_ssim,
+        "psnr_by_frame": scores.psnr,
+        "ssim_by_frame": scores.ssim,
+        "uncached_seconds": {name: round(value, 4) for name, value in plain.seconds.items()},
+        "files": [file.name for file in (uncached, *files)],
+    }
+
+
+def all_computed(args) -> magcache.Schedule:
+    return magcache.Schedule((None, None) * args.sample_steps)
+
+
+def generate(
+    args, processes: Processes, group, config, schedule, table: str | None, inputs: list, expander, requests: list
+) -> list[str]:
+    """Makes this group's share of the requests. Returns what went wrong in any group, a line for each video."""
     import torch
+    from tqdm import tqdm
 
     import wan
+    from magcache.compare import to_frames
+    from magcache.progress import watched
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
     seconds, clock = {}, time.perf_counter()
@@ -659,16 +1039,41 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
         seconds[name] = seconds.get(name, 0) + time.perf_counter() - clock
         clock = time.perf_counter()
 
+    vace = args.task.startswith("vace")
     if expander:
-        images = [] if args.task.startswith("vace") else inputs
-        requests = [(extend_prompt(args, prompt, expander, images), *rest) for prompt, *rest in requests]
+        requests = [
+            (extend_prompt(args, prompt, expander, [] if vace else use_image(args, path, inputs)), seed, path)
+            for prompt, seed, path in requests
+        ]
+    if args.use_prompt_extend:
+        requests = processes.from_first(requests)
         lap("extend")
+    requests = prompts.share(requests, group.index, group.count)
+    everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
+    if not requests:  # fewer videos than groups
+        return list(itertools.chain(*gathered([], everyone)))
+    if group.rank == 0:
+        for *_, path in requests:
+            path.parent.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
-    print(f"device    {torch.cuda.get_device_name() if cuda else 'CPU, float32'}; loading {args.ckpt_dir}", flush=True)
+    device = device_name()
+    if processes.world > 1:
+        device = f"{processes.world} processes, {device}"
+    print(f"device    {device}; loading {args.ckpt_dir}", flush=True)
     if not cuda and not args.task.endswith("-tiny"):
-        print("note: there is no CUDA device; a full-size model takes hours for a video here", flush=True)
+        slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
+        print(f"note: there is no CUDA device; {slow}", flush=True)
     pipeline_class = getattr(wan, PIPELINES[args.task.split("-")[0]])
-    pipeline = pipeline_class(config=config, checkpoint_dir=args.ckpt_dir, t5_cpu=args.t5_cpu)
+    pipeline = pipeline_class(
+        config=config,
+        checkpoint_dir=args.ckpt_dir,
+        device_id=processes.local_rank,
+        rank=group.rank,
+        t5_fsdp=args.t5_fsdp,
+        dit_fsdp=args.dit_fsdp,
+        use_usp=args.ulysses_size * args.ring_size > 1,
+        t5_cpu=args.t5_cpu,
+    )
     lap("load")
     cache = calibration = None
     if schedule:
@@ -684,35 +1089,66 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
             scale = args.sample_guide_scale
             calibration = magcache.apply_full_calibration(pipeline.model, args.sample_steps, sigmas, scale)
         else:
-            calibration = magcache.apply_calibration(pipeline.model, args.sample_steps)
+            calibration = magcache.apply_calibration(pipeline.model, args.sample_steps, sharing_group(args, group))
 
+    if inputs is None:
+        paths = ([args.src_video], [args.src_mask], [reference_paths(args) or None])
+        inputs = pipeline.prepare_source(*paths, args.frame_num, SIZE_CONFIGS[args.size], pipeline.device)
     given = {"size": SIZE_CONFIGS[args.size]}
     if args.task.startswith(("i2v", "flf2v")):
         given = {"max_area": MAX_AREA_CONFIGS[args.size]}
-    runs, products = [], []  # what was measured on the requests so far
+    runs, products, watches, failures = [], [], [], []  # what was measured and seen of the requests so far
+    several = bool(args.prompt_file) and not calibration  # one that fails does not stop the others
+    bar = tqdm(requests, desc="videos", unit="video", disable=None if several and processes.rank == 0 else True)
     try:
-        for prompt, seed, path in requests:
-            video = pipeline.generate(
-                prompt,
-                *inputs,
-                **given,
-                frame_num=args.frame_num,
-                shift=args.sample_shift,
-                sample_solver=args.sample_solver,
-                sampling_steps=args.sample_steps,
-                guide_scale=args.sample_guide_scale,
-                seed=seed,
-                offload_model=args.offload_model,
-            )
-            lap("generate")
+        for number, request in enumerate(bar, start=1):
+            prompt, seed, path = request
+            if args.prompt_file:
+                whose = f", those of group 1 of {group.count}" if group.count > 1 else ""
+                print(f"video     {number} of {len(requests)}{whose}, seed {seed}: {prompt}", flush=True)
+            fault = None
+            try:
+                run = functools.partial(
+                    pipeline.generate,
+                    prompt,
+                    *use_image(args, path, inputs),
+                    **given,
+                    frame_num=args.frame_num,
+                    shift=args.sample_shift,
+                    sample_solver=args.sample_solver,
+                    sampling_steps=args.sample_steps,
+                    guide_scale=args.sample_guide_scale,
+                    seed=seed,
+                    offload_model=args.offload_model,
+                )
+                with watched(pipeline, schedule or all_computed(args), cache, processes.rank == 0) as watch:
+                    video = run()
+            except Exception as raised:
+                if not several:
+                    raise
+                fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            if several and (fault := agreed(fault, own)):
+                failures.append(f"{path}: {fault}")
+                continue
+            watches.append(watch)
             if calibration:
                 runs.append(calibration.lists())
                 if args.magcache_calibration == "full":
                     products.append(calibration.products.copy())
-            save_result(video, path, config.sample_fps)
-            lap("save")
-            frames, height, width = video.shape[1:]
-            print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
+            if group.rank == 0:  # the others get no video
+                save_result(video, path, config.sample_fps)
+                watch.lap("save")
+                frames, height, width = video.shape[1:]
+                print(f"saved     {path} ({width}x{height}, {frames} frames)", flush=True)
+                record = make_record(args, group, request, (frames, height, width), schedule, table, watch, seconds)
+                if write_record(args, path, record):
+                    print(f"record    {path.with_suffix('.json')}", flush=True)
+            if args.compare:
+                frames = to_frames(video) if group.rank == 0 else None
+                del video  # the second one needs its memory
+                scores = compare(args, pipeline, run, cache, schedule, table, watch, frames, request, config.sample_fps)
+                if scores:
+                    write_record(args, path, record | {"comparison": scores})
     except BaseException:
         if calibration and len(runs) < len(requests):
             print(
@@ -722,36 +1158,207 @@ def generate(args, config, schedule, table: str | None, inputs: list, expander, 
             )
         raise
     finally:
-        if runs:
+        if runs and processes.rank == 0:
             save_calibration(args, runs, products, requests[: len(runs)])
-    summarise(schedule, cache, table, seconds)
+    summarise(schedule, table, watches, seconds)
+    return list(itertools.chain(*gathered(failures if group.rank == 0 else [], everyone)))
+
+
+def sharing_group(args, group):
+    """The processes that share the tokens of a video, None if each has all of them."""
+    if args.ulysses_size * args.ring_size == 1:
+        return None
+    import torch
+
+    sequence = getattr(group, "sequence", None)  # upstream's `wan` shares them among all
+    return sequence.group if sequence else torch.distributed.group.WORLD
+
+
+def agreed(fault: str | None, group) -> str | None:
+    """What went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree: then they are
+    no longer at the same point, and could not go on together."""
+    faults = gathered(fault, group)
+    if len(set(faults)) > 1:
+        raise RuntimeError(f"not all processes of a group made the video: {faults}")
+    return fault
+
+
+def table_of(args):
+    """The ratio table that these flags stand for, None if there is none."""
+    with contextlib.suppress(ValueError):
+        return magcache.load_table(args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
+
+
+def predict(args, schedule, made_by: str):
+    """The error to expect of a schedule of `make_schedule`, None where there is no table of the model."""
+    from magcache import report
+
+    table = table_of(args)
+    if not table:
+        return None
+    if args.magcache_speedup is None:
+        ratios = resampled(table, args, [])
+        return report.predict_by_ratios(schedule, ratios, args.magcache_smooth, args.magcache_thresh)
+    if "full calibration" in made_by:
+        from magcache.search import load_products
+
+        products, measured_on = load_products(table.path.with_suffix(".npz"))
+        return report.predict_by_products(schedule, products, measured_on["sigmas"])
+    return report.predict_by_ratios(schedule, table.ratios)
+
+
+def make_neighbours(args, error):
+    """What the settings around the given ones would give, each made as a run makes it."""
+    from magcache import report
+
+    def cell(**changed):
+        other = argparse.Namespace(**vars(args) | changed)
+        schedule, made_by = make_schedule(other, error)
+        return schedule, made_by, other
+
+    if args.magcache_speedup is None:
+        thresholds, lengths = report.neighbour_settings(args.magcache_thresh, args.magcache_K)
+        cells = [[cell(magcache_thresh=thresh, magcache_K=K)[0] for K in lengths] for thresh in thresholds]
+        rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
+        heading = "other     thresh and K: calls computed, bound (* as asked)"
+        asked = (thresholds.index(args.magcache_thresh), lengths.index(args.magcache_K))
+        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells], asked)
+    speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
+    searched = "full calibration" in make_schedule(args, error)[1]
+    forecasts = ("reuse", "linear", "fitted") if searched else ("reuse", "linear")
+    cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
+    notes = []
+    for row in cells:
+        predicted = [predict(other, schedule, made_by) for schedule, made_by, other in row]
+        notes.append([f", error {p.largest:.3g}" if p and "both" in p.rows else "" for p in predicted])
+    heading = "other     speed-ups and forecasts: calls computed, bound (* as asked)"
+    schedules = [[schedule for schedule, *_ in row] for row in cells]
+    asked = (speedups.index(args.magcache_speedup), forecasts.index(args.magcache_forecast or forecasts[-1]))
+    rows = [f"speedup {x:g}" for x in speedups]
+    return report.Neighbours(heading, rows, list(forecasts), schedules, notes, asked)
+
+
+def planned_video(args) -> tuple[int, int, int, int]:
+    """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
+    width, height = map(int, args.size.split("*"))
+    kind = args.task.split("-")[0]
+    if kind in ("i2v", "flf2v"):
+        path = getattr(args, INPUTS[kind][0])
+        if path and Path(path).is_file():
+            from magcache.images import read_image, video_size
+
+            try:
+                width, height = video_size(read_image(path).size, width * height)
+            except ValueError as fault:
+                print(f"note: {fault}; here its shape is that of --size")
+        else:
+            print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
+    references = len(reference_paths(args)) if kind == "vace" else 0
+    if kind == "vace" and args.src_video:
+        print("note: the source video decides on shape and length; the largest that it may have is taken")
+    return args.frame_num, height, width, references
+
+
+def show_plan(args, error) -> None:
+    """Says what a run with these flags would do, by the same code, without the wan package or any weights."""
+    from magcache import report
+
+    args.use_magcache, args.ckpt_dir = True, args.ckpt_dir or args.task
+    picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
+    if picture:
+        need_package("matplotlib", "--magcache_plan with a picture", error)
+        check_writable(picture.parent, error)
+    with contextlib.redirect_stdout(io.StringIO()) as notes:
+        check_request(args, error)
+        schedule, made_by = make_schedule(args, error)
+        frames, height, width, references = planned_video(args)
+        if args.size not in report.SIZES[args.task]:
+            print(f"note: task {args.task} does not run at {args.size}, only at {', '.join(report.SIZES[args.task])}")
+    table, shards = table_of(args), args.ulysses_size * args.ring_size
+    where = "in CPU memory" if args.magcache_offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
+    with contextlib.redirect_stdout(io.StringIO()):  # it says again what the asked one has said
+        neighbours = make_neighbours(args, error)
+    plan = report.Plan(
+        schedule,
+        f"{made_by}, {settings_words(args)}",
+        report.table_origin(table) if table else "no table",
+        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps",
+        report.token_count(frames, height, width, references),
+        report.shape_of(args.task, args.ckpt_dir),
+        predict(args, schedule, made_by),
+        neighbours,
+        args.magcache_dtype,
+        where,
+        shards,
+    )
+    print("\n".join(plan.lines()))
+    print(notes.getvalue(), end="")
+    if picture:
+        from magcache.plot import draw_plan
+
+        draw_plan(plan, resampled(table, args, []) if table else None, picture)
+        print(f"picture   {picture}")
+
+
+def need_package(name: str, what: str, error) -> None:
+    """Refuses a flag whose package is missing."""
+    packages = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}
+    if importlib.util.find_spec(name) is None:
+        error(f"{what} needs the package {name}: pip install {packages.get(name, name)}")
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    given = dict(vars(args))
+    if not is_first("RANK"):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
+    if args.magcache_plan:
+        return show_plan(args, parser.error)
     check_request(args, parser.error)
     schedule, table = make_schedule(args, parser.error)
-    requests = make_requests(args, parser.error)
     config = check_wan(args, parser.error)
-    expander = make_expander(args, parser.error)
     inputs = read_inputs(args, parser.error)
+    processes = Processes.from_environment()
+    group = start_processes(processes, args, given, schedule, parser.error)
+    if args.magcache_calibration and group.count > 1:
+        parser.error(
+            f"--magcache_calibration needs one group of processes, and {processes.world} processes with --ulysses_size "
+            f"{args.ulysses_size} and --ring_size {args.ring_size} are {group.count}"
+        )
+    requests = processes.from_first(make_requests(args, schedule, parser.error))
+    requests = processes.from_first(choose_requests(args, requests, parser.error))
+    if not requests:
+        print("all of them are finished; --overwrite makes them again")
+        return
+    check_records(args, requests, parser.error)
+    expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
-    generate(args, config, schedule, table, inputs, expander, requests)
+    if group.count > len(requests):
+        print(f"note: {len(requests)} videos for {group.count} groups of processes; the others have nothing to do")
+    failures = generate(args, processes, group, config, schedule, table, inputs, expander, requests)
+    if failures:
+        if processes.rank == 0:
+            lines = "\n".join(failures)
+            print(
+                f"{len(failures)} of {len(requests)} videos failed, a rerun tries them again:\n{lines}", file=sys.stderr
+            )
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as fault:
-        reason = (str(fault) or "?").splitlines()[0]
-        if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
-            sys.exit(
-                f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
-                "--magcache_offload, a smaller --size or fewer frames need less"
-            )
-        if reason.startswith("cannot read "):
-            sys.exit(f"magcache_generate.py: error: {reason}")
-        raise
+    with leaving_at_once():
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except RuntimeError as fault:
+            reason = (str(fault) or "?").splitlines()[0]
+            if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
+                sys.exit(
+                    f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
+                    "--magcache_offload, a smaller --size or fewer frames need less"
+                )
+            if reason.startswith("cannot read "):
+                sys.exit(f"magcache_generate.py: error: {reason}")
+            raise

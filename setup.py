@@ -9,5 +9,9 @@ setup(
     packages=["magcache"],  # not `wan`: it would hide the one of a Wan2.1 checkout
     package_data={"magcache": ["ratios/*.json", "ratios/*.npz"]},
     install_requires=["torch>=2.4", "numpy"],
-    extras_require={"bench": ["diffusers>=0.42", "cache-dit==1.5.3"]},
+    extras_require={
+        "bench": ["diffusers>=0.42", "cache-dit==1.5.3"],
+        "compare": ["scikit-image>=0.22", "imageio-ffmpeg", "Pillow"],
+        "plot": ["matplotlib"],
+    },
 )

@@ -1,6 +1,7 @@
 """Measures a model's magnitude ratios in a full run, in which every call computes."""
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -25,10 +26,13 @@ class Calibration:
     Three lists in call order from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|; `stds`,
     its standard deviation over tokens (unbiased); `cosine_distances`, the mean of 1 - cos(r_t, r_{t-1}). A run begins
     with empty lists. `reached` is the number of calls that have returned in the latest run, also if that failed.
+
+    group: of the processes (torch.distributed) that share the tokens, all of which then have the figures of all tokens.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, group=None):
         self.calls = CALLS_PER_STEP * steps
+        self.group = group
         self.reached = 0
         self.reset()
 
@@ -45,17 +49,24 @@ class Calibration:
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         out = run_blocks(blocks, x, kwargs)
         residual = (out - x).float()
-        is_token = torch.arange(residual.shape[1]) < kwargs["seq_lens"].cpu()[:, None]
+        positions = torch.arange(residual.shape[1])
+        if self.group is not None:  # too low only for parts of unequal length, which hold no padding
+            positions += torch.distributed.get_rank(self.group) * len(positions)
+        is_token = positions < kwargs["seq_lens"].cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         self.observe(call, residual)
         branch = call % CALLS_PER_STEP
         before, self.previous[branch] = self.previous[branch], residual
         if before is not None:
-            ratio = residual.norm(dim=-1) / before.norm(dim=-1)
+            ratio = (residual.norm(dim=-1) / before.norm(dim=-1)).double()
             cosine = torch.nn.functional.cosine_similarity(residual, before, dim=-1, eps=1e-8)
-            self.ratios.append(ratio.mean().item())
-            self.stds.append(ratio.std().item())
-            self.cosine_distances.append((1 - cosine).mean().item())
+            sums = torch.stack([ratio.new_tensor(len(ratio)), ratio.sum(), ratio.square().sum(), cosine.double().sum()])
+            if self.group is not None:
+                torch.distributed.all_reduce(sums, group=self.group)
+            count, total, squares, cosines = sums.tolist()
+            self.ratios.append(total / count)
+            self.stds.append(math.sqrt(max(0, squares - total**2 / count) / max(1, count - 1)))
+            self.cosine_distances.append(1 - cosines / count)
         return out
 
     def observe(self, call: int, residual: torch.Tensor) -> None:
@@ -118,11 +129,13 @@ def save_calibration(folder: str | os.PathLike, table: dict, published: RatioTab
     return path
 
 
-def apply_calibration(model: torch.nn.Module, steps: int) -> Calibration:
+def apply_calibration(model: torch.nn.Module, steps: int, group=None) -> Calibration:
     """Attaches a calibration of `steps` sampling steps with guidance; `magcache.remove_magcache` takes it off.
+
+    group: of the processes that share the tokens, see `Calibration`.
 
     Raises the errors of `magcache.apply_magcache`.
     """
-    calibration = Calibration(steps)
+    calibration = Calibration(steps, group)
     attach(model, calibration)
     return calibration

@@ -7,19 +7,21 @@ python -m magcache.plot NAME_OR_PATH NAME_OR_PATH ... --out PICTURE.png      (th
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from magcache.ratios import RatioTable, load_table, split_branches, written_whole
+from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches, written_whole
+from magcache.report import Plan, reuse_by_branch
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
 
-def new_figure(rows: int, title: str):
+def new_figure(rows: int, title: str, heights: Sequence[float] | None = None):
     from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
 
     figure = Figure(figsize=(9, 1.5 + 2.2 * rows), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
@@ -61,6 +63,37 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     keys = ("sample_solver", "sample_shift", "sample_guide_scale", "size")
     settings = ", ".join(f"{key.removeprefix('sample_')} {measured_on[key]}" for key in keys if key in measured_on)
     distance.set_xlabel(f"sampling step ({settings})")
+    save_figure(figure, path)
+
+
+def draw_plan(plan: Plan, ratios: Sequence[float] | None, path: str | os.PathLike) -> None:
+    """Draws ratios, predicted error and skip map over the steps of a run.
+
+    ratios: in call order, as the run takes them; None where no table is known.
+    """
+    schedule, steps = plan.schedule, plan.schedule.steps
+    figure, (ratio, error, skips) = new_figure(3, f"{plan.headline()}\n{plan.made_by}; {plan.video}", (3, 3, 1))
+    if ratios is None:
+        ratio.text(0.5, 0.5, "no table of this model", transform=ratio.transAxes, ha="center")
+    for (label, color), values in zip(BRANCHES, split_branches(ratios) if ratios else (), strict=False):
+        if len(values) != steps:
+            values = resample_nearest(values, steps)
+        ratio.plot(range(1, steps), values[1:], marker=".", color=color, label=label)
+    ratio.axhline(1, color="gray", linewidth=0.5)
+    ratio.set_ylabel("magnitude ratio")
+    colors = dict(BRANCHES)
+    for label, values in plan.prediction.rows.items() if plan.prediction else ():
+        error.step(range(steps), values, where="mid", color=colors.get(label, "tab:green"), label=label)
+    if plan.prediction and plan.prediction.bound:
+        error.axhline(plan.prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
+    error.set_ylabel("predicted error")
+    for axes in (ratio, error):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    branches = reuse_by_branch(schedule)
+    skips.imshow(list(branches.values()), aspect="auto", cmap="Blues", vmin=-0.3, vmax=1.3)
+    skips.set_yticks(range(len(branches)), list(branches))
+    skips.set_xlabel("sampling step (dark: residual reused, light: blocks computed)")
     save_figure(figure, path)
 
 

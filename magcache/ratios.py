@@ -169,7 +169,7 @@ def save_table(path: str | os.PathLike, table: dict) -> None:
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to; it takes that one's place at the end, or vanishes with an exception."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")  # the ending tells writers the format
     try:
         yield part
         os.replace(part, path)

@@ -19,6 +19,7 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
+from magcache.prompts import Line
 from magcache.search import load_products, plan_by_products
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
@@ -116,6 +117,8 @@ def test_readme_commands_parse_and_plan():
     plans = {}
     for command in readme_commands():
         args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
+        if args.magcache_plan:  # see test_report
+            continue
         magcache_generate.check_request(args, pytest.fail)
         schedule, table = magcache_generate.make_schedule(args, pytest.fail)
         magcache_generate.read_inputs(args, pytest.fail)
@@ -129,6 +132,27 @@ def test_readme_commands_parse_and_plan():
         "vace-1.3B": ("table vace-1.3B", 58, 81, 50, 16.0),
         "t2i-14B": ("table t2v-14B", 50, 1, 50, 5.0),
     }
+
+
+def test_readme_torchrun_commands(monkeypatch):
+    """The processes that they start are those that their flags need."""
+    text = (REPO / "README.md").read_text()
+    commands = re.findall(r"^torchrun (.*) (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
+    monkeypatch.setattr(magcache_generate.prompts, "read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    groups = []
+    for launch, command in commands:
+        nodes, processes = (
+            int((re.search(rf"--{f} (\d+)", launch) or [0, 1])[1]) for f in ("nnodes", "nproc_per_node")
+        )
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("WORLD_SIZE", str(nodes * processes))
+        args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
+        magcache_generate.check_request(args, pytest.fail)
+        assert magcache_generate.make_schedule(args, pytest.fail)[0].speedup_bound > 1
+        assert WAN_CONFIGS[args.task].num_heads % args.ulysses_size == 0
+        groups.append((nodes * processes, nodes * processes // (args.ulysses_size * args.ring_size)))
+    assert groups == [(2, 1), (4, 1), (8, 1), (8, 1), (16, 1), (8, 8), (8, 4)]
 
 
 def test_calibration_of_61_frames_is_planned():
@@ -151,7 +175,7 @@ FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/w
 VIDEO = ("--src_video", "{pictures}/film.mp4")
 RATIOS = ("--use_magcache", "--mag_ratios")
 FAST = ("--use_magcache", "--magcache_speedup")
-PROMPTS = ("--magcache_calibration", "--prompt_file")
+PROMPTS = ("--prompt_file",)
 BAD = [
     ((), "--ckpt_dir is needed"),
     (("--ckpt_dir", "nowhere"), "nowhere is not a folder"),
@@ -177,6 +201,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_calibration"), "exclude each other"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "with --magcache_calibration in place of"),
     (("--ckpt_dir", "{ok}", "--mag_ratios", "t2v-14B"), "--mag_ratios needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", "--compare"), "--compare needs --use_magcache"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--calibration_dir", "{ok}/config.json/x"), "cannot write to"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}"), "cannot read the ratio table"),
@@ -193,10 +218,18 @@ BAD = [
     (("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"), "cannot read the full calibration"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "half"), "invalid choice"),
     (("--ckpt_dir", "{ok}", "--mag_ratios_force"), "--mag_ratios_force needs --use_magcache"),
-    (("--ckpt_dir", "{ok}", "--prompt_file", "{tables}/flat.json"), "--prompt_file needs --magcache_calibration"),
-    (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "cannot read --prompt_file none.txt"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "--prompt_file: cannot read none.txt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/empty.json"), "holds no prompt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/flat.json", "--prompt", "a"), "exclude each other"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/bad.jsonl"), 'bad.jsonl, line 2: "step" is none of'),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/same.jsonl"), "prompts 1 and 3 of"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/ending.jsonl"), "prompt 1: --save_file must end in one of"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/image.jsonl"), "names images, task t2v-1.3B takes none"),
+    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/two.txt", "--save_file", "film.mp4"), "must be a folder"),
+    (("--ckpt_dir", "{ok}", "--overwrite"), "--overwrite needs --prompt_file"),
+    ((*I2V, *PROMPTS, "{prompts}/two.txt"), "prompt 1 has no image, and there is no --image"),
+    ((*I2V, *PROMPTS, "{prompts}/image.jsonl"), "prompt 2 has no image, and there is no --image"),
+    ((*I2V, *PROMPTS, "{prompts}/image.jsonl", "--image", "{pictures}/whole.png"), "cannot read none.png: No such"),
     (("--ckpt_dir", "{ok}", "--base_seed", "99999999999999999999"), "--base_seed must be below"),
     (("--ckpt_dir", "{ok}", "--sample_guide_scale", "nan"), "--sample_guide_scale must be finite"),
     (("--ckpt_dir", "{ok}", "--save_file", "film.png"), "must end in one of .mp4"),
@@ -234,8 +267,10 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "{empty}"), "no usable config.json"),
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "no/such"), "neither a folder nor in the"),
     (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_method", "dashscope"), "set DASH_API_KEY"),
-    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "not part of this release"),
-    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "one device"),
+    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "start them with torchrun"),
+    (("--ckpt_dir", "{ok}", "--t5_fsdp"), "start them with torchrun"),
+    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "need 2 processes: start them with torchrun --nproc_per_node 2"),
+    (("--ckpt_dir", "{ok}", "--ring_size", "0"), "must be at least 1, got 1 and 0"),
 ]
 
 
@@ -284,6 +319,16 @@ def folders(tmp_path_factory):
     contents = {"empty": "", "odd": "[1, 1, 1]", "nan": "[0.9, NaN]", "absurd": "[1e30, 1]", "flat": "[0.9, 0.9]"}
     for name, content in (contents | {"other": json.dumps(other)}).items():
         (root / "tables" / f"{name}.json").write_text(content)
+    (root / "prompts").mkdir()
+    contents = {
+        "two.txt": "a\nb",
+        "bad.jsonl": '{"prompt": "a"}\n{"prompt": "b", "step": 3}',
+        "same.jsonl": '{"prompt": "a", "save_file": "x.mp4"}\n{"prompt": "b"}\n{"prompt": "c", "save_file": "./x.mp4"}',
+        "ending.jsonl": '{"prompt": "a", "save_file": "x.webm"}',
+        "image.jsonl": '{"prompt": "a", "image": "none.png"}\n{"prompt": "b"}',
+    }
+    for name, content in contents.items():
+        (root / "prompts" / name).write_text(content)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -301,6 +346,29 @@ def test_bad_input(arguments, message, folders, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing", "message"),
+    [
+        (("--ulysses_size", "4"), None, "2 processes are no multiple of --ulysses_size 4 times --ring_size 1"),
+        (("--ulysses_size", "2"), "MASTER_PORT", "WORLD_SIZE is set but MASTER_PORT is not"),
+    ],
+)
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypatch, capsys):
+    """Said once a machine."""
+    torchrun = {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    if missing:
+        monkeypatch.delenv(missing)
+    parser = magcache_generate.make_parser()
+    args = parser.parse_args(["--ckpt_dir", "x", "--prompt", "a fox", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.check_request(args, parser.error)
+    assert stopped.value.code == 2
+    assert (message in capsys.readouterr().err) == (local_rank == "0")
 
 
 def test_bad_input_in_a_real_process(tmp_path):
@@ -405,8 +473,9 @@ def test_calibration_on_several_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{prompts[0]}\n\n  {prompts[1]}\n")
     flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3, "--base_seed", 5)
     calibrate = (*flags, "--magcache_calibration", "--calibration_dir", tmp_path / "dumps")
-    both = run(*calibrate, "--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "film.mp4")
+    both = run(*calibrate, "--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "films")
     assert both.returncode == 0, both.stderr
+    films = sorted((tmp_path / "films").glob("*.mp4"))
     single = run(*calibrate, "--prompt", prompts[1], "--base_seed", 6, "--save_file", tmp_path / "single.mp4")
     assert "now hold this calibration, not the one before" in single.stdout
     tables = {
@@ -418,8 +487,8 @@ def test_calibration_on_several_prompts(tmp_path):
         *(average[k] for k in ("mag_ratio", "mag_ratio_spread")), second["mag_ratio"], strict=True
     ):
         assert spread == pytest.approx(2**0.5 * abs(mean - value), abs=3e-5)  # of two values
-    assert np.array_equal(iio.imread(tmp_path / "film_2.mp4"), iio.imread(tmp_path / "single.mp4"))
-    assert not np.array_equal(iio.imread(tmp_path / "film_1.mp4"), iio.imread(tmp_path / "film_2.mp4"))
+    assert np.array_equal(iio.imread(films[1]), iio.imread(tmp_path / "single.mp4"))
+    assert not np.array_equal(iio.imread(films[0]), iio.imread(films[1]))
 
 
 def read_table(path):

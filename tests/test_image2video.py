@@ -9,8 +9,8 @@ from pipeline_stages import INPUTS, check_stages
 
 import magcache
 import wan
+from magcache.images import read_image, video_size
 from wan.configs import WAN_CONFIGS
-from wan.utils.images import read_image, video_size
 
 GEOMETRY = read_json("i2v_geometry/geometry.json")
 CLIP_HEADS = read_json("pipelines/common/hparams.json")["clip"]["vision_heads"]

@@ -9,8 +9,6 @@ from golden_data import read_inputs, read_json, read_tensors, write_dit_folder
 
 import magcache
 from magcache.ratios import resample_nearest, split_branches
-from wan.modules.model import WanModel
-from wan.modules.vace_model import VaceWanModel
 
 TABLES = read_json("magcache/tables.json")
 RUNS = [run for run in read_json("magcache/runs.json") if "skipped" in run]
@@ -76,6 +74,8 @@ def test_resampled_tables(key, expected):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    WanModel = pytest.importorskip("wan.modules.model").WanModel
+    VaceWanModel = pytest.importorskip("wan.modules.vace_model").VaceWanModel
     folders = {kind: write_dit_folder(f"pipelines/{kind}", tmp_path_factory.mktemp(kind)) for kind in SHIFT}
     classes = {"vace": VaceWanModel}
     return {kind: classes.get(kind, WanModel).from_pretrained(folder).eval() for kind, folder in folders.items()}

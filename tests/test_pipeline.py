@@ -26,9 +26,10 @@ def test_sizes_that_cannot_be_tiled_are_refused(pipeline):
         pipeline.generate("a", size=(32, 32), frame_num=6)
 
 
-def test_several_gpus_are_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="one device"):
-        wan.WanT2V(WAN_CONFIGS["t2v-14B"], tmp_path, dit_fsdp=True)
+@pytest.mark.parametrize("flag", ["use_usp", "dit_fsdp", "t5_fsdp"])
+def test_sharing_needs_groups(tmp_path, flag):
+    with pytest.raises(RuntimeError, match="start_groups"):
+        wan.WanT2V(WAN_CONFIGS["t2v-14B"], tmp_path, **{flag: True})
 
 
 def test_negative_prompts():

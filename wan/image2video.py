@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from magcache.images import video_size
 from wan.modules.clip import CLIPModel
 from wan.pipeline import WanPipeline
-from wan.utils.images import video_size
 
 
 class ImagePipeline(WanPipeline):

@@ -7,8 +7,10 @@ import sys
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+from wan.distributed.groups import current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
@@ -20,7 +22,11 @@ class WanPipeline:
 
     config: one of `wan.configs.WAN_CONFIGS`. checkpoint_dir: the folder. device_id: the CUDA device; without CUDA
     everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`.
-    rank, t5_fsdp, dit_fsdp, use_usp are upstream's arguments for several GPUs; they raise NotImplementedError here.
+
+    Several processes make a video together after `wan.distributed.groups.start_groups`: rank: this one's in its group,
+    of which the first decodes. use_usp: they share the tokens. dit_fsdp, t5_fsdp: they share the weights of transformer
+    and text encoder, which then stay on the GPU, whatever offload_model and t5_cpu say. All must call `generate` with
+    the same arguments. RuntimeError without such groups.
     """
 
     model_class = WanModel
@@ -36,11 +42,13 @@ class WanPipeline:
         use_usp: bool = False,
         t5_cpu: bool = False,
     ):
-        if t5_fsdp or dit_fsdp or use_usp:
-            raise NotImplementedError("this wan package runs on one device: no t5_fsdp, dit_fsdp, use_usp")
+        groups = current_groups()
+        if (use_usp and not groups.sequence) or ((t5_fsdp or dit_fsdp) and not groups.mesh):
+            raise RuntimeError("use_usp, t5_fsdp and dit_fsdp need wan.distributed.groups.start_groups before")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{device_id}" if cuda else "cpu")
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
+        self.t5_fsdp, self.dit_fsdp = t5_fsdp, dit_fsdp
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
         # the text encoder waits on the CPU and visits the GPU for every prompt, as the DiT needs the room
@@ -51,17 +59,28 @@ class WanPipeline:
             checkpoint_path=os.path.join(checkpoint_dir, config.t5_checkpoint),
             tokenizer_path=os.path.join(checkpoint_dir, config.t5_tokenizer),
         )
+        if t5_fsdp:
+            from wan.distributed.fsdp import shard_text_encoder
+
+            shard_text_encoder(self.text_encoder.model, groups.mesh)
         self.vae = WanVAE(vae_pth=os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
         self.model = self.model_class.from_pretrained(checkpoint_dir).eval().requires_grad_(False)
+        if use_usp:
+            self.model.share_sequences(groups.sequence)
+        if dit_fsdp:
+            from wan.distributed.fsdp import shard_transformer
+
+            shard_transformer(self.model, groups.mesh, self.param_dtype if cuda else None)
 
     def encode_text(self, prompt: str, n_prompt: str, offload_model: bool) -> tuple[list, list]:
         """Returns features of prompt and negative prompt, each a list of one [tokens, text_dim], on the device. An
         empty n_prompt stands for the config's."""
         texts = [prompt, n_prompt or self.sample_neg_prompt]
-        device = torch.device("cpu") if self.t5_cpu else self.device
-        self.text_encoder.model.to(device)
+        device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
+        if not self.t5_fsdp:
+            self.text_encoder.model.to(device)
         features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
-        if offload_model:
+        if offload_model and not self.t5_fsdp:
             self.text_encoder.model.cpu()
         return features[0], features[1]
 
@@ -81,19 +100,29 @@ class WanPipeline:
         return math.prod(latent_shape[1:]) // math.prod(self.config.patch_size)
 
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        """Float32 noise on the device; a negative seed is drawn at random."""
-        seed = seed if seed >= 0 else random.randint(0, sys.maxsize)
+        """Float32 noise on the device; a negative seed is drawn at random, by the first rank of a group."""
+        if seed < 0:
+            seed, groups = random.randint(0, sys.maxsize), current_groups()
+            if groups.size > 1:
+                group, box = groups.mesh.get_group(), [seed]
+                dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+                seed = box[0]
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
 
     @contextmanager
     def inference(self):
         """No gradients; bfloat16 autocast on CUDA, plain float32 on the CPU."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
-        ):
-            yield
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
+            ):
+                yield
+        except BaseException:
+            if hasattr(self.model, "reset_iter_state"):  # FSDP's, for the next video
+                self.model.reset_iter_state()
+            raise
 
     def denoise(
         self,
@@ -112,14 +141,15 @@ class WanPipeline:
         Every step calls the model for cond, then for uncond, and steps along uncond + guide_scale (cond - uncond).
         """
         sampler = make_sampler(sample_solver, sampling_steps, shift, self.device, self.config.num_train_timesteps)
-        self.model.to(self.device)
+        if not self.dit_fsdp:
+            self.model.to(self.device)
         with self.inference():
             for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
                 velocity_cond = self.model([latent], t=t[None], **cond)[0]
                 velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
                 velocity = velocity_uncond + guide_scale * (velocity_cond - velocity_uncond)
                 latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-        if offload_model:
+        if offload_model and not self.dit_fsdp:
             self.model.cpu()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -79,10 +79,14 @@ class Attention(nn.Module):
 
 
 class WanSelfAttention(Attention):
+    sequence = None  # what shares the tokens with other ranks, see `WanModel.share_sequences`
+
     def forward(self, x: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
         q = rope_apply(self.query(x), freqs)
         k = rope_apply(self.split_heads(self.norm_k(self.k(x).float())), freqs)
         v = self.split_heads(self.v(x))
+        if self.sequence:
+            return self.o(self.sequence.attend(q.to(v.dtype), k.to(v.dtype), v, int(seq_lens[0])).flatten(2))
         return self.o(self.attend(q, k, v, padding_mask(seq_lens, x.shape[1], x.device)))
 
 
@@ -134,7 +138,9 @@ class WanAttentionBlock(nn.Module):
         self, x: torch.Tensor, e: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor
     ) -> torch.Tensor:
         """x [B, L, dim], e float32 [B, 6, dim], seq_lens int [B] on the CPU, freqs see `rope_apply`, context
-        [B, image tokens + text_len, dim]. Returns [B, L, dim]; the modulation keeps it in float32 under autocast."""
+        [B, image tokens + text_len, dim]. Returns [B, L, dim]; the modulation keeps it in float32 under autocast.
+
+        Where ranks share the tokens, L is this rank's part and seq_lens counts those of all."""
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).chunk(6, dim=1)
         x = x + gate_sa * self.self_attn(modulate(self.norm1(x.float()), shift_sa, scale_sa), seq_lens, freqs)
         x = x + self.cross_attn(self.norm3(x), context)
@@ -230,6 +236,20 @@ class WanModel(ModelMixin, ConfigMixin):
         if image:
             self.img_emb = MLPProj(clip_dim, dim, clip_positions)
         self._rotations = (None, None)
+        self.sequence = None
+
+    def share_sequences(self, sequence) -> None:
+        """Computes only this rank's part of the tokens between patch embedding and head from now on, and returns the
+        whole. sequence: a `wan.distributed.sequence.SequenceParallel`. All ranks must call the model alike.
+
+        Raises ValueError if the attention heads cannot be shared.
+        """
+        if self.num_heads % sequence.ulysses_size:
+            raise ValueError(f"{self.num_heads} attention heads cannot be shared by {sequence.ulysses_size} ranks")
+        self.sequence = sequence
+        for module in self.modules():
+            if isinstance(module, WanSelfAttention):
+                module.sequence = sequence
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -268,7 +288,8 @@ class WanModel(ModelMixin, ConfigMixin):
         image features [B or 2 B, 257, clip_dim]. y (i2v, flf2v): conditioning, one [channels, F, H, W] per sample,
         stacked behind x. Returns float32 [out_dim, F, H, W] per sample (odd H, W are cropped to even).
 
-        Raises ValueError if a sample has more tokens than seq_len.
+        Raises ValueError if a sample has more tokens than seq_len, or, where ranks share the tokens, if samples have
+        different grids.
         """
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
@@ -282,20 +303,35 @@ class WanModel(ModelMixin, ConfigMixin):
         }
         for block in self.blocks:
             tokens = block(tokens, **kwargs)
-        return self.unpatchify(self.head(tokens, e), grids)
+        return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
 
     def embed_patches(self, x: list[torch.Tensor], seq_len: int):
         """Returns tokens [B, seq_len, dim] padded with zeros, their counts int [B] (on the CPU), the RoPE rotations
-        [B or 1, seq_len, head_dim / 2] (1 for padding) and the grids (frames, rows, columns) in patches."""
+        [B or 1, seq_len, head_dim / 2] (1 for padding) and the grids (frames, rows, columns) in patches.
+
+        Where ranks share the tokens, tokens and rotations are this rank's part, without padding."""
         embedded = [self.patch_embedding(u[None]) for u in x]
         grids = [tuple(u.shape[2:]) for u in embedded]
         tokens = [u[0].flatten(1).T for u in embedded]
         longest = max(u.shape[0] for u in tokens)
         if longest > seq_len:
             raise ValueError(f"a sample has {longest} tokens, seq_len is {seq_len}")
+        if self.sequence:
+            if len(set(grids)) > 1:
+                raise ValueError("samples of different grids cannot be shared by ranks")
+            seq_len = longest
         seq_lens = torch.tensor([u.shape[0] for u in tokens])
         tokens = stack_padded(tokens, seq_len)
-        return tokens, seq_lens, self.rotations(grids, seq_len, tokens.device), grids
+        freqs = self.rotations(grids, seq_len, tokens.device)
+        return self.part(tokens), seq_lens, self.part(freqs), grids
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of x [B, L, ...]."""
+        return self.sequence.split(x) if self.sequence else x
+
+    def gathered(self, x: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """All ranks' parts x [B, L, C] of sequences of seq_lens tokens."""
+        return self.sequence.gather(x, int(seq_lens[0])) if self.sequence else x
 
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
         """RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are kept, since

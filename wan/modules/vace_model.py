@@ -111,7 +111,7 @@ class VaceWanModel(WanModel):
         [vace_in_dim, F, H, W] per sample with F, H, W of its latent. vace_context_scale: weight of the hints. clip_fea
         and y have no use here; every Wan model takes them.
 
-        Raises ValueError if a sample has more tokens than seq_len, or a control video of another size.
+        Raises the errors of `WanModel.forward`, and ValueError for a control video of another size.
         """
         sizes, control_sizes = ([tuple(u.shape[1:]) for u in samples] for samples in (x, vace_context))
         if control_sizes != sizes:
@@ -128,7 +128,7 @@ class VaceWanModel(WanModel):
         kwargs |= {"hints": hints, "context_scale": vace_context_scale}
         for block in self.blocks:
             tokens = block(tokens, **kwargs)
-        return self.unpatchify(self.head(tokens, e), grids)
+        return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
 
     def forward_vace(
         self, x: torch.Tensor, vace_context: list[torch.Tensor], seq_len: int, kwargs: dict
@@ -137,7 +137,8 @@ class VaceWanModel(WanModel):
 
         Returns one hint [B, seq_len, dim] per entry of vace_layers.
         """
-        c = stack_padded([self.vace_patch_embedding(u[None])[0].flatten(1).T for u in vace_context], seq_len)
+        embedded = [self.vace_patch_embedding(u[None])[0].flatten(1).T for u in vace_context]
+        c = self.part(stack_padded(embedded, embedded[0].shape[0] if self.sequence else seq_len))
         hints = []
         for block in self.vace_blocks:
             c, hint = block(c, x, **kwargs)

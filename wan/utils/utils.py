@@ -1,16 +1,14 @@
 """Saving results, and the truth values of the command line."""
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+
+from magcache.ratios import written_whole
 
 
 def str2bool(value: str | bool) -> bool:
@@ -36,18 +34,6 @@ def grid_rows(tensor: torch.Tensor, nrow: int) -> torch.Tensor:
     missing = -len(tensor) % columns
     tensor = torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), -1)])
     return rearrange(tensor, "(r n) c f h w -> f (r h) (n w) c", n=columns)
-
-
-@contextmanager
-def written_whole(save_file: str) -> Iterator[Path]:
-    """A path beside save_file to write to; it takes save_file's place at the end, or vanishes with an exception."""
-    path = Path(save_file)
-    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def cache_video(

@@ -1,4 +1,4 @@
-"""Reading input images, and the size of the video that is made from one. Needs no torch."""
+"""Reading input images, and the size of the video that is made from one. Needs Pillow, no torch."""
 
 import math
 

@@ -1,0 +1,116 @@
+"""The processes that torchrun starts for one run: which of them this is, and what they tell each other."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+# for a process that never comes, or hangs; where one fails, torchrun ends the others at once
+TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(days=7)  # for processes that wait while others make videos
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: of this process among all `world` of them. local_rank: among those on its machine, which picks the GPU."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Processes":
+        """As torchrun says; a single one without torchrun. Raises ValueError if its variables are incomplete."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if missing := [name for name in names if name not in os.environ]:
+            raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
+        return cls(*(int(os.environ[name]) for name in names[:3]))
+
+    def connect(self) -> None:
+        """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process.
+
+        Raises ValueError if this machine has GPUs but fewer than processes.
+        """
+        if self.world == 1:
+            return
+        import torch
+
+        if torch.cuda.is_available():
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
+            torch.cuda.set_device(self.local_rank)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+
+    def from_first(self, value):
+        """The value that the first process calls this with (anything that can be pickled); all must call it."""
+        if self.world == 1:
+            return value
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    def differences(self, values: dict) -> dict[int, list[str]]:
+        """By rank: names of the values that are not those of the first process. All must call it, with the same
+        names."""
+        if self.world == 1:
+            return {}
+        import torch
+
+        everyone = [None] * self.world
+        torch.distributed.all_gather_object(everyone, values)
+        names = {
+            rank: [name for name in values if theirs[name] != everyone[0][name]] for rank, theirs in enumerate(everyone)
+        }
+        return {rank: different for rank, different in names.items() if different}
+
+    def patient_group(self, size: int):
+        """This process and its neighbours, `size` in all, for `gathered`; None for one alone. All must call it."""
+        if size == 1:
+            return None
+        import torch
+
+        return torch.distributed.new_subgroups(size, backend="gloo", timeout=PATIENCE)[0]
+
+
+def gathered(value, group) -> list:
+    """The value (anything that can be pickled) of every process of a `Processes.patient_group`, in order; waits as long
+    as one of them takes."""
+    if group is None:
+        return [value]
+    import torch
+
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """One of several processes ends with this block: with the messages and the exit code that Python would give it, but
+    without torch's clean-up, in which gloo now and then hangs or aborts when processes leave together."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    code = 0
+    try:
+        yield
+    except SystemExit as stop:
+        code = stop.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

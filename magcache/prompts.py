@@ -1,0 +1,108 @@
+"""Files of many prompts: what they ask for, how the results are called, which are missing, who makes them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line asks for. number: of the prompt in its file, from 1. image, save_file: paths as on the command
+    line."""
+
+    number: int
+    prompt: str
+    seed: int
+    image: str | None = None
+    save_file: str | None = None
+
+
+def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
+    """Reads a text file with a prompt on every line, or JSON Lines: objects with "prompt" and, where wanted, "seed",
+    "image", "save_file". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace. Empty
+    lines do not count.
+
+    The seed of prompt i (from 0) is base_seed + i where the line gives none. Raises ValueError with one line for what
+    cannot be read, with the number of the line in the file.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"cannot read {path}: {fault}") from fault
+    lines = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    is_json = Path(path).suffix.lower() == ".jsonl" or lines[0][1].startswith("{")
+    wanted = []
+    for number, line in lines:
+        try:
+            values = read_object(line) if is_json else {"prompt": line}
+            seed = values.pop("seed", base_seed + len(wanted))
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"seed must be between 0 and 2^63 - 1, got {seed}")
+        except ValueError as fault:
+            raise ValueError(f"{path}, line {number}: {fault}") from fault
+        wanted.append(Line(len(wanted) + 1, seed=seed, **values))
+    return wanted
+
+
+def read_object(line: str) -> dict:
+    """One line of JSON Lines, checked. Raises ValueError."""
+    types = {"prompt": str, "seed": int, "image": str, "save_file": str}
+    try:
+        values = json.loads(line)
+    except ValueError as fault:
+        raise ValueError(f"no JSON ({fault})") from fault
+    if not isinstance(values, dict):
+        raise ValueError(f'must be an object such as {{"prompt": "..."}}, got {line[:40]}')
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f'"{key}" is none of {", ".join(types)}')
+        if type(value) is not types[key]:  # a bool is an int, too
+            raise ValueError(f'"{key}" must be {"a whole number" if types[key] is int else "text"}, got {value!r}')
+        if types[key] is str and not value.strip():
+            raise ValueError(f'"{key}" is empty')
+        if types[key] is str and any("\ud800" <= c <= "\udfff" for c in value):  # half a character
+            raise ValueError(f'"{key}" is no valid text: {value!r}')
+    if "prompt" not in values:
+        raise ValueError('there is no "prompt"')
+    return values
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt in characters that are safe in any file name, at most 120 bytes."""
+    safe = "".join(c if c.isalnum() or c == "-" else "_" for c in prompt[:50])
+    return safe.encode()[:120].decode(errors="ignore")
+
+
+def result_name(line: Line, settings: dict, ending: str) -> str:
+    """A file name that changes with whatever decides on the video: prompt, seed, image and the settings (anything that
+    JSON can hold). A rerun thus finds what it would make again, and nothing else."""
+    decisive = json.dumps([line.prompt, line.seed, line.image, settings], sort_keys=True)
+    digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
+    return f"{line.number:05d}_{slug(line.prompt)}_{line.seed}_{digest}{ending}"
+
+
+def find_clash(paths: Iterable[Path]) -> tuple[int, int] | None:
+    """Positions of the first two paths that are the same file."""
+    seen = {}
+    for position, path in enumerate(paths):
+        first = seen.setdefault(os.path.realpath(path), position)
+        if first != position:
+            return first, position
+    return None
+
+
+def is_finished(path: Path) -> bool:
+    """Results are written whole or not at all, so one that is there is finished."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def share(requests: Sequence, index: int, count: int) -> list:
+    """Those of the index-th of count groups."""
+    return list(requests[index::count])

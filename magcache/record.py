@@ -1,0 +1,139 @@
+"""The record of a run, a JSON file beside the video: enough to repeat it."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from magcache.ratios import RatioTable, written_whole
+from magcache.schedule import Schedule
+
+MADE_BY = "magcache_generate.py"
+# flags that name files or folders; those of the last one are separated by commas
+PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
+VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def record_path(video: Path) -> Path:
+    return video.with_suffix(".json")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record, which may be replaced with its video."""
+    try:
+        return json.loads(path.read_text())["made_by"].startswith(MADE_BY)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def command_line(parser: argparse.ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
+    """The flags that stand for these values of a parser's arguments, but for those that are left out. What is None, a
+    switch that is off, or unknown to the parser has no flag."""
+    command = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if value is None or action.dest in left_out:
+            continue
+        flag = action.option_strings[0]
+        if action.nargs in (0, "?") and isinstance(value, bool):
+            command += [flag] if value else []
+        elif str(value).startswith("-"):
+            command.append(f"{flag}={value}")
+        else:
+            command += [flag, str(value)]
+    return command
+
+
+def absolute(name: str, value: str | None) -> str | None:
+    """A path that means the same from any folder."""
+    if not value or name not in PATHS:
+        return value
+    return ",".join(os.path.abspath(part.strip()) for part in value.split(",") if part.strip())
+
+
+def versions() -> dict[str, str]:
+    import magcache
+
+    found = {"python": platform.python_version(), "magcache": magcache.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> dict:
+    import torch
+
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    described = {"name": platform.processor() or platform.machine(), "type": "cpu", "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        name, size = torch.cuda.get_device_name(), torch.cuda.get_device_properties(torch.cuda.current_device())
+        described = {"name": name, "type": "cuda", "cuda": torch.version.cuda, "memory_bytes": size.total_memory}
+    return described | {"system": platform.platform(), "environment": environment}
+
+
+def peak_memory() -> dict:
+    """Since the process started, in bytes, and of what."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"bytes": torch.cuda.max_memory_allocated(), "of": "GPU memory that torch has allocated"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"bytes": None, "of": "not known on this system"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"bytes": peak, "of": "CPU memory of the process (largest resident set)"}
+
+
+def describe_table(table: RatioTable | None) -> dict | None:
+    """A ratio table and its origin, with the full calibration that lies beside it."""
+    if table is None:
+        return None
+    files = [path for path in (table.path, table.path.with_suffix(".npz")) if path.is_file()]
+    return {
+        "name": table.name,
+        "files": {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "measured_on": table.measured_on,
+        "ratios": list(table.ratios),
+    }
+
+
+def describe_schedule(schedule: Schedule) -> dict:
+    """By branch: the steps that compute; by call: null where it computes, else the weights of the cached residuals."""
+    from magcache.report import reuse_by_branch
+
+    steps = {
+        name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()
+    }
+    return {
+        "computed_calls": schedule.computed,
+        "calls": len(schedule.weights),
+        "speedup_bound": schedule.speedup_bound,
+        "computed_steps": steps,
+        "weights": [weights and list(weights) for weights in schedule.weights],
+    }
+
+
+def layout(value, indent: int = 0) -> str:
+    """JSON with a line for every key and lists on one line, as far as they hold no objects."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    pad = " " * (indent + 1)
+    entries = (f"{pad}{json.dumps(str(key))}: {layout(entry, indent + 1)}" for key, entry in value.items())
+    return "{\n" + ",\n".join(entries) + "\n" + " " * indent + "}"
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Whole or not at all."""
+    with written_whole(path) as part:
+        part.write_text(layout({"made_by": MADE_BY} | record) + "\n", encoding="utf-8")

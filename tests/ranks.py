@@ -1,0 +1,203 @@
+"""What processes that share a video are compared with: the same runs in one process. Started by torchrun it makes the
+runs of several, and every process writes what it saw.
+
+PYTHONPATH=. torchrun --nproc_per_node 4 tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers.models import attention_dispatch as attention
+from PIL import Image
+from torch.distributed.tensor.debug import CommDebugMode
+
+import magcache
+import wan
+from magcache.processes import Processes
+from magcache_generate import agreed
+from wan.configs import WAN_CONFIGS
+from wan.distributed.groups import start_groups
+from wan.modules.model import WanModel
+
+DEMO = Path(__file__).parent.parent / "examples" / "Wan2.1-T2V-tiny"
+STEPS = 6
+EVEN, ODD = ((64, 64), 9), ((48, 48), 9)  # 48 and 27 tokens
+# name: (ulysses_size, flags of the pipeline), kind, size and frames
+PIPELINE_RUNS = {
+    "t2v ulysses": (2, {"use_usp": True}, "t2v", EVEN),
+    "t2v ulysses odd": (2, {"use_usp": True}, "t2v", ODD),
+    "t2v fsdp of 4": (1, {"dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
+    "t2v both": (2, {"use_usp": True, "dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
+    "i2v both": (2, {"use_usp": True, "dit_fsdp": True}, "i2v", ODD),
+    "vace both": (2, {"use_usp": True, "dit_fsdp": True}, "vace", ODD),
+}
+# name: (ring_size, ulysses_size), tokens per axis
+MODEL_RUNS = {
+    "ring": (2, 1, (2, 3, 4)),
+    "ring odd": (2, 1, (3, 3, 3)),
+    "ring and ulysses": (2, 2, (2, 3, 4)),
+    "ring and ulysses odd": (2, 2, (3, 3, 3)),
+    "ulysses 4 odd": (1, 4, (3, 3, 3)),
+}
+
+
+def schedule():
+    return magcache.plan(magcache.load_ratios("t2v-1.3B"), STEPS, 0.3, 3, 0.2)
+
+
+class Counted:
+    """A model that counts the collectives of every call, by name."""
+
+    def __init__(self, model):
+        self.model, self.counts = model, []
+
+    def __call__(self, *args, **kwargs):
+        with CommDebugMode() as counter:
+            out = self.model(*args, **kwargs)
+        self.counts.append({str(name): count for name, count in counter.get_comm_counts().items()})
+        return out
+
+    def to(self, device):
+        pass
+
+
+def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, **flags) -> dict:
+    """Latents, schedule as it ran, collectives of the cached calls and the measured ratios, all after a failed run."""
+    if kind == "t2v":
+        pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO), rank=rank, **flags)
+        inputs, arguments = ("a red circle moves right on a white background",), {"size": size}
+    elif kind == "i2v":
+        config = {**WAN_CONFIGS["i2v-14B"], "text_len": 512, "clip_num_heads": 2}
+        pipeline = wan.WanI2V(type(WAN_CONFIGS["i2v-14B"])(config), str(folder / kind), rank=rank, **flags)
+        image = Image.effect_noise(size, 60).convert("RGB")
+        image.putdata([(x % 256, x * 7 % 256, x * 3 % 256) for x in range(size[0] * size[1])])
+        inputs, arguments = ("a", image), {"max_area": size[0] * size[1]}
+    else:
+        pipeline = wan.WanVace(WAN_CONFIGS["vace-1.3B"], str(folder / kind), rank=rank, **flags)
+        video = torch.linspace(-1, 1, 3 * frame_num * size[0] * size[1]).view(3, frame_num, *size)
+        inputs, arguments = ("a", [video], [(video > 0)[:1].float()], None), {}
+    latents = []
+    pipeline.decode = latents.append
+    arguments |= {"frame_num": frame_num} if kind != "vace" else {}
+    arguments |= {"sampling_steps": STEPS, "seed": 3, "offload_model": False}
+    model = pipeline.model
+    fail_within_a_block(model, lambda: pipeline.generate(*inputs, **arguments))
+    calibration = magcache.apply_calibration(model, STEPS, model.sequence.group if model.sequence else None)
+    pipeline.generate(*inputs, **arguments)
+    cache = magcache.apply_magcache(model, schedule())
+    pipeline.model = counted = Counted(model)
+    pipeline.generate(*inputs, **arguments)
+    return {
+        "uncached": latents[0],
+        "cached": latents[1],
+        "reuse": tuple(skipped for _, skipped, _ in cache.log),
+        "collectives": counted.counts,
+        "lists": calibration.lists(),
+    }
+
+
+def fail_within_a_block(model, run) -> None:
+    """Leaves the model as a failing video does."""
+
+    def fail(*_):
+        raise FloatingPointError
+
+    hook = model.blocks[0].cross_attn.register_forward_pre_hook(fail)
+    with contextlib.suppress(FloatingPointError):
+        run()
+    hook.remove()
+
+
+def who_agrees(group) -> list:
+    """What `agreed` says if all are well, if all fail alike, and if one fails alone."""
+    answers = []
+    for fault in (None, "alike", dist.get_rank(group) or None):
+        try:
+            answers.append(agreed(fault, group))
+        except RuntimeError as error:
+            answers.append(str(error))
+    return answers
+
+
+def model_run(grid, sequence=None) -> dict:
+    """Outputs of a small random model, of which a cached call is one, and the collectives of both calls."""
+    torch.manual_seed(0)
+    model = WanModel(dim=48, ffn_dim=64, freq_dim=16, text_dim=8, text_len=6, num_heads=4, num_layers=2).eval()
+    x, context = torch.randn(16, grid[0], 2 * grid[1], 2 * grid[2]), torch.randn(5, 8)
+    if sequence:
+        model.share_sequences(sequence)
+    magcache.apply_magcache(model, magcache.Schedule((None, (1.0,)), calls_per_step=1))
+    counted, outputs = Counted(model), []
+    with torch.no_grad():
+        for t in (900, 800):
+            outputs += counted([x], torch.tensor([t]), [context], seq_len=40)  # padded where nothing is shared
+    return {"outputs": outputs, "collectives": counted.counts}
+
+
+def sharded_under_autocast() -> dict:
+    """The dtypes of CUDA: float32 weights, of which FSDP gathers the blocks' linear layers in bfloat16."""
+    from wan.distributed.fsdp import shard_transformer
+
+    torch.manual_seed(0)
+    model = WanModel(dim=48, ffn_dim=64, freq_dim=16, text_dim=8, text_len=6, num_heads=4, num_layers=2).eval()
+    model.requires_grad_(False)
+    arguments = [torch.randn(16, 2, 6, 8)], torch.tensor([900]), [torch.randn(5, 8)], 24
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        plain = model(*arguments)[0]
+    with torch.inference_mode(False):
+        shard_transformer(model, start_groups(1, 1, fsdp=True).mesh, torch.bfloat16)
+    gathered = set()
+    model.blocks[0].register_forward_hook(lambda m, a, out: gathered.add(m.modulation.dtype))
+    model.blocks[0].ffn[0].register_forward_pre_hook(lambda m, a: gathered.add(m.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        sharded = model(*arguments)[0]
+    return {"plain": plain, "sharded": sharded, "dtypes": gathered}
+
+
+def register_cpu_attention_with_lse() -> None:
+    """diffusers' attention on the CPU does not return the log-sum-exp that a ring needs; torch has one that does. It
+    takes the place of the one that rings use on CUDA."""
+
+    def forward_op(ctx, query, key, value, mask=None, dropout=0, causal=False, scale=None, gqa=False, lse=False, **_):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        out, sums = (
+            x.transpose(1, 2) for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+        )
+        return (out, sums) if lse else out
+
+    name = attention.AttentionBackendName._NATIVE_FLASH
+
+    @attention._AttentionBackendRegistry.register(name, supports_context_parallel=True)
+    def cpu_flash(query, key, value, attn_mask=None, _parallel_config=None):
+        if _parallel_config is None:
+            return forward_op(None, query, key, value)
+        return attention._templated_context_parallel_attention(
+            query, key, value, None, forward_op=forward_op, backward_op=None, _parallel_config=_parallel_config
+        )
+
+    attention._AttentionBackendRegistry.set_active_backend(name)
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    results = {}
+    for number, (name, (ulysses, flags, kind, (size, frame_num))) in enumerate(PIPELINE_RUNS.items()):
+        groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
+        if number % groups.count == groups.index:  # each group has its own to do
+            results[name] = pipeline_run(folder, kind, size, frame_num, groups.rank, **flags)
+    results["autocast"] = sharded_under_autocast()
+    results["agreed"] = who_agrees(Processes(dist.get_rank(), dist.get_world_size()).patient_group(2))
+    register_cpu_attention_with_lse()
+    for name, (ring, ulysses, grid) in MODEL_RUNS.items():
+        groups = start_groups(ulysses, ring)
+        place = {"place": (groups.rank, groups.size, groups.index, groups.count)}
+        results[name] = model_run(grid, groups.sequence) | place
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

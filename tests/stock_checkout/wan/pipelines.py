@@ -1,0 +1,129 @@
+"""Upstream's pipelines without text encoder, image encoder and VAE, which have nothing to do with the cache."""
+
+import json
+import types
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.cuda.amp as amp
+from torch import distributed
+
+from .distributed.fsdp import shard_model
+from .modules.model import WanModel
+from .modules.vace_model import VaceWanModel
+
+SHAPE = (16, 3, 4, 4)  # of the latent, whatever video is asked for
+TOKENS = 12
+
+
+class Pipeline:
+    model_class = WanModel
+
+    def __init__(
+        self, config, checkpoint_dir, device_id=0, rank=0, t5_fsdp=False, dit_fsdp=False, use_usp=False, t5_cpu=False
+    ):
+        self.record = {"device_id": device_id, "rank": rank, "use_usp": use_usp, "calls": []}
+        self.device, self.rank, self.config = torch.device("cpu"), rank, config
+        kept = ("model_type", "in_dim", "dim", "num_layers")
+        declared = json.loads((Path(checkpoint_dir) / "config.json").read_text())
+        torch.manual_seed(0)
+        self.model = self.model_class(**{key: declared[key] for key in kept}).eval().requires_grad_(False)
+        for module in self.model.modules():
+            if "AttentionBlock" in type(module).__name__:
+                module.register_forward_hook(self.count)
+        if use_usp:
+            from xfuser.core.distributed import CALLS
+
+            from .distributed.xdit_context_parallel import usp_attn_forward, usp_dit_forward
+
+            self.record["xfuser"] = CALLS
+            for block in self.model.blocks:
+                block.self_attn.forward = types.MethodType(usp_attn_forward, block.self_attn)
+            self.model.forward = types.MethodType(usp_dit_forward, self.model)
+        if distributed.is_initialized():
+            distributed.barrier()
+        if dit_fsdp:
+            self.model = shard_model(self.model, self.device)
+
+    def count(self, *_):
+        self.record["calls"][-1] += 1
+
+    def run(self, prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings):
+        self.record |= settings | {"prompt": prompt, "frame_num": frame_num}
+        generator = torch.Generator().manual_seed(seed)
+        latent = torch.randn(SHAPE, generator=generator)
+        contexts = [
+            torch.randn(4, 8, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+            for text in (prompt, self.config.sample_neg_prompt)
+        ]
+        sigmas = torch.linspace(0.999, 0, sampling_steps + 1)
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        with amp.autocast(dtype=self.config.param_dtype), torch.no_grad():
+            for sigma, following in pairwise(sigmas):
+                timestep = torch.stack([(sigma * 1000).long()])
+                velocities = []
+                for context in contexts:
+                    self.record["calls"].append(0)
+                    call = {"context": [context], "seq_len": TOKENS} | arguments
+                    velocities.append(self.model([latent], t=timestep, **call)[0])
+                cond, uncond = velocities
+                latent = latent + (following - sigma) * (uncond + guide_scale * (cond - uncond))
+        self.record["latent"] = latent
+        torch.save(self.record, f"record.{distributed.get_rank() if distributed.is_initialized() else 0}.pt")
+        return latent[:3, :1].repeat(1, frame_num, 8, 8).tanh() if self.rank == 0 else None
+
+
+class WanT2V(Pipeline):
+    def generate(
+        self, input_prompt, size=(1280, 720), frame_num=81, shift=5.0, sample_solver="unipc", sampling_steps=50,
+        guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model}
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
+
+
+def image_arguments(images):
+    colour = sum(sum(image.getpixel((0, 0))) for image in images)
+    generator = torch.Generator().manual_seed(colour)
+    y = torch.randn(20, *SHAPE[1:], generator=generator)
+    return {"clip_fea": torch.randn(1, 5, 8, generator=generator), "y": [y]}
+
+
+class WanI2V(Pipeline):
+    def generate(
+        self, input_prompt, img, max_area=720 * 1280, frame_num=81, shift=5.0, sample_solver="unipc",
+        sampling_steps=40, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"max_area": max_area, "sample_solver": sample_solver, "offload_model": offload_model}
+        arguments = image_arguments([img])
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+
+
+class WanFLF2V(Pipeline):
+    def generate(
+        self, input_prompt, first_frame, last_frame, max_area=720 * 1280, frame_num=81, shift=16.0,
+        sample_solver="unipc", sampling_steps=50, guide_scale=5.5, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"max_area": max_area, "sample_solver": sample_solver, "offload_model": offload_model}
+        arguments = image_arguments([first_frame, last_frame])
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+
+
+class WanVace(Pipeline):
+    model_class = VaceWanModel
+
+    def prepare_source(self, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+        self.record["sources"] = (src_video, src_mask, src_ref_images, num_frames, image_size)
+        frames = [torch.full(SHAPE, 0.5, device=device)]
+        return frames, [torch.ones(SHAPE, device=device)], src_ref_images
+
+    def generate(
+        self, input_prompt, input_frames, input_masks, input_ref_images, size=(1280, 720), frame_num=81,
+        context_scale=1.0, shift=5.0, sample_solver="unipc", sampling_steps=50, guide_scale=5.0, n_prompt="",
+        seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model}
+        arguments = {"vace_context": [input_frames[0] * input_masks[0]], "vace_context_scale": context_scale}
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)

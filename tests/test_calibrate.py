@@ -1,0 +1,78 @@
+"""What a calibration measures on a transformer of upstream's shape, by formulas of its own, and the files it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import stock_model
+import torch
+from test_patch import STEPS, denoise
+
+import magcache
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = stock_model.WanModel(dim=24, text_dim=8, text_len=6, num_layers=3).eval()
+    return model.requires_grad_(False)
+
+
+def residuals_of(model):
+    """By call, [tokens, C]."""
+    ins, outs = [], []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
+    model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
+    denoise(model)
+    return [(out - x)[0].double().numpy() for x, out in zip(ins, outs, strict=True)]
+
+
+def test_lists(model):
+    residuals = residuals_of(model)
+    calibration = magcache.apply_calibration(model, STEPS)
+    plain = denoise(model)
+    lists = calibration.lists()
+    for call in range(2, 2 * STEPS):
+        now, before = residuals[call], residuals[call - 2]
+        norms = np.linalg.norm(now, axis=1), np.linalg.norm(before, axis=1)
+        ratio = norms[0] / norms[1]
+        cosine = (now * before).sum(axis=1) / norms[0] / norms[1]
+        expected = ratio.mean(), ratio.std(ddof=1), (1 - cosine).mean()
+        assert [lists[key][call - 2] for key in ("mag_ratio", "mag_std", "cos_dis")] == pytest.approx(
+            expected, abs=1e-5
+        )
+    magcache.remove_magcache(model)
+    assert torch.equal(denoise(model), plain)
+
+
+def test_files(model, tmp_path):
+    calibration = magcache.apply_calibration(model, STEPS)
+    with pytest.raises(RuntimeError, match="stopped after"):
+        calibration.lists()
+    denoise(model)
+    table = magcache.make_table("mine", [calibration.lists()], {"task": "t2v-1.3B"})
+    path = magcache.save_calibration(tmp_path, table)
+    flat = json.loads((tmp_path / "wan2_1_mag_ratio.json").read_text())
+    assert flat == calibration.lists()["mag_ratio"]
+    assert magcache.load_ratios(path) == (1.0, 1.0, *flat)
+    assert magcache.load_table(path).steps == STEPS
+
+
+def test_full(model, tmp_path):
+    """The same lists, and products of the form they must have; test_full_calibration.py has what they predict."""
+    plain = magcache.apply_calibration(model, STEPS)
+    denoise(model)
+    full = magcache.apply_full_calibration(model, STEPS, magcache.noise_levels(STEPS, 5.0), 5.0)
+    denoise(model)
+    assert full.lists() == plain.lists()
+    for step, products in enumerate(full.products):
+        known = products[: step + 1, : step + 1]
+        assert np.allclose(known, known.T)
+        assert np.linalg.eigvalsh(known).min() > -1e-6 * np.trace(known)
+        assert np.trace(known) > 0
+        assert not products[step + 1 :].any()
+    magcache.save_products(
+        tmp_path / "mine.npz", full.products, {"sample_steps": STEPS, "sigmas": magcache.noise_levels(STEPS, 5.0)}
+    )
+    (tmp_path / "mine.json").write_text(json.dumps([1.0] * 2 * STEPS))
+    assert magcache.plan_searched(tmp_path / "mine.json", {"sample_steps": STEPS}, 6).computed == 12
