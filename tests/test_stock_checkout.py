@@ -97,7 +97,7 @@ def test_one_process(checkout, in_one_process):
     assert not list(checkout.glob("*.part*"))
 
 
-@pytest.mark.parametrize("flags", [SHARED, SHARDED, (*SHARED, *SHARDED)], ids=["own-forward", "fsdp1", "both"])
+@pytest.mark.parametrize("flags", [SHARED, SHARDED], ids=["own-forward", "fsdp1"])
 def test_two_processes(flags, checkout, in_one_process):
     (checkout / "a.mp4").unlink(missing_ok=True)
     result, records = run(checkout, *TEXT, *CACHE, *flags, processes=2)
@@ -157,16 +157,15 @@ def test_images(kind, inputs, checkout):
     assert "note: {" not in result.stdout
 
 
-def test_calibration(checkout, in_one_process):
-    result, records = run(checkout, *TEXT, "--magcache_calibration", *SHARDED, processes=2)
+def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
+    result, records = run(checkout, *TEXT, "--magcache_calibration", *SHARED, *SHARDED, processes=2)
     assert result.returncode == 0, result.stderr
     assert [record["calls"] for record in records] == [[LAYERS] * 2 * STEPS] * 2
     (path,) = (checkout / "calibration").glob("t2v-1.3B_*.json")
     ratios = json.loads(path.read_text())["mag_ratio"]
     assert json.loads((checkout / "calibration" / "wan2_1_mag_ratio.json").read_text()) == ratios
-    by_it = magcache.plan([1.0, 1.0, *ratios], STEPS, 0.3, 2)
-    result, (record,) = run(checkout, *TEXT, *CACHE, "--mag_ratios", path)
-    assert record["calls"] == [0 if reuse else LAYERS for reuse in by_it.reuse]
+    assert magcache.load_ratios(path) == (1.0, 1.0, *ratios)
+    assert len(set(ratios)) > STEPS
 
 
 @pytest.mark.parametrize(
