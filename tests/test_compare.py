@@ -108,7 +108,7 @@ def test_record(compared):
 
 
 def test_no_record(tmp_path, capsys):
-    """Neither in the place of another file, nor where it is not wanted; and one that cannot be written stops nothing."""
+    """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
     parse = magcache_generate.make_parser().parse_args
     with pytest.raises(SystemExit, match=r"film.json exists and is no record of a video"):
