@@ -107,15 +107,20 @@ def test_record(compared):
     assert len(result.stderr.splitlines()) == 4  # no terminal: first and last step of both runs
 
 
-def test_no_record(tmp_path):
+def test_no_record(tmp_path, capsys):
+    """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
-    args = magcache_generate.make_parser().parse_args([])
+    parse = magcache_generate.make_parser().parse_args
     with pytest.raises(SystemExit, match=r"film.json exists and is no record of a video"):
-        magcache_generate.check_records(args, [("a", 1, tmp_path / "film.mp4")], sys.exit)
-    kept = demo("--save_file", tmp_path / "film.mp4", "--magcache_record", "off", steps=1)
-    assert kept.returncode == 0, kept.stderr
+        magcache_generate.check_records(parse([]), [("a", 1, tmp_path / "film.mp4")], sys.exit)
+    off = parse(["--magcache_record", "off"])
+    magcache_generate.check_records(off, [("a", 1, tmp_path / "film.mp4")], pytest.fail)
+    assert not magcache_generate.write_record(off, tmp_path / "film.mp4", {})
     assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
-    assert {path.name for path in tmp_path.iterdir()} == {"film.mp4", "film.json"}
+    assert not magcache_generate.write_record(parse([]), tmp_path / "gone" / "film.mp4", {})
+    assert "the record could not be written" in capsys.readouterr().err
+    assert magcache_generate.write_record(parse([]), tmp_path / "other.mp4", {})
+    magcache_generate.check_records(parse([]), [("a", 1, tmp_path / "other.mp4")], pytest.fail)
 
 
 def test_comparison_files(compared):
