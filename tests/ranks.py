@@ -5,6 +5,7 @@ PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v
 """
 
 import contextlib
+import importlib
 import os
 import socket
 import sys
@@ -215,6 +216,9 @@ def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
 
 
 def main(folder: Path) -> None:
+    for name in wan.__all__:
+        getattr(wan, name)  # imports it
+    importlib.import_module("wan.distributed.fsdp")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
