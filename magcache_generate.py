@@ -26,7 +26,7 @@ from pathlib import Path
 try:
     import magcache  # without torch until something runs
     from magcache import prompts
-    from magcache.processes import Processes, gathered
+    from magcache.processes import Processes, gathered, leaving_at_once
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
@@ -597,7 +597,6 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
             rank, names = min(differences.items())
             names = ", ".join(names)
             print(f"magcache_generate.py: error: process {rank} differs from process 0 in {names}", file=sys.stderr)
-        processes.disconnect()
         sys.exit(2)
     args.base_seed = processes.from_first(args.base_seed)
     try:
@@ -1326,14 +1325,13 @@ def main() -> None:
     requests = processes.from_first(choose_requests(args, requests, parser.error))
     if not requests:
         print("all of them are finished; --overwrite makes them again")
-        return processes.disconnect()
+        return
     check_records(args, requests, parser.error)
     expander = make_expander(args, parser.error) if processes.rank == 0 else None
     announce(args, schedule, table, video_shape(args, inputs), requests)
     if group.count > len(requests):
         print(f"note: {len(requests)} videos for {group.count} groups of processes; the others have nothing to do")
     failures = generate(args, processes, group, config, schedule, table, inputs, expander, requests)
-    processes.disconnect()
     if failures:
         if processes.rank == 0:
             lines = "\n".join(failures)
@@ -1344,17 +1342,18 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as fault:
-        reason = (str(fault) or "?").splitlines()[0]
-        if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
-            sys.exit(
-                f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
-                "--magcache_offload, a smaller --size or fewer frames need less"
-            )
-        if reason.startswith("cannot read "):
-            sys.exit(f"magcache_generate.py: error: {reason}")
-        raise
+    with leaving_at_once():
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except RuntimeError as fault:
+            reason = (str(fault) or "?").splitlines()[0]
+            if type(fault).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
+                sys.exit(
+                    f"magcache_generate.py: error: out of GPU memory ({reason}); --offload_model True, --t5_cpu, "
+                    "--magcache_offload, a smaller --size or fewer frames need less"
+                )
+            if reason.startswith("cannot read "):
+                sys.exit(f"magcache_generate.py: error: {reason}")
+            raise

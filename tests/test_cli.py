@@ -348,6 +348,29 @@ def test_bad_input(arguments, message, folders, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "missing", "message"),
+    [
+        (("--ulysses_size", "4"), None, "2 processes are no multiple of --ulysses_size 4 times --ring_size 1"),
+        (("--ulysses_size", "2"), "MASTER_PORT", "WORLD_SIZE is set but MASTER_PORT is not"),
+    ],
+)
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypatch, capsys):
+    """Said once a machine."""
+    torchrun = {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    if missing:
+        monkeypatch.delenv(missing)
+    parser = magcache_generate.make_parser()
+    args = parser.parse_args(["--ckpt_dir", "x", "--prompt", "a fox", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.check_request(args, parser.error)
+    assert stopped.value.code == 2
+    assert (message in capsys.readouterr().err) == (local_rank == "0")
+
+
 def test_bad_input_in_a_real_process(tmp_path):
     result = run("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
     assert result.returncode == 2

@@ -62,7 +62,7 @@ def run(checkout, *flags, processes=1, env=None):
     result = subprocess.run(
         [*command, *map(str, flags)], cwd=checkout, env=env, capture_output=True, text=True, timeout=300
     )
-    return result, [torch.load(path) for path in sorted(checkout.glob("record.*.pt"))]
+    return result, [torch.load(path, weights_only=False) for path in sorted(checkout.glob("record.*.pt"))]
 
 
 def plan(table):
@@ -174,8 +174,6 @@ def test_calibration(checkout, in_one_process):
     [
         (("--task", "t2v-tiny", "--ckpt_dir", "t2v"), "the wan package here has no task t2v-tiny"),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
-        (("--task", "vace-1.3B", "--ckpt_dir", "vace", "--src_video", "no.mp4"), "cannot read no.mp4"),
-        (("--prompt", "a fox", "--use_prompt_extend", "--prompt_extend_method", "dashscope"), "DASH_API_KEY"),
     ],
 )
 def test_what_is_refused(flags, message, checkout):
@@ -186,13 +184,6 @@ def test_what_is_refused(flags, message, checkout):
     assert (result.returncode, records) == (2, [])
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_processes_that_do_not_fit(checkout):
-    result, records = run(checkout, *TEXT, "--ulysses_size", 4, processes=2)
-    assert result.returncode != 0
-    assert records == []
-    assert result.stderr.count("2 processes are no multiple of --ulysses_size 4 times --ring_size 1") == 1
 
 
 def test_processes_that_were_started_differently(checkout):
@@ -221,7 +212,9 @@ def test_processes_that_were_started_differently(checkout):
 
 
 def test_without_magcache(tmp_path):
-    result, _ = run(make_checkout(tmp_path / "Wan2.1", packages=()), *TEXT)
+    checkout = make_checkout(tmp_path / "Wan2.1", packages=())
+    command = [sys.executable, "-S", "magcache_generate.py"]  # -S: without what is installed
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "`pip install .`" in result.stderr
