@@ -407,6 +407,8 @@ def check_wan(args, error):
         error(f"the wan package here has no task {args.task}")
     if args.size not in SUPPORTED_SIZES[args.task]:
         error(f"task {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}, not {args.size}")
+    if args.task.startswith("flf2v") and args.frame_num != 81 and is_stock_wan():
+        error(f"the wan package here makes flf2v videos of 81 frames only, --frame_num is {args.frame_num}")
     config, folder = WAN_CONFIGS[args.task], Path(args.ckpt_dir)
     if not folder.is_dir():
         error(f"--ckpt_dir {folder} is not a folder")

@@ -146,7 +146,7 @@ def test_vace_sources_are_checked(sources, message):
 @pytest.mark.parametrize(("kind", "inputs"), [("i2v", ("image",)), ("flf2v", ("first_frame", "last_frame"))])
 def test_images(kind, inputs, checkout):
     images = (argument for flag in inputs for argument in (f"--{flag}", IMAGE))
-    flags = ("--task", f"{kind}-14B", "--ckpt_dir", kind, "--frame_num", 5, "--prompt", "a fox", *images)
+    flags = ("--task", f"{kind}-14B", "--ckpt_dir", kind, "--prompt", "a fox", *images)
     extension = ("--use_prompt_extend", "--prompt_extend_model", "qwen", "--prompt_extend_target_lang", "en")
     table = "i2v-14B-480P"
     result, (record,) = run(checkout, *flags, "--save_file", "i.mp4", *extension, *CACHE, "--mag_ratios", table)
@@ -173,6 +173,7 @@ def test_calibration(checkout, in_one_process):
     ("flags", "message"),
     [
         (("--task", "t2v-tiny", "--ckpt_dir", "t2v"), "the wan package here has no task t2v-tiny"),
+        (("--task", "flf2v-14B", "--first_frame", IMAGE, "--last_frame", IMAGE), "81 frames only, --frame_num is 5"),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
     ],
 )
