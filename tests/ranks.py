@@ -1,10 +1,13 @@
-"""What processes that share a video are compared with: the same runs in one process. Started by torchrun it makes the
-runs of several, and every process writes what it saw.
+"""What processes that share a video are compared with: the same runs in one process. Run as a script it forks into
+several, which write what they saw; they are forked, as importing costs more than all they do.
 
-PYTHONPATH=. torchrun --nproc_per_node 4 tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
+PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
 """
 
 import contextlib
+import importlib
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -15,14 +18,16 @@ from PIL import Image
 from torch.distributed.tensor.debug import CommDebugMode
 
 import magcache
+import magcache_generate
 import wan
 from magcache.processes import Processes
-from magcache_generate import agreed
 from wan.configs import WAN_CONFIGS
 from wan.distributed.groups import start_groups
 from wan.modules.model import WanModel
 
 DEMO = Path(__file__).parent.parent / "examples" / "Wan2.1-T2V-tiny"
+PROMPT = "a red circle moves right on a white background"
+T2V = ("--task", "t2v-tiny", "--ckpt_dir", DEMO, "--size", "64*64", "--frame_num", 5, "--sample_steps", 3)
 STEPS = 6
 EVEN, ODD = ((64, 64), 9), ((48, 48), 9)  # 48 and 27 tokens
 # name: (ulysses_size, flags of the pipeline), kind, size and frames
@@ -68,7 +73,7 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     """Latents, schedule as it ran, collectives of the cached calls and the measured ratios, all after a failed run."""
     if kind == "t2v":
         pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO), rank=rank, **flags)
-        inputs, arguments = ("a red circle moves right on a white background",), {"size": size}
+        inputs, arguments = (PROMPT,), {"size": size}
     elif kind == "i2v":
         config = {**WAN_CONFIGS["i2v-14B"], "text_len": 512, "clip_num_heads": 2}
         pipeline = wan.WanI2V(type(WAN_CONFIGS["i2v-14B"])(config), str(folder / kind), rank=rank, **flags)
@@ -116,7 +121,7 @@ def who_agrees(group) -> list:
     answers = []
     for fault in (None, "alike", dist.get_rank(group) or None):
         try:
-            answers.append(agreed(fault, group))
+            answers.append(magcache_generate.agreed(fault, group))
         except RuntimeError as error:
             answers.append(str(error))
     return answers
@@ -181,22 +186,44 @@ def register_cpu_attention_with_lse() -> None:
     attention._AttentionBackendRegistry.set_active_backend(name)
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+def share_videos(rank: int, world: int, folder: Path) -> None:
+    """One of four processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
     for number, (name, (ulysses, flags, kind, (size, frame_num))) in enumerate(PIPELINE_RUNS.items()):
         groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
         if number % groups.count == groups.index:  # each group has its own to do
             results[name] = pipeline_run(folder, kind, size, frame_num, groups.rank, **flags)
     results["autocast"] = sharded_under_autocast()
-    results["agreed"] = who_agrees(Processes(dist.get_rank(), dist.get_world_size()).patient_group(2))
+    results["agreed"] = who_agrees(Processes(rank, world).patient_group(2))
     register_cpu_attention_with_lse()
     for name, (ring, ulysses, grid) in MODEL_RUNS.items():
         groups = start_groups(ulysses, ring)
         place = {"place": (groups.rank, groups.size, groups.index, groups.count)}
         results[name] = model_run(grid, groups.sequence) | place
-    torch.save(results, folder / f"{dist.get_rank()}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
+    """One of two processes of the command line."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    flags = (*T2V, "--prompt", PROMPT, "--base_seed", 3, "--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp")
+    flags += ("--t5_fsdp", "--calibration_dir", folder / "dumps", "--save_file", folder / "film.mp4")
+    sys.argv = ["magcache_generate.py", *map(str, flags)]
+    magcache_generate.main()
+
+
+def main(folder: Path) -> None:
+    for name in wan.__all__:
+        getattr(wan, name)  # imports it
+    importlib.import_module("wan.distributed.fsdp")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for function, world, *arguments in ((share_videos, 4, folder), (calibrate, 2, folder, port)):
+        torch.multiprocessing.start_processes(function, (world, *arguments), world, start_method="fork")
 
 
 if __name__ == "__main__":

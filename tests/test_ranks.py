@@ -34,11 +34,6 @@ def torchrun_command(processes: int, *arguments) -> list[str]:
     return [*command, *map(str, arguments)]
 
 
-def torchrun(processes: int, *arguments):
-    command = torchrun_command(processes, *arguments)
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -50,7 +45,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(folder):
     """What each of four processes saw."""
-    result = torchrun(4, Path(ranks.__file__), folder)
+    command = [sys.executable, ranks.__file__, str(folder)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
@@ -116,13 +112,23 @@ def test_attention_that_cannot_share_is_refused():
         attention_backend("cpu", 1)
 
 
+def test_two_processes_calibrate_once(seen, folder):
+    """One set of files, with the figures of one process to four decimals."""
+    (path,) = (folder / "dumps").glob("t2v-tiny_*.json")
+    assert len(list((folder / "dumps").iterdir())) == 5
+    assert iio.imread(folder / "film.mp4").shape == (5, 64, 64, 3)
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(ranks.DEMO))
+    calibration = magcache.apply_calibration(pipeline.model, 3)
+    pipeline.generate(ranks.PROMPT, (64, 64), 5, sampling_steps=3, seed=3)
+    for key, values in calibration.lists().items():
+        assert json.loads(path.read_text())[key] == pytest.approx(values, abs=5e-5)
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 SCRIPT = REPO / "magcache_generate.py"
 IMAGE = REPO / "examples" / "i2v_tiny_input.png"
-COMMON = ("--size", "64*64", "--frame_num", 5, "--sample_steps")
-T2V = ("--task", "t2v-tiny", "--ckpt_dir", ranks.DEMO, *COMMON, 3)
-I2V = ("--task", "i2v-tiny", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny", *COMMON, 2)
+I2V = ("--task", "i2v-tiny", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny", *ranks.T2V[4:-1], 2)
 
 
 def in_one_process(prompt: str, seed: int, path: Path):
@@ -198,19 +204,3 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
         assert f"{finished} of them finished" in capsys.readouterr().out
         assert len(list(out.glob("*.mp4"))) == 11
     assert {path: made()[path] for path in after} == after
-
-
-def test_two_processes_calibrate_once(tmp_path):
-    """One set of files, with the figures of one process to four decimals."""
-    flags = (*T2V, "--prompt", "a red circle moves right", "--base_seed", 3, "--magcache_calibration")
-    flags += ("--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "film.mp4", "--ulysses_size", 2)
-    result = torchrun(2, SCRIPT, *flags, "--dit_fsdp", "--t5_fsdp")
-    assert result.returncode == 0, result.stderr
-    (path,) = (tmp_path / "dumps").glob("t2v-tiny_*.json")
-    assert len(list((tmp_path / "dumps").iterdir())) == 5
-    assert iio.imread(tmp_path / "film.mp4").shape == (5, 64, 64, 3)
-    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(ranks.DEMO))
-    calibration = magcache.apply_calibration(pipeline.model, 3)
-    pipeline.generate("a red circle moves right", (64, 64), 5, sampling_steps=3, seed=3)
-    for key, values in calibration.lists().items():
-        assert json.loads(path.read_text())[key] == pytest.approx(values, abs=5e-5)
