@@ -93,6 +93,15 @@ def gathered(value, group) -> list:
     return values
 
 
+def agreed(fault: str | None, group) -> str | None:
+    """What went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree: then they are
+    no longer at the same point, and could not go on together."""
+    faults = gathered(fault, group)
+    if len(set(faults)) > 1:
+        raise RuntimeError(f"not all processes of a group made the video: {faults}")
+    return fault
+
+
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
     """One of several processes ends with this block: with the messages and the exit code that Python would give it, but

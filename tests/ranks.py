@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import magcache
 import magcache_generate
 import wan
-from magcache.processes import Processes
+from magcache.processes import Processes, agreed
 from wan.configs import WAN_CONFIGS
 from wan.distributed.groups import start_groups
 from wan.modules.model import WanModel
@@ -121,7 +121,7 @@ def who_agrees(group) -> list:
     answers = []
     for fault in (None, "alike", dist.get_rank(group) or None):
         try:
-            answers.append(magcache_generate.agreed(fault, group))
+            answers.append(agreed(fault, group))
         except RuntimeError as error:
             answers.append(str(error))
     return answers

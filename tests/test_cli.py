@@ -19,6 +19,11 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
+from magcache.command.checks import check_request
+from magcache.command.choose_schedule import make_schedule
+from magcache.command.flags import make_parser
+from magcache.command.inputs import read_inputs, video_shape
+from magcache.command.results import make_requests, result_path, save_result
 from magcache.prompts import Line
 from magcache.search import load_products, plan_by_products
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
@@ -26,6 +31,7 @@ from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
 
 REPO = Path(__file__).parent.parent
+SCRIPT = REPO / "magcache_generate.py"
 DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 PROMPT = "a green square moves up on a gray background"
 
@@ -66,7 +72,7 @@ def test_help_is_quick():
 
 def test_flags_are_those_of_the_reference():
     """Name, type, default and choices of Wan2.1's generate.py and of the released MagCache script."""
-    flags = {action.dest: action for action in magcache_generate.make_parser()._actions}
+    flags = {action.dest: action for action in make_parser(SCRIPT)._actions}
     truths = {"t5_fsdp", "t5_cpu", "dit_fsdp", "use_prompt_extend", "use_magcache", "magcache_calibration"}
     defaults = {
         "task": "t2v-14B",
@@ -116,12 +122,12 @@ def readme_commands():
 def test_readme_commands_parse_and_plan():
     plans = {}
     for command in readme_commands():
-        args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
+        args = make_parser(SCRIPT).parse_args(shlex.split(command)[1:])
         if args.magcache_plan:  # see test_report
             continue
-        magcache_generate.check_request(args, pytest.fail)
-        schedule, table = magcache_generate.make_schedule(args, pytest.fail)
-        magcache_generate.read_inputs(args, pytest.fail)
+        check_request(args, pytest.fail)
+        schedule, table = make_schedule(args, pytest.fail)
+        read_inputs(args, pytest.fail)
         assert args.offload_model
         plans[args.task] = (table, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
     assert plans == {
@@ -138,7 +144,7 @@ def test_readme_torchrun_commands(monkeypatch):
     """The processes that they start are those that their flags need."""
     text = (REPO / "README.md").read_text()
     commands = re.findall(r"^torchrun (.*) (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
-    monkeypatch.setattr(magcache_generate.prompts, "read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    monkeypatch.setattr("magcache.prompts.read_prompts", lambda path, seed: [Line(1, "a", seed)])
     groups = []
     for launch, command in commands:
         nodes, processes = (
@@ -147,9 +153,9 @@ def test_readme_torchrun_commands(monkeypatch):
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "0")
         monkeypatch.setenv("WORLD_SIZE", str(nodes * processes))
-        args = magcache_generate.make_parser().parse_args(shlex.split(command)[1:])
-        magcache_generate.check_request(args, pytest.fail)
-        assert magcache_generate.make_schedule(args, pytest.fail)[0].speedup_bound > 1
+        args = make_parser(SCRIPT).parse_args(shlex.split(command)[1:])
+        check_request(args, pytest.fail)
+        assert make_schedule(args, pytest.fail)[0].speedup_bound > 1
         assert WAN_CONFIGS[args.task].num_heads % args.ulysses_size == 0
         groups.append((nodes * processes, nodes * processes // (args.ulysses_size * args.ring_size)))
     assert groups == [(2, 1), (4, 1), (8, 1), (8, 1), (16, 1), (8, 8), (8, 4)]
@@ -161,10 +167,10 @@ def test_calibration_of_61_frames_is_planned():
         "--task i2v-14B --size 1280*720 --ckpt_dir ./Wan2.1-I2V-14B-720P --image examples/wan_i2v.png "
         '--magcache_calibration --offload_model True --t5_cpu --frame_num 61 --base_seed 0 --prompt "..."'
     )
-    args = magcache_generate.make_parser().parse_args(shlex.split(command))
-    magcache_generate.check_request(args, pytest.fail)
-    inputs = magcache_generate.read_inputs(args, pytest.fail)
-    assert magcache_generate.video_shape(args, inputs) == (61, 720, 1280)
+    args = make_parser(SCRIPT).parse_args(shlex.split(command))
+    check_request(args, pytest.fail)
+    inputs = read_inputs(args, pytest.fail)
+    assert video_shape(args, inputs) == (61, 720, 1280)
     assert (args.sample_steps, args.sample_shift) == (40, 5.0)
 
 
@@ -363,10 +369,10 @@ def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypa
         monkeypatch.setenv(name, value)
     if missing:
         monkeypatch.delenv(missing)
-    parser = magcache_generate.make_parser()
+    parser = make_parser(SCRIPT)
     args = parser.parse_args(["--ckpt_dir", "x", "--prompt", "a fox", *flags])
     with pytest.raises(SystemExit) as stopped:
-        magcache_generate.check_request(args, parser.error)
+        check_request(args, parser.error)
     assert stopped.value.code == 2
     assert (message in capsys.readouterr().err) == (local_rank == "0")
 
@@ -379,9 +385,18 @@ def test_bad_input_in_a_real_process(tmp_path):
 
 def test_a_renamed_folder():
     """The task decides on the table, whatever the folder is called."""
-    args = magcache_generate.make_parser().parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
-    magcache_generate.check_request(args, pytest.fail)
-    assert magcache_generate.make_schedule(args, pytest.fail)[1] == "table t2v-14B"
+    args = make_parser(SCRIPT).parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
+    check_request(args, pytest.fail)
+    assert make_schedule(args, pytest.fail)[1] == "table t2v-14B"
+
+
+def test_images_of_a_prompt_file(tmp_path):
+    """A line without one has that of --image, whatever the lines before it have."""
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a", "image": "own.png"}\n{"prompt": "b"}')
+    flags = ["--task", "i2v-14B", "--ckpt_dir", "x", "--image", "all.png", "--prompt_file", tmp_path / "list.jsonl"]
+    args = make_parser(SCRIPT).parse_args(list(map(str, flags)))
+    check_request(args, pytest.fail)
+    assert [request.image for request in make_requests(args, None, pytest.fail)] == ["own.png", "all.png"]
 
 
 NASTY = [
@@ -399,8 +414,8 @@ NASTY = [
 @pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
 def test_file_names_are_safe(prompt, tmp_path):
     flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
-    args = magcache_generate.make_parser().parse_args(flags)
-    name = str(magcache_generate.result_path(args, prompt, pytest.fail))
+    args = make_parser(SCRIPT).parse_args(flags)
+    name = str(result_path(args, prompt, pytest.fail))
     assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
     path = tmp_path / name
     frames = frames_of(torch.zeros(3, 5, 16, 16), path)
@@ -409,13 +424,13 @@ def test_file_names_are_safe(prompt, tmp_path):
 
 
 def test_file_names_without_the_cache():
-    args = magcache_generate.make_parser().parse_args(["--task", "t2i-14B", "--size", "1024*1024"])
+    args = make_parser(SCRIPT).parse_args(["--task", "t2i-14B", "--size", "1024*1024"])
     assert re.fullmatch(
         r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png",
-        str(magcache_generate.result_path(args, "one fox", pytest.fail)),
+        str(result_path(args, "one fox", pytest.fail)),
     )
     args.save_file = "film"
-    assert magcache_generate.result_path(args, "one fox", pytest.fail) == Path("film.png")
+    assert result_path(args, "one fox", pytest.fail) == Path("film.png")
 
 
 def test_uncached_equals_the_unpatched_model(tmp_path):
@@ -536,9 +551,9 @@ def test_full_calibration_then_a_speedup(tmp_path):
 def test_a_speedup_without_a_full_calibration():
     """Needs no ratio table either."""
     flags = "--task flf2v-14B --size 1280*720 --ckpt_dir x --use_magcache --magcache_speedup 2.5"
-    args = magcache_generate.make_parser().parse_args(flags.split())
-    magcache_generate.check_request(args, pytest.fail)
-    schedule, chosen_by = magcache_generate.make_schedule(args, pytest.fail)
+    args = make_parser(SCRIPT).parse_args(flags.split())
+    check_request(args, pytest.fail)
+    schedule, chosen_by = make_schedule(args, pytest.fail)
     assert schedule == magcache.plan_steps(magcache.spread_steps(50, 20), 50, "linear")
     assert schedule.speedup_bound == 2.5
     assert chosen_by == "spread steps, linear forecast"
@@ -550,9 +565,9 @@ def test_resampling_by_noise_level(steps, shift):
     flags += f"--sample_steps {steps} --sample_shift {shift}"
     schedules = []
     for resample in ("nearest", "sigma"):
-        args = magcache_generate.make_parser().parse_args([*flags.split(), "--magcache_resample", resample])
-        magcache_generate.check_request(args, pytest.fail)
-        schedules.append(magcache_generate.make_schedule(args, pytest.fail)[0])
+        args = make_parser(SCRIPT).parse_args([*flags.split(), "--magcache_resample", resample])
+        check_request(args, pytest.fail)
+        schedules.append(make_schedule(args, pytest.fail)[0])
     table = magcache.load_table("t2v-1.3B")
     by_hand = magcache.resample_sigma(table.ratios, table.sigmas, magcache.noise_levels(steps, shift))
     assert schedules == [magcache.plan(table.ratios, steps, 0.24, 6), magcache.plan(by_hand, steps, 0.24, 6)]
@@ -571,7 +586,7 @@ def test_a_result_that_cannot_be_saved_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     video = torch.rand(3, 5, 16, 16)
     with pytest.raises(OSError, match="gone"):
-        magcache_generate.save_result(video, tmp_path / "gone" / "film.mp4", 16)
+        save_result(video, tmp_path / "gone" / "film.mp4", 16)
     kept = torch.load(tmp_path / "film.pt", weights_only=True)
     assert kept.dtype == torch.uint8
     torch.testing.assert_close(kept / 127.5 - 1, video, rtol=0, atol=1 / 127)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import html
+import importlib.util
 import json
 import math
 import os
@@ -25,11 +26,14 @@ import magcache
 import magcache_generate
 import wan
 from magcache import compare, progress, record
+from magcache.command.flags import make_parser
+from magcache.command.results import Request, check_records, write_record
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import cache_video
 
 REPO = Path(__file__).parent.parent
+SCRIPT = REPO / "magcache_generate.py"
 DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = '-a "red" circle; moves $left on a <b>white</b> background'
@@ -110,17 +114,17 @@ def test_record(compared):
 def test_no_record(tmp_path, capsys):
     """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
-    parse = magcache_generate.make_parser().parse_args
+    parse = make_parser(SCRIPT).parse_args
     with pytest.raises(SystemExit, match=r"film.json exists and is no record of a video"):
-        magcache_generate.check_records(parse([]), [("a", 1, tmp_path / "film.mp4")], sys.exit)
+        check_records(parse([]), [Request("a", 1, tmp_path / "film.mp4")], sys.exit)
     off = parse(["--magcache_record", "off"])
-    magcache_generate.check_records(off, [("a", 1, tmp_path / "film.mp4")], pytest.fail)
-    assert not magcache_generate.write_record(off, tmp_path / "film.mp4", {})
+    check_records(off, [Request("a", 1, tmp_path / "film.mp4")], pytest.fail)
+    assert not write_record(off, tmp_path / "film.mp4", {})
     assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
-    assert not magcache_generate.write_record(parse([]), tmp_path / "gone" / "film.mp4", {})
+    assert not write_record(parse([]), tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
-    assert magcache_generate.write_record(parse([]), tmp_path / "other.mp4", {})
-    magcache_generate.check_records(parse([]), [("a", 1, tmp_path / "other.mp4")], pytest.fail)
+    assert write_record(parse([]), tmp_path / "other.mp4", {})
+    check_records(parse([]), [Request("a", 1, tmp_path / "other.mp4")], pytest.fail)
 
 
 def test_comparison_files(compared):
@@ -143,6 +147,26 @@ def test_comparison_files(compared):
     squares = [10 ** (-psnr / 10) for psnr in scores["psnr_by_frame"]]
     assert scores["psnr"] == pytest.approx(-10 * math.log10(sum(squares) / 17))
     assert scores["ssim"] == pytest.approx(sum(scores["ssim_by_frame"]) / 17)
+
+
+def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
+    """The others go on, with the cache."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "first_uncached.mp4").mkdir()
+    lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, SCRIPT, "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4]
+    command += ["--prompt_file", tmp_path / "prompts.jsonl", "--use_magcache", "--magcache_thresh", 1, "--compare"]
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "1 of 2 comparisons failed, their videos are finished, --overwrite makes both again:\n" in result.stderr
+    assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", result.stderr, re.MULTILINE)
+    assert "videos failed" not in result.stderr
+    assert (tmp_path / "second_compare.html").is_file()
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second")]
+    assert ["comparison" in found for found in records] == [False, True]
+    assert records[0]["calls"] == records[1]["calls"]
+    assert records[1]["calls"]["reused"] > 0
 
 
 def test_page_stands_alone(compared):
@@ -242,7 +266,7 @@ def test_time_left():
 
 @pytest.mark.parametrize("package", ["skimage", "matplotlib"])
 def test_a_missing_package_is_said_first(package, monkeypatch, capsys):
-    find = magcache_generate.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     flags = ["--use_magcache", "--compare"] if package == "skimage" else ["--magcache_plan", "plan.png"]
     monkeypatch.setattr(sys, "argv", ["x", "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(DEMO), *flags])
@@ -255,7 +279,7 @@ def test_a_missing_package_is_said_first(package, monkeypatch, capsys):
 
 
 def test_command_line_of_values():
-    parser = magcache_generate.make_parser()
+    parser = make_parser(SCRIPT)
     args = parser.parse_args(["--prompt=-rf 'a b'", "--use_magcache", "--magcache_K", "4", "--offload_model", "no"])
     line = record.command_line(parser, vars(args), left_out=("task",))
     assert "--task" not in line

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import magcache
 import magcache_generate
 from magcache import report
+from magcache.command.flags import SIZES, TASKS
 from magcache.search import (
     best_steps,
     fitted_slopes,
@@ -108,11 +109,20 @@ def test_plan_is_quick_and_needs_no_torch(tmp_path):
     assert not imported & {"torch", "transformers", "diffusers", "numpy", "wan"}
 
 
-@pytest.mark.parametrize("task", magcache_generate.TASKS)
+def test_plan_for_a_reader_that_leaves():
+    """As `| head` does."""
+    command = list(map(str, [sys.executable, REPO / "magcache_generate.py", *DEMO, "--magcache_plan"]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_size_length_and_step_count(task, plan, tmp_path):
     ratios = ("--mag_ratios", "i2v-14B-720P") if task in ("i2v-14B", "flf2v-14B") else ()
     lengths = (1,) if task == "t2i-14B" else (5, 81, 121)
-    for size, frames, steps in itertools.product(magcache_generate.SIZES, lengths, (1, 7, 120)):
+    for size, frames, steps in itertools.product(SIZES, lengths, (1, 7, 120)):
         flags = ("--task", task, "--size", size, "--frame_num", frames, "--sample_steps", steps, *ratios)
         lines = plan(*flags, "--ckpt_dir", tmp_path / "none", "--prompt", "a", "--ulysses_size", 2)
         assert re.fullmatch(rf"\d+ of {2 * steps} DiT calls computed, at most [\d.]+x", lines[0])

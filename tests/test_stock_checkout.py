@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import magcache
-import magcache_generate
+from magcache.command.inputs import check_sources
 
 REPO = Path(__file__).parent.parent
 IMAGE = REPO / "examples" / "girl.png"
@@ -140,7 +140,7 @@ def test_vace(checkout):
 def test_vace_sources_are_checked(sources, message):
     nothing = {"src_video": None, "src_mask": None, "src_ref_images": None}
     with pytest.raises(ValueError, match=message):
-        magcache_generate.check_sources(argparse.Namespace(**nothing | sources))
+        check_sources(argparse.Namespace(**nothing | sources))
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [("i2v", ("image",)), ("flf2v", ("first_frame", "last_frame"))])
@@ -209,6 +209,12 @@ def test_processes_that_were_started_differently(checkout):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2
         assert "process 1 differs from process 0 in --retention_ratio, the plan" in err
+
+
+def test_the_library_knows_nothing_of_the_command_line():
+    modules = list((REPO / "magcache").glob("*.py"))
+    assert len(modules) > 10
+    assert not [path.name for path in modules if "magcache.command" in path.read_text()]
 
 
 def test_without_magcache(tmp_path):
