@@ -6,7 +6,7 @@ from pathlib import Path
 from magcache.command.flags import INPUTS, input_flags, task_kind
 from magcache.command.wan_package import is_stock_wan
 
-# what runs without --prompt and input files; by task, or by its first part
+# what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
 EXAMPLES = {
     "t2v": {
         "prompt": "A paper boat sails down a rain-filled street at dusk, neon signs ripple in the water, slow tracking "
@@ -34,7 +34,6 @@ EXAMPLES = {
     "t2v-tiny": {"prompt": "a red circle moves right on a white background"},
     "i2v-tiny": {"prompt": "a purple triangle moves right on a yellow background", "image": "i2v_tiny_input.png"},
 }
-EXAMPLE_FOLDER = Path(__file__).parent / "examples"
 
 
 def choose_inputs(args, error) -> None:

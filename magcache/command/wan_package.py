@@ -10,14 +10,12 @@ from magcache.command.flags import task_kind
 from magcache.processes import Processes
 
 # by the first part of the task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
-
-
 PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
 MODEL_TYPES = {"t2v": "t2v", "t2i": "t2v", "i2v": "i2v", "flf2v": "flf2v", "vace": "vace"}
 
 
 def is_stock_wan() -> bool:
-    """Whether the `wan` here is Wan2.1's own, which does less than this repository's."""
+    """Whether the `wan` here is Wan2.1's own."""
     return importlib.util.find_spec("wan.pipeline") is None
 
 
