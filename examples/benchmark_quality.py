@@ -3,8 +3,8 @@
 python -m examples.benchmark_quality [--pairs 32] [--workers 2] [--picture examples/quality.png]
 python -m examples.benchmark_quality --only transfer      what calibrating on other prompts, a shift or steps costs
 
-Truth: the uncached 50-step video of the same prompt and seed. Methods: MagCache and what else this package does with the
-computed steps and the residuals between them; fewer sampler steps without a cache; and the methods of `examples.peers`.
+Truth: the uncached 50-step video of the same prompt and seed. Methods: MagCache and what else this package does with
+the computed steps and the residuals between them; fewer sampler steps without a cache; the methods of `examples.peers`.
 PSNR and SSIM: mean and standard error over pairs of prompt and seed that nothing was calibrated or tuned on. Time:
 the uncached run's over the method's, decoding included, median over pairs; every worker has one thread.
 Last, how well the error that a full calibration predicts ranks our schedules by the error measured.
