@@ -1,6 +1,6 @@
 """Measures on a demo model how close the videos of every method come to the uncached ones, at the same number of calls.
 
-python -m examples.benchmark_quality [--pairs 32] [--workers 2] [--picture examples/quality.png]
+python -m examples.benchmark_quality [--pairs 24] [--workers 2] [--picture examples/quality.png]
 python -m examples.benchmark_quality --only transfer      what calibrating on other prompts, a shift or steps costs
 
 Truth: the uncached 50-step video of the same prompt and seed. Methods: MagCache and what else this package does with
@@ -282,7 +282,7 @@ def transfer(task: str, pairs: list) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-tiny", choices=("t2v-tiny", "i2v-tiny"))
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", help="draws PSNR over calls")
     parser.add_argument("--only", choices=("transfer",))

@@ -465,7 +465,7 @@ SETTINGS: dict[str, dict[int, Setting]] = {
     "diffusers FirstBlockCache": {46: {"threshold": 0.1}, 38: {"threshold": 0.1433}, 32: {"threshold": 0.209}},
     "diffusers TaylorSeer": {
         46: {"interval": 3, "warmup": 8, "order": 2, "lite": 0, "last": 1},
-        38: {"interval": 3, "warmup": 2, "order": 1, "lite": 0, "last": 1},
+        38: {"interval": 4, "warmup": 7, "order": 2, "lite": 0, "last": 1},
         32: {"interval": 4, "warmup": 3, "order": 1, "lite": 0, "last": 1},
     },
     "diffusers SeaCache": {
