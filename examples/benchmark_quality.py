@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import random
 import statistics
 import time
@@ -93,6 +92,7 @@ def schedules(task: str, budget: int) -> dict[str, Schedule]:
 @functools.cache
 def pipeline_of(task: str):
     torch.set_num_threads(1)
+    wan.pipeline.tqdm = lambda timesteps, **_: timesteps  # no bar for each of hundreds of videos
     return load_demo(task)
 
 
@@ -147,7 +147,6 @@ def measure_pair(task: str, pair: tuple[Caption, int], everything: bool) -> dict
 
 def quality(task: str, pairs: list, workers: int) -> list[dict]:
     """The results of every pair."""
-    os.environ["TQDM_DISABLE"] = "1"  # of the processes that start now: the bar over pairs is this one's
     with ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(measure_pair, task, pair, i < RANKED_PAIRS) for i, pair in enumerate(pairs)]
         return [job.result() for job in tqdm(jobs, desc=f"pairs, {task}")]
@@ -248,7 +247,6 @@ def stretched(products: np.ndarray) -> np.ndarray:
 
 
 def transfer(task: str, pairs: list) -> None:
-    wan.pipeline.tqdm = functools.partial(tqdm, disable=True)  # hundreds of bars
     pipeline = pipeline_of(task)
     captions = CALIBRATION_PROMPTS.read_text(encoding="utf-8").splitlines()
     own = calibrate(pipeline, captions, STEPS, SHIFT)
