@@ -1,19 +1,15 @@
-"""Measures on the demo models what MagCache gains in time and costs in quality, next to the plain alternatives.
+"""Measures what MagCache gains in time and calibrating costs; for the quality see `examples.benchmark_quality`.
 
-python -m examples.benchmark [--task t2v-tiny|i2v-tiny] [--pairs 24] [--only speed|calibration|quality]
+python -m examples.benchmark [--only speed|calibration]
 
 Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls): the
 median over rounds of one uncached and the cached runs each, since what else the machine does slows any of them. Beside
 it, the time of the computed calls within a cached loop over that loop's time, which needs no second run. The random
 model is as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
 Calibration: the same for a calibrating loop over an uncached one.
-Quality: PSNR against the uncached 50-step video of the same prompt and seed, mean and standard error, at the number of
-calls that three settings of MagCache compute: of MagCache, of simply taking fewer sampler steps, and of other steps and
-forecasts (`--magcache_speedup`, `--magcache_forecast`).
 """
 
 import argparse
-import contextlib
 import math
 import random
 import statistics
@@ -23,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import magcache
-from examples.train_tiny.check_prompts import DEMOS, check_pairs, generate, load_demo, psnr
+from examples.train_tiny.check_prompts import check_pairs, load_demo
 from examples.train_tiny.shapes import CAPTIONS, Caption
 from wan.modules.model import WanModel
 from wan.utils.samplers import make_sampler
@@ -102,70 +98,21 @@ def random_model() -> tuple[WanModel, tuple[int, ...], list]:
     return model.requires_grad_(False), (16, 5, 20, 40), [torch.randn(20, 64), torch.randn(5, 64)]
 
 
-def mean_and_error(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ({statistics.stdev(values) / math.sqrt(len(values)):.1f})"
+def mean_and_error(values: list[float], digits: int = 1) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.{digits}f} ({error:.{digits}f})"
 
 
 def benchmark_pairs(count: int) -> list[tuple[Caption, int]]:
-    """Random captions and seeds, none of which the prompt check or the calibration (seed 77) uses."""
+    """Random captions and seeds, none of which the prompt check, a calibration or the tuning of a method used."""
     used = {caption for caption, _ in check_pairs()}
     chosen = random.Random(2026).sample([caption for caption in CAPTIONS if caption not in used], count)
     return [(caption, 5000 + i) for i, caption in enumerate(chosen)]
 
 
-def methods(task: str) -> dict[tuple[str, str], magcache.Schedule | int]:
-    """(budget, method) -> a schedule, or a number of sampler steps without a cache."""
-    found = {}
-    for thresh, K in SETTINGS:
-        schedule = schedule_of(task, thresh, K)
-        budget, count = f"{thresh}, {K}", schedule.computed // 2
-        found[budget, "MagCache"] = schedule
-        found[budget, "MagCache, linear"] = magcache.plan(
-            magcache.load_ratios(task), STEPS, thresh, K, forecast="linear"
-        )
-        found[budget, "fewer steps, no cache"] = math.ceil(schedule.computed / 2)  # an odd count in favour of this
-        found[budget, "spread steps, linear"] = magcache.plan_steps(
-            magcache.spread_steps(STEPS, count), STEPS, "linear"
-        )
-        for forecast in ("reuse", "linear"):
-            with contextlib.suppress(ValueError):  # a model without a full calibration
-                steps = magcache.best_steps_for(task, {}, count, forecast)
-                found[budget, f"searched steps, {forecast}"] = magcache.plan_steps(steps, STEPS, forecast)
-    return found
-
-
-def quality(task: str, pairs: list[tuple[Caption, int]]) -> None:
-    pipeline, runs = load_demo(task), methods(task)
-    scores = {key: [] for key in runs}
-    for caption, seed in tqdm(pairs, desc=f"quality of {task}"):
-
-        def video(run=None, caption=caption, seed=seed):
-            magcache.remove_magcache(pipeline.model)
-            if isinstance(run, magcache.Schedule):
-                magcache.apply_magcache(pipeline.model, run)
-            return generate(pipeline, caption, seed, sampling_steps=run if isinstance(run, int) else STEPS)
-
-        reference = video()
-        for key, run in runs.items():
-            scores[key].append(psnr(video(run), reference))
-    print(
-        f"{task}: PSNR in dB against the uncached {STEPS}-step video, {len(pairs)} (prompt, seed) pairs, "
-        "mean (standard error)"
-    )
-    print("| thresh, K | computed calls | method | PSNR | minus MagCache's |")
-    print("|---|---|---|---|---|")
-    for (budget, method), run in runs.items():
-        computed = 2 * run if isinstance(run, int) else run.computed
-        values, plain = scores[budget, method], scores[budget, "MagCache"]
-        paired = [a - b for a, b in zip(values, plain, strict=True)]
-        print(f"| {budget} | {computed} | {method} | {mean_and_error(values)} | {mean_and_error(paired)} |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="t2v-tiny", choices=tuple(DEMOS), help="of the quality part")
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--only", choices=("speed", "calibration", "quality"))
+    parser.add_argument("--only", choices=("speed", "calibration"))
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
     pipeline = load_demo("t2v-tiny")
@@ -176,8 +123,6 @@ def main():
         speed("random model", *random_model(), rounds=2)
     if args.only in (None, "calibration"):
         calibration_cost(*demo, rounds=15)
-    if args.only in (None, "quality"):
-        quality(args.task, benchmark_pairs(args.pairs))
 
 
 if __name__ == "__main__":
