@@ -107,6 +107,21 @@ def test_record(compared):
     assert len(result.stderr.splitlines()) == 4  # no terminal: first and last step of both runs
 
 
+def test_a_record_has_all_of_a_schedule():
+    corrected = magcache.Schedule((None, (1.0,), None), 1, ((), (), (1.0, -1.0)))
+    found = record.describe_schedule(corrected)
+    assert found["weights"] == [None, [1.0], None]
+    assert found["corrections"] == [None, None, [1.0, -1.0]]
+
+
+def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert record.absolute("image", "cat, dog.png") == f"{tmp_path}/cat, dog.png"
+    assert record.absolute("src_ref_images", "a.png, b.png") == f"{tmp_path}/a.png,{tmp_path}/b.png"
+    assert record.absolute("image", None) is None
+    assert record.absolute("prompt", "a, b") == "a, b"
+
+
 def test_no_record(tmp_path, capsys):
     """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
