@@ -161,6 +161,9 @@ def test_schedules_of_given_steps():
     for wrong in ((1, 2), (0, 5)):
         with pytest.raises(ValueError, match=r"among 0 \.\.\. 4, with 0"):
             plan_steps(wrong, 5)
+    for sigmas in ([0.9] * 4, [0.9] * 6):
+        with pytest.raises(ValueError, match=f"{len(sigmas)} noise levels for 5 steps"):
+            plan_steps((0, 2), 5, sigmas=sigmas)
     with pytest.raises(ValueError, match="forecast must be"):
         magcache.plan([1.0, 1.0], 1, forecast="cubic")
     for arguments in (("fitted",), ("linear", np.zeros((5, 5, 5)))):
