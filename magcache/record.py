@@ -138,6 +138,7 @@ def layout(value, indent: int = 0) -> str:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Bytes of an argument that are no text become JSON escapes."""
     with written_whole(path) as part:
-        part.write_text(layout({"made_by": MADE_BY} | record) + "\n", encoding="utf-8")
+        text = layout({"made_by": MADE_BY} | record) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

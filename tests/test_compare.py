@@ -122,6 +122,12 @@ def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
     assert record.absolute("prompt", "a, b") == "a, b"
 
 
+def test_bytes_that_are_no_text_stop_no_record(tmp_path):
+    """They reach Python as lone surrogates, which no encoding of a file has."""
+    record.write_record(tmp_path / "film.json", {"prompt": "caf\udce9 ü"})
+    assert json.loads((tmp_path / "film.json").read_text(encoding="utf-8"))["prompt"] == "caf\udce9 ü"
+
+
 def test_no_record(tmp_path, capsys):
     """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
@@ -211,9 +217,9 @@ def test_a_single_picture(tmp_path):
     """Equal ones at that: nothing to draw or to divide by."""
     picture = np.full((1, 32, 48, 3), 77, np.uint8)
     seconds = dict.fromkeys(progress.PHASES, 0.1)
-    pair = compare.Comparison("a fox", "by", "t2i", "CPU", magcache.plan_steps((0,), 2), None, seconds, seconds)
-    scores, files = pair.write(tmp_path / "fox.png", picture, picture, 16)
-    assert [file.name for file in files] == ["fox_compare.png", "fox_compare.html"]
+    pair = compare.Comparison("a fox \udce9", "by", "t2i", "CPU", magcache.plan_steps((0,), 2), None, seconds, seconds)
+    scores, files = pair.write(tmp_path / "fox\udce9.png", picture, picture, 16)
+    assert [file.name for file in files] == ["fox\udce9_compare.png", "fox\udce9_compare.html"]
     assert iio.imread(files[0]).shape[1] == 3 * 48
     page = files[1].read_text()
     assert page.count("data:image/png") == 3

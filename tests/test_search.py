@@ -115,6 +115,12 @@ def test_corrections_make_up_for_forecasts(reuse, coefficients):
     assert moved @ seen == pytest.approx(moved @ true, abs=1e-9)
 
 
+def test_a_correction_while_only_one_residual_is_computed():
+    """The line through r_0 and r_2 is their mean in step 1, which took r_0 and moves the latent 1.5 times as far."""
+    (correction,) = filter(None, corrections_of((None, (1.0,), None), [1.0, 0.5, 0.2]))
+    assert correction == pytest.approx((0.75, -0.75))
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_counts_that_cannot_be(count):
     with pytest.raises(ValueError, match=f"between 1 and 8 steps can be computed, not {count}"):
