@@ -7,6 +7,7 @@ import html
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +292,7 @@ class Comparison:
             for label, part in parts.items()
         )
         with written_whole(page) as part:
-            part.write_text(self.page(path, both, media, factor, fps, scores), encoding="utf-8")
+            part.write_text(self.page(path, both, media, factor, fps, scores), encoding="utf-8", errors="replace")
         return scores, [both, page]
 
     def page(self, path: Path, both: Path, media: str, factor: int, fps: int, scores: Scores) -> str:
@@ -328,7 +329,7 @@ class Comparison:
             media=media,
             controls=controls,
             factor=factor,
-            link=quote(both.name),
+            link=quote(os.fsencode(both.name)),
             name=html.escape(both.name),
             curves=curves,
             times=times_table(self.cached, self.uncached, self.schedule),

@@ -72,16 +72,17 @@ class ResidualCache:
                 x = torch.add(x, residual.to(x.device, self.compute_dtype), alpha=weight)
             return x
         correction = self.schedule.corrections[call] if call < self.calls else ()
-        history = self.schedule.history
+        used_later = call < self.calls and self.schedule.used_later[call]
+        history = self.schedule.history if used_later else 0  # older residuals serve only along with this one
         del residuals[max(0, history - 1, len(correction) - 1) :]  # frees the memory before the blocks need it
         out = run_blocks(blocks, x, kwargs)
-        if not correction and not (call < self.calls and self.schedule.used_later[call]):
+        if not correction and not used_later:
             return out
         residual = out.detach() - x.detach()
         self.compute_dtype = residual.dtype
         for weight, source in zip(correction, [residual, *residuals], strict=False):
             out = torch.add(out, source.to(out.device, residual.dtype), alpha=weight)
-        if self.schedule.used_later[call]:
+        if used_later:
             residuals.insert(0, residual.to(self.device or residual.device, self.dtype or residual.dtype))
         del residuals[history:]
         return out

@@ -14,7 +14,7 @@ from magcache.ratios import RatioTable, written_whole
 from magcache.schedule import Schedule
 
 MADE_BY = "magcache_generate.py"
-# flags that name files or folders; those of the last one are separated by commas
+# flags that name a file or a folder each, but for the last one, whose files are separated by commas
 PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -27,7 +27,7 @@ def record_path(video: Path) -> Path:
 def is_record(path: Path) -> bool:
     """Whether a file is a record, which may be replaced with its video."""
     try:
-        return json.loads(path.read_text())["made_by"].startswith(MADE_BY)
+        return json.loads(path.read_text(encoding="utf-8"))["made_by"].startswith(MADE_BY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -54,6 +54,8 @@ def absolute(name: str, value: str | None) -> str | None:
     """A path that means the same from any folder."""
     if not value or name not in PATHS:
         return value
+    if name != PATHS[-1]:
+        return os.path.abspath(value)
     return ",".join(os.path.abspath(part.strip()) for part in value.split(",") if part.strip())
 
 
@@ -109,7 +111,8 @@ def describe_table(table: RatioTable | None) -> dict | None:
 
 
 def describe_schedule(schedule: Schedule) -> dict:
-    """By branch: the steps that compute; by call: null where it computes, else the weights of the cached residuals."""
+    """By branch: the steps that compute. By call: `weights` and `corrections` of `magcache.Schedule`, null where it
+    computes and where nothing is corrected."""
     from magcache.report import reuse_by_branch
 
     steps = {
@@ -121,6 +124,7 @@ def describe_schedule(schedule: Schedule) -> dict:
         "speedup_bound": schedule.speedup_bound,
         "computed_steps": steps,
         "weights": [weights and list(weights) for weights in schedule.weights],
+        "corrections": [list(correction) or None for correction in schedule.corrections],
     }
 
 
@@ -134,6 +138,7 @@ def layout(value, indent: int = 0) -> str:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Bytes of an argument that are no text become JSON escapes."""
     with written_whole(path) as part:
-        part.write_text(layout({"made_by": MADE_BY} | record) + "\n", encoding="utf-8")
+        text = layout({"made_by": MADE_BY} | record) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

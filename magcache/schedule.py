@@ -203,7 +203,7 @@ def corrections_of(
                 for k, node in enumerate(nodes):
                     others = (other for other in nodes if other != node)
                     total[k] += math.prod((j - other) / (node - other) for other in others) * moved[j] / moved[c]
-            corrections[c] = tuple(total)
+            corrections[c] = tuple(map(float, total))  # no numpy numbers, whatever the noise levels are
         computed.append(c)
     return tuple(corrections)
 
@@ -222,11 +222,13 @@ def plan_steps(
     forecast, slopes: see `forecast_weights`. sigmas: noise levels of the steps; with them the forecasts are corrected
     afterwards, see `corrections_of`.
 
-    Raises ValueError for steps outside 0 ... steps - 1, or without step 0.
+    Raises ValueError for steps outside 0 ... steps - 1, or without step 0, or for another number of sigmas.
     """
     chosen = set(computed)
     if 0 not in chosen or not chosen <= set(range(steps)):
         raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(chosen)}")
+    if sigmas is not None and len(sigmas) != steps:
+        raise ValueError(f"there are {len(sigmas)} noise levels for {steps} steps")
     weights = forecast_weights([step not in chosen for step in range(steps)], forecast, slopes)
     corrections = corrections_of(weights, sigmas) if sigmas is not None else [()] * steps
     calls = [tuple(v for v in values for _ in range(calls_per_step)) for values in (weights, corrections)]

@@ -8,6 +8,7 @@ form.
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -186,8 +187,10 @@ def load_products(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
     try:
         with np.load(path) as file:
             products, measured_on = file["products"].astype(np.float64), json.loads(str(file["measured_on"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read the full calibration {path}: {error}") from None
     if products.ndim != 3 or len(set(products.shape)) != 1 or not np.isfinite(products).all():
         raise ValueError(f"{path} is not a full calibration: its products have the shape {products.shape}")
+    if len(measured_on.get("sigmas", ())) != len(products):
+        raise ValueError(f"{path} is not a full calibration: it lacks the noise levels of its {len(products)} steps")
     return products, measured_on

@@ -88,12 +88,18 @@ def test_files(tmp_path, products):
     assert plan_searched(tmp_path / "mine.json", settings, 4).computed == 8
     with pytest.raises(ValueError, match="is for sample_steps 8, not 50"):
         plan_searched(tmp_path / "mine.json", settings | {"sample_steps": 50}, 4)
-    for content in (b"", b"PK\x03\x04", b"[1]", path.read_bytes()[:500]):
+    whole = path.read_bytes()
+    start = 30 + whole[26] + whole[28]  # of the compressed data, behind a ZIP entry's header, name and extra field
+    damaged = whole[:start] + b"\xff" + whole[start + 1 :]
+    for content in (b"", b"PK\x03\x04", b"[1]", whole[:500], damaged):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="cannot read the full calibration"):
             load_products(path)
     np.savez(path, products=np.zeros((2, 2)), measured_on="{}")
     with pytest.raises(ValueError, match="products have the shape"):
+        load_products(path)
+    save_products(path, products, settings | {"sigmas": list(SIGMAS)[1:]})
+    with pytest.raises(ValueError, match=f"lacks the noise levels of its {STEPS} steps"):
         load_products(path)
 
 

@@ -115,6 +115,12 @@ def test_corrections_make_up_for_forecasts(reuse, coefficients):
     assert moved @ seen == pytest.approx(moved @ true, abs=1e-9)
 
 
+def test_a_correction_while_only_one_residual_is_computed():
+    """The line through r_0 and r_2 is their mean in step 1, which took r_0 and moves the latent 1.5 times as far."""
+    (correction,) = filter(None, corrections_of((None, (1.0,), None), [1.0, 0.5, 0.2]))
+    assert correction == pytest.approx((0.75, -0.75))
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_counts_that_cannot_be(count):
     with pytest.raises(ValueError, match=f"between 1 and 8 steps can be computed, not {count}"):
@@ -161,6 +167,9 @@ def test_schedules_of_given_steps():
     for wrong in ((1, 2), (0, 5)):
         with pytest.raises(ValueError, match=r"among 0 \.\.\. 4, with 0"):
             plan_steps(wrong, 5)
+    for sigmas in ([0.9] * 4, [0.9] * 6):
+        with pytest.raises(ValueError, match=f"{len(sigmas)} noise levels for 5 steps"):
+            plan_steps((0, 2), 5, sigmas=sigmas)
     with pytest.raises(ValueError, match="forecast must be"):
         magcache.plan([1.0, 1.0], 1, forecast="cubic")
     for arguments in (("fitted",), ("linear", np.zeros((5, 5, 5)))):
