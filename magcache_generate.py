@@ -155,15 +155,15 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
         seconds[name] = time.perf_counter() - clock
         clock = time.perf_counter()
 
+    everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
     if expander:
         requests = [
             dataclasses.replace(request, prompt=extend_prompt(args, request, expander, inputs)) for request in requests
         ]
     if args.use_prompt_extend:
-        requests = processes.from_first(requests)
+        requests = gathered(requests, everyone)[0]  # the others wait as long as it takes
         lap("extend")
     requests = prompts.share(requests, group.index, group.count)
-    everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
     if not requests:  # fewer videos than groups
         return list(itertools.chain(*gathered([], everyone)))
     if group.rank == 0:
@@ -222,10 +222,10 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
                 record = make_record(job, request, (frames, height, width), watch, seconds)
                 if write_record(args, request.path, record):
                     print(f"record    {request.path.with_suffix('.json')}", flush=True)
+            pixels = to_frames(video) if args.compare and group.rank == 0 else None
+            del video, made  # the next one needs the memory
             if args.compare:
-                made = to_frames(video) if group.rank == 0 else None, watch
-                del video  # the second one needs its memory
-                scores, fault = compare(job, pipeline, cache, request, run, made, own)
+                scores, fault = compare(job, pipeline, cache, request, run, (pixels, watch), own)
                 if scores:
                     write_record(args, request.path, record | {"comparison": scores})
                 if fault:

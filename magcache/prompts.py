@@ -89,10 +89,10 @@ def result_name(line: Line, settings: dict, ending: str) -> str:
 
 
 def find_clash(paths: Iterable[Path]) -> tuple[int, int] | None:
-    """Positions of the first two paths that are the same file."""
+    """Positions of the first two paths that are the same file but for the ending, as the record beside it would be."""
     seen = {}
     for position, path in enumerate(paths):
-        first = seen.setdefault(os.path.realpath(path), position)
+        first = seen.setdefault(os.path.splitext(os.path.realpath(path))[0], position)
         if first != position:
             return first, position
     return None

@@ -195,6 +195,7 @@ BAD = [
     (("--ckpt_dir", "{vace}"), "holds a model of type vace, task t2v-1.3B needs t2v"),
     (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B supports 480*832, 832*480, not 1280*720"),
     (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
+    (("--ckpt_dir", "{ok}", "--prompt", "caf\udce9"), "--prompt is no valid UTF-8 text"),
     (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
     (("--ckpt_dir", "{ok}", "--frame_num", "-3"), "--frame_num must be 4n+1"),
     (("--ckpt_dir", "{ok}", "--sample_steps", "0"), "--sample_steps must be at least 1"),

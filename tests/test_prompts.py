@@ -95,6 +95,7 @@ def test_clashes(tmp_path):
     paths = [tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "." / "x" / ".." / "a.mp4"]
     assert find_clash(paths) == (0, 2)
     assert find_clash(paths[:2]) is None
+    assert find_clash([tmp_path / "a.mp4", tmp_path / "a.mkv"]) == (0, 1)  # both have the record a.json
 
 
 def test_finished(tmp_path):

@@ -62,8 +62,12 @@ def make_requests(args, schedule, error) -> list[Request]:
     if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file():
         error(f"with --prompt_file, --save_file must be a folder, got {folder}")
     check_writable(folder, error)
-    decisive = settings_of(args) | {"steps": args.sample_steps, "plan": schedule and schedule.weights}
-    decisive |= {flag: getattr(args, flag) for flag in ("magcache_dtype", "use_prompt_extend")}
+    decisive = settings_of(args) | {
+        "steps": args.sample_steps,
+        "plan": schedule and [schedule.weights, schedule.corrections],
+    }
+    extension = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+    decisive |= {flag: getattr(args, flag) for flag in ("magcache_dtype", *extension)}
     decisive["inputs"] = [getattr(args, flag) for flags in INPUTS.values() for flag in flags if flag != "image"]
     paths = []
     for line in args.lines:
@@ -73,7 +77,9 @@ def make_requests(args, schedule, error) -> list[Request]:
         else:
             paths.append(folder / prompts.result_name(line, decisive, endings[0]))
     if clash := prompts.find_clash(paths):
-        error(f"prompts {clash[0] + 1} and {clash[1] + 1} of {args.prompt_file} have the same result {paths[clash[1]]}")
+        first, second = (paths[position] for position in clash)
+        what = "result" if first.suffix == second.suffix else "record beside the result"
+        error(f"prompts {clash[0] + 1} and {clash[1] + 1} of {args.prompt_file} have the same {what} {second}")
     own = "image" in input_flags(args)
     return [
         Request(line.prompt, line.seed, path, line.image if own else None)

@@ -90,7 +90,7 @@ def start_processes(processes: Processes, args, given: dict, schedule, error):
         processes.connect()
     except ValueError as fault:
         error(fault)
-    compared = {f"--{name}": value for name, value in given.items()} | {"the plan": schedule and schedule.weights}
+    compared = {f"--{name}": value for name, value in given.items()} | {"the plan": schedule}
     compared["the prompts of --prompt_file"] = getattr(args, "lines", None)
     if differences := processes.differences(compared):
         if processes.rank in (0, *differences):
