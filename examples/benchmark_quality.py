@@ -201,7 +201,7 @@ def draw(results: list[dict], path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     names = dict.fromkeys(name for name, budget in results[-1])
-    others = iter(plt.get_cmap("tab20").colors[4:])
+    others = (plt.get_cmap("tab20").colors[i] for i in (4, 5, 14, 2, 8, 9, 10, 11, 16))  # no blue, no red
     for name in names:
         points = [[result[name, budget] for result in results] for budget in BUDGETS]
         kind = next((kind for kind in COLOURS if name.startswith(kind)), None)
