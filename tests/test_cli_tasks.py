@@ -13,6 +13,7 @@ from test_prompt_extend import save_model
 
 import magcache
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 STEPS = 4

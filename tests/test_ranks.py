@@ -24,6 +24,7 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.sequence import attention_backend
 from wan.utils.utils import cache_video
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
 REFERENCE = {}  # of one process

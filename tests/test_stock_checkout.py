@@ -17,6 +17,7 @@ import torch
 import magcache
 from magcache.command.inputs import check_sources
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).parent.parent
 IMAGE = REPO / "examples" / "girl.png"
 STEPS, LAYERS = 8, 3
