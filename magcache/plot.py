@@ -91,9 +91,9 @@ def draw_plan(plan: Plan, ratios: Sequence[float] | None, path: str | os.PathLik
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     branches = reuse_by_branch(schedule)
-    skips.imshow(list(branches.values()), aspect="auto", cmap="Blues", vmin=-0.3, vmax=1.3)
+    skips.imshow(list(branches.values()), aspect="auto", cmap="Blues_r", vmin=-0.3, vmax=1.3)
     skips.set_yticks(range(len(branches)), list(branches))
-    skips.set_xlabel("sampling step (dark: residual reused, light: blocks computed)")
+    skips.set_xlabel("sampling step (dark: computed, light: reused)")
     save_figure(figure, path)
 
 

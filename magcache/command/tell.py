@@ -128,10 +128,11 @@ def print_plan(args, error) -> None:
         where,
         shards,
     )
-    print("\n".join(plan.lines()))
-    print(notes.getvalue(), end="")
-    if picture:
+    if picture:  # before anything is printed, which may end it
         from magcache.plot import draw_plan
 
         draw_plan(plan, resampled(table, args, []) if table else None, picture)
+    print("\n".join(plan.lines()))
+    print(notes.getvalue(), end="")
+    if picture:
         print(f"picture   {picture}")
