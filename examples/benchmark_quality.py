@@ -2,6 +2,7 @@
 
 python -m examples.benchmark_quality [--pairs 24] [--workers 2] [--picture examples/quality.png]
 python -m examples.benchmark_quality --only transfer      what calibrating on other prompts, a shift or steps costs
+python -m examples.benchmark_quality --only choices       what our constants were chosen by, on 12 other pairs
 
 Truth: the uncached 50-step video of the same prompt and seed. Methods: MagCache and what else this package does with
 the computed steps and the residuals between them; fewer sampler steps without a cache; the methods of `examples.peers`.
@@ -13,6 +14,7 @@ Last, how well the error that a full calibration predicts ranks our schedules by
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import random
 import statistics
@@ -33,8 +35,9 @@ from examples.benchmark import STEPS, mean_and_error
 from examples.train_tiny.check_prompts import check_pairs, generate, load_demo
 from examples.train_tiny.shapes import CAPTIONS, Caption
 from magcache.compare import score, to_frames
+from magcache.ratios import split_branches
 from magcache.schedule import FORECASTS, Schedule, forecast_weights
-from magcache.search import forecast_errors, load_products, plan_by_products, step_weights
+from magcache.search import best_steps, forecast_errors, load_products, plan_by_products, step_weights
 
 BUDGETS = peers.BUDGETS  # computed calls of 100
 OTHER_BUDGETS = (60, 26)  # more schedules to rank
@@ -277,18 +280,47 @@ def transfer(task: str, pairs: list) -> None:
         print(f"| {source} | {' | '.join(cells)} |")
 
 
+# What our constants were chosen by
+
+
+def choices(task: str) -> None:
+    products, measured_on = load_products(magcache.load_table(task).path.with_suffix(".npz"))
+    # the error of the MagCache rule when residual a stands in for residual j, both branches together
+    table_errors = np.zeros((STEPS, STEPS))
+    for ratios in split_branches(magcache.load_ratios(task)):
+        for a in range(STEPS - 1):
+            table_errors[a, a + 1 :] += np.abs(1 - np.cumprod(ratios[a + 1 :]))
+    planned = {}
+    for budget in (46, 32):
+        count = budget // 2
+        for power in (1.0, 1.5, 2.0):
+            steps = magcache.spread_steps(STEPS, count, power)
+            planned[f"spread steps, power {power:g}, linear", budget] = magcache.plan_steps(steps, STEPS, "linear")
+        steps, _ = best_steps(table_errors, count)
+        planned["steps by the error of the ratio table, linear", budget] = magcache.plan_steps(steps, STEPS, "linear")
+        for forecast, power in itertools.product(("linear", "fitted"), (0.0, 0.5, 1.0)):
+            schedule = plan_by_products(products, measured_on["sigmas"], count, forecast, power)
+            planned[f"searched steps, errors by power {power:g}, {forecast}", budget] = schedule
+    pairs = [(prompt, 9000 + i) for i, prompt in enumerate(DEVELOPMENT_PROMPTS.read_text("utf-8").splitlines())]
+    results = [measure(pipeline_of(task), ours(planned), *pair) for pair in tqdm(pairs, desc="pairs")]
+    print("| PSNR, dB | 46 calls | 32 calls |\n|---|---|---|")
+    for name in dict.fromkeys(name for name, _ in planned):
+        cells = (mean_and_error([result[name, budget].psnr for result in results]) for budget in (46, 32))
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-tiny", choices=("t2v-tiny", "i2v-tiny"))
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", help="draws PSNR over calls")
-    parser.add_argument("--only", choices=("transfer",))
+    parser.add_argument("--only", choices=("transfer", "choices"))
     args = parser.parse_args()
     pairs = unseen_pairs(args.pairs)
-    print(f"torch {torch.__version__}, CPU, float32, one thread; {args.task}, {len(pairs)} pairs")
-    if args.only == "transfer":
-        transfer(args.task, pairs)
+    print(f"torch {torch.__version__}, CPU, float32, one thread; {args.task}")
+    if args.only:
+        transfer(args.task, pairs) if args.only == "transfer" else choices(args.task)
         return
     results = quality(args.task, pairs, args.workers)
     print_table(results)

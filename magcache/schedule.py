@@ -235,8 +235,8 @@ def plan_steps(
     return Schedule(calls[0], calls_per_step, calls[1])
 
 
-def spread_steps(steps: int, count: int, last: int = 2) -> tuple[int, ...]:
-    """`count` steps, the last ones among them, the others ever further apart: the k-th at the 1.5th power of its share.
+def spread_steps(steps: int, count: int, power: float = 1.5, last: int = 2) -> tuple[int, ...]:
+    """`count` steps, the last ones among them, the others ever further apart: the k-th at a power of its share.
 
     Early steps decide the picture, so they are close; on a small trained model the power 1.5 came closer to computing
     every step than 1 and 2. With fewer than two more steps the last ones give way. Raises ValueError unless
@@ -248,7 +248,7 @@ def spread_steps(steps: int, count: int, last: int = 2) -> tuple[int, ...]:
     inner, room = count - last, steps - last
     chosen = []
     for k in range(inner):
-        wanted = round((k / inner) ** 1.5 * room)
+        wanted = round((k / inner) ** power * room)
         lowest = chosen[-1] + 1 if chosen else 0
         chosen.append(min(max(wanted, lowest), room - inner + k))
     return (*chosen, *range(room, steps))

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import magcache
@@ -47,7 +47,6 @@ def forecast_error(products, computed, forecast, weights=1.0) -> float:
     return total
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from(["reuse", "linear", "fitted"]), st.data())
 def test_the_search_equals_brute_force(steps, seed, forecast, data):
     products, count = random_products(steps, seed), data.draw(st.integers(1, steps))
