@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import magcache
@@ -99,7 +100,7 @@ def pipeline_of(task: str):
     return load_demo(task)
 
 
-def run_schedule(pipeline, schedule: Schedule, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
+def run_schedule(schedule: Schedule, pipeline, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
     magcache.apply_magcache(pipeline.model, schedule)
     video = generate(pipeline, caption, seed, sampling_steps=STEPS)
     magcache.remove_magcache(pipeline.model)
@@ -124,11 +125,12 @@ def measure(pipeline, runs: dict, caption: Caption, seed: int) -> dict:
     return results
 
 
+def run_peer(peer: peers.Peer, budget: int, pipeline, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
+    return peer.video(pipeline, peer.setting_for(budget), caption, seed)
+
+
 def ours(planned: dict) -> dict:
-    return {
-        key: functools.partial(lambda schedule, pipeline, *pair: run_schedule(pipeline, schedule, *pair), schedule)
-        for key, schedule in planned.items()
-    }
+    return {key: functools.partial(run_schedule, schedule) for key, schedule in planned.items()}
 
 
 def measure_pair(task: str, pair: tuple[Caption, int], everything: bool) -> dict:
@@ -140,11 +142,7 @@ def measure_pair(task: str, pair: tuple[Caption, int], everything: bool) -> dict
     if task == "t2v-tiny":  # the others are tuned for that one
         for name, peer in peers.all_peers().items():
             for budget in BUDGETS:
-                runs[name, budget] = functools.partial(
-                    lambda peer, budget, pipeline, *pair: peer.video(pipeline, peer.setting_for(budget), *pair),
-                    peer,
-                    budget,
-                )
+                runs[name, budget] = functools.partial(run_peer, peer, budget)
     return measure(pipeline, runs, *pair)
 
 
@@ -187,13 +185,8 @@ def print_ranking(task: str, results: list[dict]) -> None:
             measured.append(-statistics.mean(result[name, budget].psnr for result in results[:RANKED_PAIRS]))
     print(
         f"\nerror predicted by the full calibration and error measured on {RANKED_PAIRS} pairs (as -PSNR): rank "
-        f"correlation {rank_correlation(predicted, measured):.3f} over {len(predicted)} schedules"
+        f"correlation {spearmanr(predicted, measured).statistic:.3f} over {len(predicted)} schedules"
     )
-
-
-def rank_correlation(a: list[float], b: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def draw(results: list[dict], path: str) -> None:

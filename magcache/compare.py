@@ -43,11 +43,16 @@ class Scores:
     overall_ssim: float
 
 
-def to_frames(video) -> np.ndarray:
-    """Tensor [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3], as it is saved."""
+def to_uint8(video):
+    """Tensor in [-1, 1] -> uint8 on the CPU, as it is saved."""
     import torch
 
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
+
+
+def to_frames(video) -> np.ndarray:
+    """Tensor [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
+    return to_uint8(video).permute(1, 2, 3, 0).numpy()
 
 
 def score(frames: np.ndarray, reference: np.ndarray) -> Scores:

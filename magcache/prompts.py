@@ -67,11 +67,17 @@ def read_object(line: str) -> dict:
             raise ValueError(f'"{key}" must be {"a whole number" if types[key] is int else "text"}, got {value!r}')
         if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
-        if types[key] is str and any("\ud800" <= c <= "\udfff" for c in value):  # half a character
+        if types[key] is str and not is_text(value):
             raise ValueError(f'"{key}" is no valid text: {value!r}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
     return values
+
+
+def is_text(value: str) -> bool:
+    """Whether there are only whole characters: JSON may hold halves of one, and bytes of a command line that are no
+    UTF-8 arrive as such."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def slug(prompt: str) -> str:

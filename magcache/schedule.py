@@ -77,17 +77,20 @@ class Schedule:
     @cached_property
     def history(self) -> int:
         """Largest number of cached residuals per branch that a call combines; 0 if every call computes."""
-        calls = zip(self.weights, self.corrections, strict=True)
-        return max(len(weights) if weights else max(0, len(correction) - 1) for weights, correction in calls)
+        return max(map(self._combined, range(len(self.weights))))
+
+    def _combined(self, call: int) -> int:
+        """How many cached residuals the call combines; the first that a correction weighs is the call's own."""
+        return len(self.weights[call] or self.corrections[call][1:])
 
     @cached_property
     def used_later(self) -> tuple[bool, ...]:
         """For every call: True if it computes a residual that some later call combines. The others need no cache."""
         used = [False] * len(self.weights)
         newest_first = [[] for _ in range(self.calls_per_step)]
-        for call, (weights, correction) in enumerate(zip(self.weights, self.corrections, strict=True)):
+        for call, weights in enumerate(self.weights):
             branch = newest_first[call % self.calls_per_step]
-            for source in branch[: len(weights) if weights else max(0, len(correction) - 1)]:
+            for source in branch[: self._combined(call)]:
                 used[source] = True
             if weights is None:
                 branch.insert(0, call)

@@ -48,7 +48,7 @@ def check_request(args, error) -> None:
         error(f"--base_seed must be below 2^63, got {args.base_seed}")
     if args.overwrite and not args.prompt_file:
         error("--overwrite needs --prompt_file: a single video is always made")
-    if args.prompt and any("\ud800" <= c <= "\udfff" for c in args.prompt):  # bytes that are no text arrive so
+    if args.prompt and not prompts.is_text(args.prompt):
         error(f"--prompt is no valid UTF-8 text: {args.prompt!r}")
     if args.prompt_file:
         read_prompts(args, error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import magcache
 from magcache import report
+from magcache.schedule import FORECASTS
 
 
 def settings_of(args) -> dict:
@@ -109,8 +110,8 @@ def predict(args, schedule, made_by: str):
     return report.predict_by_ratios(schedule, table.ratios)
 
 
-def make_neighbours(args, error):
-    """What the settings around the given ones would give, each made as a run makes it."""
+def make_neighbours(args, made_by: str, error):
+    """What the settings around the given ones would give, each made as a run makes it. made_by: of `make_schedule`."""
 
     def cell(**changed):
         other = argparse.Namespace(**vars(args) | changed)
@@ -125,8 +126,7 @@ def make_neighbours(args, error):
         asked = (thresholds.index(args.magcache_thresh), lengths.index(args.magcache_K))
         return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells], asked)
     speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
-    searched = "full calibration" in make_schedule(args, error)[1]
-    forecasts = ("reuse", "linear", "fitted") if searched else ("reuse", "linear")
+    forecasts = [name for name in FORECASTS if name != "fitted" or "full calibration" in made_by]
     cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
     notes = []
     for row in cells:
@@ -136,7 +136,7 @@ def make_neighbours(args, error):
     schedules = [[schedule for schedule, *_ in row] for row in cells]
     asked = (speedups.index(args.magcache_speedup), forecasts.index(args.magcache_forecast or forecasts[-1]))
     rows = [f"speedup {x:g}" for x in speedups]
-    return report.Neighbours(heading, rows, list(forecasts), schedules, notes, asked)
+    return report.Neighbours(heading, rows, forecasts, schedules, notes, asked)
 
 
 def settings_words(args) -> str:

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from magcache.schedule import FORECASTS
+
 INPUTS = {  # by the first part of the task: flags of the files that it looks at
     "i2v": ("image",),
     "flf2v": ("first_frame", "last_frame"),
@@ -153,7 +155,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     )
     add(
         "--magcache_forecast",
-        choices=("reuse", "linear", "fitted"),
+        choices=FORECASTS,
         help="what stands in for a residual: the last one (default), the line through the last two (one more residual "
         "per branch is kept), or that with slopes from a full calibration and a correction at every computed step. The "
         "default with --magcache_speedup is fitted where there is a full calibration, else linear",

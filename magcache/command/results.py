@@ -54,10 +54,15 @@ class Job:
         return bool(self.args.prompt_file) and not self.args.magcache_calibration
 
 
+def endings_of(args) -> tuple[str, ...]:
+    """Of the task's results, the default first."""
+    return IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
+
+
 def make_requests(args, schedule, error) -> list[Request]:
     if not args.prompt_file:
         return [Request(args.prompt, args.base_seed, result_path(args, args.prompt, error))]
-    endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
+    endings = endings_of(args)
     folder = Path(args.save_file or Path(args.prompt_file).stem)
     if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file():
         error(f"with --prompt_file, --save_file must be a folder, got {folder}")
@@ -109,7 +114,7 @@ def choose_requests(args, requests: list[Request], error) -> list[Request]:
 
 def result_path(args, prompt: str, error) -> Path:
     """The given path, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
-    endings = IMAGE_ENDINGS if args.task.startswith("t2i") else VIDEO_ENDINGS
+    endings = endings_of(args)
     if args.save_file:
         path = Path(args.save_file)
         if args.save_file.endswith(("/", os.sep)) or not path.name or path.is_dir():
@@ -139,6 +144,7 @@ def save_result(video, path: Path, fps: int) -> None:
     """Writes the video or image; if that fails, keeps the pixels as a tensor, since an hour of work is in them."""
     import torch
 
+    from magcache.compare import to_uint8
     from wan.utils.utils import cache_image, cache_video
 
     try:
@@ -150,7 +156,7 @@ def save_result(video, path: Path, fps: int) -> None:
             if written is None:  # upstream's writers report a failure so
                 raise OSError(f"cannot write {path}")
     except BaseException:
-        pixels = ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
+        pixels = to_uint8(video)
         for folder in (tempfile.gettempdir(), "."):
             rescue = Path(folder) / f"{path.stem[:100]}.pt"
             with contextlib.suppress(OSError, RuntimeError):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import statistics
 import sys
@@ -47,18 +46,13 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request]) -> 
     if args.magcache_calibration:
         print(f"          their ratios are measured and written to {args.calibration_dir}/")
         if args.magcache_calibration == "full":
-            gigabytes = magcache.host_bytes(args.sample_steps, width_of(args)) / 1e9
+            gigabytes = magcache.host_bytes(args.sample_steps, report.shape_of(args.task, args.ckpt_dir).dim) / 1e9
             print(f"          the residuals of all steps are sampled: {gigabytes:.2f} GB of CPU memory")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")
     else:
         print(f"result    {requests[0].path}", flush=True)
-
-
-def width_of(args) -> int:
-    """Channels of a token in the transformer."""
-    return json.loads((Path(args.ckpt_dir) / "config.json").read_text())["dim"]
 
 
 def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
@@ -114,7 +108,7 @@ def print_plan(args, error) -> None:
     table, shards = table_of(args), args.ulysses_size * args.ring_size
     where = "in CPU memory" if args.magcache_offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
     with contextlib.redirect_stdout(io.StringIO()):  # it says again what the asked one has said
-        neighbours = make_neighbours(args, error)
+        neighbours = make_neighbours(args, made_by, error)
     plan = report.Plan(
         schedule,
         f"{made_by}, {settings_words(args)}",
