@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generates videos with Wan2.1; with --use_magcache, reuses residuals of its transformer instead of computing them.
+"""Generates videos with Wan2.1; with --use_magcache, in a part of its transformer calls only.
 
 Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it: this repository's or Wan2.1's own.
 """
@@ -89,9 +89,6 @@ def attach(job: Job, model):
         dtype = getattr(torch, args.magcache_dtype) if args.magcache_dtype else None
         device = "cpu" if args.magcache_offload else None
         return magcache.apply_magcache(model, job.schedule, dtype=dtype, device=device), None
-    if args.magcache_calibration == "full":
-        sigmas = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
-        return None, magcache.apply_full_calibration(model, args.sample_steps, sigmas, args.sample_guide_scale)
     if args.magcache_calibration:
         return None, magcache.apply_calibration(model, args.sample_steps, sharing_group(args, job.group))
     return None, None
@@ -196,7 +193,7 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
             )
         return video, watch
 
-    runs, products, watches, failures = [], [], [], []  # what was measured and seen of the requests so far
+    runs, watches, failures = [], [], []  # what was measured and seen of the requests so far
     shows = job.goes_on and processes.rank == 0
     try:
         for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=None if shows else True), 1):
@@ -212,8 +209,6 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
             watches.append(watch)
             if calibration:
                 runs.append(calibration.lists())
-                if args.magcache_calibration == "full":
-                    products.append(calibration.products.copy())
             if group.rank == 0:  # the others get no video
                 save_result(video, request.path, job.config.sample_fps)
                 watch.lap("save")
@@ -240,7 +235,7 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
         raise
     finally:
         if runs and processes.rank == 0:
-            save_calibration(args, runs, products, requests[: len(runs)])
+            save_calibration(args, runs, requests[: len(runs)])
     summarise(job, watches, seconds)
     return list(itertools.chain(*gathered(failures if group.rank == 0 else [], everyone)))
 

@@ -1,43 +1,41 @@
-"""MagCache: skip a diffusion transformer's blocks in the steps where calibration says their residual hardly changes.
+"""MagCache: compute a diffusion transformer in a part of its calls only, by a schedule that is known before the run.
 
     ratios = magcache.load_ratios("t2v-1.3B")
-    schedule = magcache.plan(ratios, steps=50, thresh=0.12, K=4, retention_ratio=0.2)
+    schedule = magcache.plan(ratios, steps=50, thresh=0.12, K=4, retention_ratio=0.2)  # MagCache as published
+    schedule = magcache.plan_speedup(steps=50, speedup=2.5, shift=5.0)  # or: forecasts, without a calibration
     magcache.apply_magcache(model, schedule)
     ...
     magcache.remove_magcache(model)
 
-Planning is pure Python; torch and numpy are imported with the first use of what needs them.
+torch and numpy are imported with the first use of what needs them.
 """
 
 import importlib
 
+from magcache.noise_levels import noise_levels
 from magcache.ratios import (
     RatioTable,
     choose_table,
     compare_settings,
     load_ratios,
     load_table,
-    noise_levels,
-    resample_sigma,
     save_table,
     table_names,
 )
-from magcache.schedule import Schedule, Settings, plan, plan_steps, spread_steps
+from magcache.schedule import Schedule
+from magcache.threshold import Settings, plan
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "apply_magcache": "magcache.patch",
     "remove_magcache": "magcache.patch",
-    "ResidualCache": "magcache.patch",
     "apply_calibration": "magcache.calibrate",
     "Calibration": "magcache.calibrate",
     "make_table": "magcache.calibrate",
     "save_calibration": "magcache.calibrate",
-    "apply_full_calibration": "magcache.full_calibration",
-    "plan_searched": "magcache.search",
-    "host_bytes": "magcache.full_calibration",
-    "save_products": "magcache.search",
+    "plan_speedup": "magcache.speedup",
+    "plan_steps": "magcache.speedup",
 }
 
 __all__ = [
@@ -50,10 +48,7 @@ __all__ = [
     "load_table",
     "noise_levels",
     "plan",
-    "plan_steps",
-    "resample_sigma",
     "save_table",
-    "spread_steps",
     "table_names",
     *_LAZY,
 ]

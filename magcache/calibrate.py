@@ -1,17 +1,20 @@
 """Measures a model's magnitude ratios in a full run, in which every call computes."""
 
+import functools
 import json
 import math
 import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from magcache.patch import attach, run_blocks
+from magcache.patch import attach, blocks_hidden, find_dit, run_blocks
 from magcache.plot import draw_calibration
-from magcache.ratios import CALLS_PER_STEP, RatioTable, save_table, written_whole
+from magcache.ratios import RatioTable, save_table, written_whole
+from magcache.schedule import CALLS_PER_STEP
 
 FLAT_LISTS = {
     "mag_ratio": "wan2_1_mag_ratio.json",
@@ -40,11 +43,9 @@ class Calibration:
         self.previous = [None] * CALLS_PER_STEP
         self.ratios, self.stds, self.cosine_distances = [], [], []
 
-    def skips(self, call: int) -> bool:
-        return False
-
-    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
-        return {}
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        with blocks_hidden(find_dit(model), functools.partial(self.step, call)):
+            return forward()
 
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         out = run_blocks(blocks, x, kwargs)
@@ -54,7 +55,6 @@ class Calibration:
             positions += torch.distributed.get_rank(self.group) * len(positions)
         is_token = positions < kwargs["seq_lens"].cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
-        self.observe(call, residual)
         branch = call % CALLS_PER_STEP
         before, self.previous[branch] = self.previous[branch], residual
         if before is not None:
@@ -68,9 +68,6 @@ class Calibration:
             self.stds.append(math.sqrt(max(0, squares - total**2 / count) / max(1, count - 1)))
             self.cosine_distances.append(1 - cosines / count)
         return out
-
-    def observe(self, call: int, residual: torch.Tensor) -> None:
-        """For what else is measured on the residual [tokens, C], float32."""
 
     def done(self, call: int, seconds: float) -> None:
         self.reached = call + 1
@@ -134,8 +131,9 @@ def apply_calibration(model: torch.nn.Module, steps: int, group=None) -> Calibra
 
     group: of the processes that share the tokens, see `Calibration`.
 
-    Raises the errors of `magcache.apply_magcache`.
+    Raises the errors of `magcache.apply_magcache` for the target "residual".
     """
+    find_dit(model)
     calibration = Calibration(steps, group)
     attach(model, calibration)
     return calibration

@@ -313,7 +313,7 @@ class Comparison:
         count = len(scores.ssim)
         curves, controls = skip_map(self.schedule), ""
         if self.prediction:
-            title = f"predicted error, {self.prediction.kind}"
+            title = "predicted error, accumulated along a reused stretch by the ratios"
             curves += chart(title, self.prediction.rows, "sampling step", self.prediction.bound)
         if count > 1:
             curves += chart("PSNR of every frame, dB", {"": scores.psnr}, "frame")

@@ -1,20 +1,24 @@
-"""Runs a schedule on one Wan transformer instance, and takes itself off again without a trace.
+"""Runs a schedule on one transformer instance, and takes itself off again without a trace.
 
-A Wan forward embeds its inputs, loops over `self.blocks`, and applies the head. While the patched forward runs, the
-instance's own attribute `blocks` hides the block list behind a single step that either calls all blocks or adds a
-cached residual. Nothing of the forward is copied, so it may be any: this repo's, upstream's, a sequence-parallel one
-that the instance carries, one under FSDP. On reuse no block is called at all, so no weights are gathered for it.
+The instance gets a class of its own that hands every call to what is attached (`Attachment`) before anything of the
+model runs, hooks and FSDP's gathering included. Nothing of a forward is copied, so it may be any: this repo's,
+upstream's, a sequence-parallel one that the instance carries, one under FSDP.
+
+Outputs: a call that does not compute returns a combination of what the model returned before; the model is not run.
+Residuals: a Wan forward embeds its inputs, loops over `self.blocks`, and applies the head. While it runs, the
+instance's own attribute `blocks` hides the block list behind a single step that either calls all blocks or adds the
+cached residual. On reuse no block is called at all, so no weights are gathered for it.
 """
 
 import functools
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from magcache.schedule import Schedule
 
@@ -23,74 +27,54 @@ FOR_BLOCKS_ONLY = ("forward_vace", "embed_context", "project_time")
 
 
 class Runner(Protocol):
-    """What stands in for the loop over the blocks; see `ResidualCache` and `magcache.calibrate.Calibration`."""
+    """What the calls of a model are handed to; see `ResidualCache`, `OutputCache`, `magcache.calibrate.Calibration`."""
 
-    calls: int
+    calls: int  # of a run
 
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
 
-    def skips(self, call: int) -> bool:
-        """Whether this call runs no block."""
-
-    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Maps the embedded tokens x [B, L, C] to what the head gets; kwargs are the blocks' own."""
-
-    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
-        """What else stands in for attributes of the transformer during this call."""
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        """What the call returns; `forward()` runs the model as it is."""
 
     def done(self, call: int, seconds: float) -> None:
         """The call has returned after so many seconds."""
 
 
-class ResidualCache:
-    """Executes a `Schedule`: keeps at most `schedule.history` residuals per branch (while a computed call is corrected,
-    its own besides), none outside a run.
+class Cache:
+    """Executes a `Schedule`: keeps at most `schedule.history` residuals or outputs per branch, none outside a run.
 
-    dtype: of the cached residuals; None keeps them as computed (float32 in Wan).
-    device: where they wait, such as "cpu" to spare GPU memory; None leaves them where they are.
-    `log` holds (call, whether it was skipped, wall time in seconds) of every call since the cache was applied.
+    dtype: of what is cached; None keeps it as computed (float32 in Wan).
+    device: where it waits, such as "cpu" to spare GPU memory; None leaves it where it is.
+    `log` holds (call, whether it was reused, wall time in seconds) of every call since the cache was applied.
     """
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
         self.calls = len(schedule.weights)
-        self.compute_dtype = None  # of the residuals before `dtype`
         self.log: list[tuple[int, bool, float]] = []
         self.reset()
 
     def reset(self) -> None:
-        self.residuals = [[] for _ in range(self.schedule.calls_per_step)]  # per branch, newest first
+        self.kept = [[] for _ in range(self.schedule.calls_per_step)]  # per branch, newest first
 
     def skips(self, call: int) -> bool:
+        """Whether the call does not compute."""
         return call < self.calls and self.schedule.weights[call] is not None
 
-    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
-        residuals = self.residuals[call % self.schedule.calls_per_step]
-        if self.skips(call):
-            for weight, residual in zip(self.schedule.weights[call], residuals, strict=False):
-                x = torch.add(x, residual.to(x.device, self.compute_dtype), alpha=weight)
-            return x
-        correction = self.schedule.corrections[call] if call < self.calls else ()
-        used_later = call < self.calls and self.schedule.used_later[call]
-        history = self.schedule.history if used_later else 0  # older residuals serve only along with this one
-        del residuals[max(0, history - 1, len(correction) - 1) :]  # frees the memory before the blocks need it
-        out = run_blocks(blocks, x, kwargs)
-        if not correction and not used_later:
-            return out
-        residual = out.detach() - x.detach()
-        self.compute_dtype = residual.dtype
-        for weight, source in zip(correction, [residual, *residuals], strict=False):
-            out = torch.add(out, source.to(out.device, residual.dtype), alpha=weight)
-        if used_later:
-            residuals.insert(0, residual.to(self.device or residual.device, self.dtype or residual.dtype))
-        del residuals[history:]
-        return out
+    def branch(self, call: int) -> list:
+        return self.kept[call % self.schedule.calls_per_step]
 
-    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
-        if not self.skips(call):
-            return {}
-        return {name: lambda *args, **kwargs: None for name in FOR_BLOCKS_ONLY if hasattr(type(dit), name)}
+    def make_room(self, call: int) -> bool:
+        """Frees, before a call computes, what no later call needs. Returns whether one needs what this call leaves."""
+        wanted = call < self.calls and self.schedule.used_later[call]
+        # what is older serves only along with this one
+        del self.branch(call)[self.schedule.history - 1 if wanted else 0 :]
+        return wanted
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it waits."""
+        return tensor.detach().to(self.device or tensor.device, self.dtype or tensor.dtype)
 
     def done(self, call: int, seconds: float) -> None:
         self.log.append((call, self.skips(call), seconds))
@@ -102,6 +86,63 @@ class ResidualCache:
                 "the calls beyond it are computed in full",
                 stacklevel=2,
             )
+
+
+class ResidualCache(Cache):
+    """Executes a schedule with the target "residual" on a Wan transformer."""
+
+    compute_dtype = None  # of the residuals before `dtype`
+
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        dit = find_dit(model)
+        unused = [name for name in FOR_BLOCKS_ONLY if hasattr(type(dit), name)] if self.skips(call) else []
+        with (
+            shadowed(dit, dict.fromkeys(unused, lambda *args, **kwargs: None)),
+            blocks_hidden(dit, functools.partial(self.step, call)),
+        ):
+            return forward()
+
+    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        if self.skips(call):
+            (residual,) = self.branch(call)
+            return x + residual.to(x.device, self.compute_dtype)
+        wanted = self.make_room(call)
+        out = run_blocks(blocks, x, kwargs)
+        if wanted:
+            residual = out.detach() - x.detach()
+            self.compute_dtype = residual.dtype
+            self.branch(call).insert(0, self.stored(residual))
+        return out
+
+
+class OutputCache(Cache):
+    """Executes a schedule with the target "output" on any module that returns tensors, alone or in a list, a tuple, a
+    dictionary or an output class of diffusers."""
+
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        if self.skips(call):
+            return self.combined(call)
+        wanted = self.make_room(call)
+        out = forward()
+        if wanted:
+            tensors, self.structure = tree_flatten(out)
+            self.like = [(tensor.device, tensor.dtype) for tensor in tensors]
+            # copies, as the caller may change what it got in place
+            self.branch(call).insert(0, [self.stored(tensor.clone()) for tensor in tensors])
+        return out
+
+    def reset(self) -> None:
+        super().reset()
+        self.structure = self.like = None  # of what the model returns
+
+    def combined(self, call: int) -> Any:
+        """What the call returns without the model: sums in float32 (or wider), in the dtype that the model returned."""
+        tensors = []
+        for (device, dtype), *sources in zip(self.like, *self.branch(call), strict=True):
+            wide = torch.promote_types(dtype, torch.float32)
+            terms = zip(self.schedule.weights[call], sources, strict=False)
+            tensors.append(sum(weight * source.to(device, wide) for weight, source in terms).to(dtype))
+        return tree_unflatten(tensors, self.structure)
 
 
 class CallCounter:
@@ -152,26 +193,28 @@ def shadowed(obj: object, attributes: dict) -> Iterator[None]:
         obj.__dict__.update(before)
 
 
+def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManager:
+    """Lets `step(blocks, x, **kwargs)`, which maps the embedded tokens x [B, L, C] to what the head gets, stand in for
+    the transformer's loop over its blocks; kwargs are the blocks' own."""
+    return shadowed(dit, {"blocks": [functools.partial(step, dit.blocks)]})
+
+
 class Attachment:
     """Ties a runner to an instance; lives in the instance, so that a deep copy of the model has its own."""
 
-    def __init__(self, runner: Runner, own_forward: Callable | None):
+    def __init__(self, runner: Runner, own_class: type):
         self.runner = runner
-        self.own_forward = own_forward  # the instance's own forward, which sequence parallelism sets
+        self.own_class = own_class  # of the model
         self.counter = CallCounter(runner.calls)
 
-    def forward(self, dit: torch.nn.Module, *args, **kwargs):
+    def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         timestep = kwargs["t"] if "t" in kwargs else args[1]
         call = self.counter.next(float(timestep.flatten()[0]))  # waits for the device, so the clock below is right
         if call == 0:
             self.runner.reset()
         start = time.perf_counter()
-        attributes = {"blocks": [functools.partial(self.runner.step, call, dit.blocks)]}
-        attributes |= self.runner.watched(call, dit)
         try:
-            with shadowed(dit, attributes):
-                forward = self.own_forward or functools.partial(type(dit).forward, dit)
-                out = forward(*args, **kwargs)
+            out = self.runner.run(call, model, functools.partial(self.own_class.__call__, model, *args, **kwargs))
             if timestep.is_cuda:
                 torch.cuda.synchronize(timestep.device)
         except BaseException:
@@ -182,16 +225,23 @@ class Attachment:
         return out
 
 
+@functools.cache
+def attached_class(own_class: type) -> type:
+    """The class of a model of `own_class` to which something is attached; it differs in its calls only."""
+
+    def __call__(self, *args, **kwargs):
+        return self._magcache.call(self, args, kwargs)
+
+    same = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own_class.__name__, (own_class,), same | {"__call__": __call__})
+
+
 def attach(model: torch.nn.Module, runner: Runner) -> None:
-    """Lets `runner` stand in for the block loop of this instance, in place of any runner attached before."""
-    dit = find_dit(model)
-    remove_magcache(dit)
-    dit.__dict__["_magcache"] = Attachment(runner, dit.__dict__.get("forward"))
-    dit.__dict__["forward"] = types.MethodType(_attached_forward, dit)
-
-
-def _attached_forward(self, *args, **kwargs):
-    return self._magcache.forward(self, *args, **kwargs)
+    """Hands the calls of this instance to `runner`, in place of any runner attached before."""
+    remove_magcache(model)
+    own_class = type(model)
+    model.__dict__["_magcache"] = Attachment(runner, own_class)
+    model.__class__ = attached_class(own_class)
 
 
 def apply_magcache(
@@ -200,16 +250,19 @@ def apply_magcache(
     *,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-) -> ResidualCache:
+) -> Cache:
     """Makes this instance (not its class) follow the schedule from its next call on, which starts a run.
 
-    model: a Wan transformer, this repo's or upstream's, bare or wrapped in FSDP.
-    dtype, device: of the cached residuals, see `ResidualCache`, which is returned and holds the times of the calls.
+    model: what the pipeline calls once a branch and step: a Wan transformer, this repo's or upstream's, bare or wrapped
+    in FSDP; with the target "output" any module that is called so, with a timestep as `t` or as second argument.
+    dtype, device: of what is cached, see `Cache`, which is returned and holds the times of the calls.
 
-    Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks`, RuntimeError
-    if its `forward` was replaced since the last time (see `remove_magcache`).
+    Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks` and the target
+    is "residual", RuntimeError if its class was changed since the last time (see `remove_magcache`).
     """
-    cache = ResidualCache(schedule, dtype, device)
+    if schedule.target == "residual":
+        find_dit(model)
+    cache = {"residual": ResidualCache, "output": OutputCache}[schedule.target](schedule, dtype, device)
     attach(model, cache)
     return cache
 
@@ -217,15 +270,12 @@ def apply_magcache(
 def remove_magcache(model: torch.nn.Module) -> None:
     """Restores the instance exactly as it was; does nothing where nothing is attached.
 
-    Raises TypeError if the model has no `blocks`, RuntimeError if its `forward` was replaced since: hooks that do so
-    (accelerate's, diffusers' offloading) go on before `apply_magcache` and come off after `remove_magcache`.
+    Raises RuntimeError if its class was changed since: shard a model (`fully_shard`) before `apply_magcache`.
     """
-    dit = find_dit(model)
-    if "_magcache" not in dit.__dict__:
+    attachment = model.__dict__.get("_magcache")
+    if attachment is None:
         return
-    if getattr(dit.__dict__.get("forward"), "__func__", None) is not _attached_forward:
-        raise RuntimeError("the model's forward was replaced after apply_magcache: take that hook off first")
-    attachment = dit.__dict__.pop("_magcache")
-    del dit.__dict__["forward"]
-    if attachment.own_forward is not None:
-        dit.__dict__["forward"] = attachment.own_forward
+    if type(model) is not attached_class(attachment.own_class):
+        raise RuntimeError("the model's class was changed after apply_magcache: take the cache off before that")
+    model.__class__ = attachment.own_class
+    del model.__dict__["_magcache"]

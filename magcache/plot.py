@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from magcache.noise_levels import log_snr
 from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches, written_whole
 from magcache.report import Plan, reuse_by_branch
 
@@ -66,31 +67,35 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     save_figure(figure, path)
 
 
-def draw_plan(plan: Plan, ratios: Sequence[float] | None, path: str | os.PathLike) -> None:
-    """Draws ratios, predicted error and skip map over the steps of a run.
+def draw_plan(plan: Plan, ratios: Sequence[float] | None, sigmas: Sequence[float], path: str | os.PathLike) -> None:
+    """Draws what decided on the steps of a run, and its skip map.
 
-    ratios: in call order, as the run takes them; None where no table is known.
+    ratios: in call order, drawn with the predicted error; None where no table made the schedule: then it is the noise
+    levels `sigmas` (as log-SNR) that did.
     """
     schedule, steps = plan.schedule, plan.schedule.steps
-    figure, (ratio, error, skips) = new_figure(3, f"{plan.headline()}\n{plan.made_by}; {plan.video}", (3, 3, 1))
-    if ratios is None:
-        ratio.text(0.5, 0.5, "no table of this model", transform=ratio.transAxes, ha="center")
-    for (label, color), values in zip(BRANCHES, split_branches(ratios) if ratios else (), strict=False):
-        if len(values) != steps:
-            values = resample_nearest(values, steps)
-        ratio.plot(range(1, steps), values[1:], marker=".", color=color, label=label)
-    ratio.axhline(1, color="gray", linewidth=0.5)
-    ratio.set_ylabel("magnitude ratio")
-    colors = dict(BRANCHES)
-    for label, values in plan.prediction.rows.items() if plan.prediction else ():
-        error.step(range(steps), values, where="mid", color=colors.get(label, "tab:green"), label=label)
-    if plan.prediction and plan.prediction.bound:
-        error.axhline(plan.prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
-    error.set_ylabel("predicted error")
-    for axes in (ratio, error):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    title = f"{plan.headline()}\n{plan.made_by}; {plan.video}"
     branches = reuse_by_branch(schedule)
+    if ratios is None:
+        figure, (levels, skips) = new_figure(2, title, (4, 1))
+        snr = [log_snr(sigma) for sigma in sigmas]
+        computed = [step for step, reused in enumerate(branches["cond"]) if not reused]
+        levels.plot(range(steps), snr, color="gray", linewidth=0.8)
+        levels.plot(computed, [snr[step] for step in computed], "o", color="tab:blue", label="computed")
+        levels.set_ylabel("log-SNR")
+        levels.legend(fontsize=8)
+    else:
+        figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
+        for (label, color), values in zip(BRANCHES, split_branches(ratios), strict=True):
+            ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
+        ratio.axhline(1, color="gray", linewidth=0.5)
+        ratio.set_ylabel("magnitude ratio")
+        for label, values in plan.prediction.rows.items():
+            error.step(range(steps), values, where="mid", color=dict(BRANCHES)[label], label=label)
+        error.axhline(plan.prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
+        error.set_ylabel("predicted error")
+        for axes in (ratio, error):
+            axes.legend(fontsize=8)
     skips.imshow(list(branches.values()), aspect="auto", cmap="Blues_r", vmin=-0.3, vmax=1.3)
     skips.set_yticks(range(len(branches)), list(branches))
     skips.set_xlabel("sampling step (dark: computed, light: reused)")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from magcache.patch import ResidualCache, shadowed
+from magcache.patch import Cache, shadowed
 from magcache.report import step_map
 from magcache.schedule import Schedule
 
@@ -30,8 +30,8 @@ class Watch:
     `calls` holds (whether it was reused, seconds) of every call so far.
     """
 
-    def __init__(self, schedule: Schedule, cache: ResidualCache | None, show: bool):
-        self.schedule, self.cache, self.show = schedule, cache, show
+    def __init__(self, schedule: Schedule, show: bool):
+        self.schedule, self.show = schedule, show
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.calls: list[tuple[bool, float]] = []
         self.bar = None
@@ -53,12 +53,23 @@ class Watch:
     def before_call(self, *_) -> None:
         self.lap("sampler" if self.calls else "inputs")
 
-    def after_call(self, *_) -> None:
-        reused = bool(self.cache and self.cache.log[-1][1])
+    def after_call(self, *_, reused: bool = False) -> None:
         self.calls.append((reused, self.lap("reused" if reused else "computed")))
         per_step = self.schedule.calls_per_step
         if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
             self.tell()
+
+    def timed_run(self, cache: Cache) -> Callable:
+        """What stands in for `cache.run`; hooks of the model would not see the calls that it answers alone."""
+        run = cache.run
+
+        def timed(call: int, *args):
+            self.before_call()
+            out = run(call, *args)
+            self.after_call(reused=cache.skips(call))
+            return out
+
+        return timed
 
     def timed(self, vae) -> dict[str, Callable]:
         """What stands in for the VAE's methods."""
@@ -123,19 +134,21 @@ def clock_time(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def watched(pipeline, schedule: Schedule, cache: ResidualCache | None = None, show: bool = True) -> Iterator[Watch]:
+def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool = True) -> Iterator[Watch]:
     """Watches `pipeline` while it generates one video in this block.
 
     schedule: of the calls, all of them computed where nothing is cached. cache: what `magcache.apply_magcache`
     returned, if it is applied. show: whether this process has the bar, on stderr; where that is no terminal, a line
     every 30 seconds.
     """
-    watch = Watch(schedule, cache, show)
+    watch = Watch(schedule, show)
     with contextlib.ExitStack() as stack:
-        hooks = [
-            pipeline.model.register_forward_pre_hook(watch.before_call),
-            pipeline.model.register_forward_hook(watch.after_call),
-        ]
+        hooks = []
+        if cache:
+            stack.enter_context(shadowed(cache, {"run": watch.timed_run(cache)}))
+        else:
+            hooks.append(pipeline.model.register_forward_pre_hook(watch.before_call))
+            hooks.append(pipeline.model.register_forward_hook(watch.after_call))
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):

@@ -5,16 +5,14 @@ transformer call of a run in call order: cond, uncond, cond, uncond, ...
 """
 
 import json
-import math
 import os
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 
-CALLS_PER_STEP = 2  # cond, uncond
+from magcache.schedule import CALLS_PER_STEP, join_branches
+
 HOW_TO_CALIBRATE = (
     "measure one by the same command with --magcache_calibration in place of --use_magcache, "
     "then give its file with --mag_ratios"
@@ -41,14 +39,6 @@ class RatioTable:
     @property
     def steps(self) -> int:
         return len(self.ratios) // CALLS_PER_STEP
-
-    @property
-    def sigmas(self) -> tuple[float, ...] | None:
-        """Noise levels of the measured steps, None where solver or shift are not known."""
-        keys = ("sample_shift", "sample_solver")
-        if not all(key in self.measured_on for key in keys):
-            return None
-        return noise_levels(self.steps, *(self.measured_on[key] for key in keys))
 
 
 def table_names() -> tuple[str, ...]:
@@ -99,22 +89,15 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path)
 
 
-def compare_settings(table: RatioTable, run: dict, force: bool = False) -> list[str]:
-    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it.
-
-    Raises ValueError for a file that was measured on another task or model, unless `force` makes that a notice, too.
-    A table that is named says what it is for, so it is never refused.
-    """
+def compare_settings(table: RatioTable, run: dict) -> list[str]:
+    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
     different = {
         key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
     }
     notices = []
     for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
         if key in different:
-            notice = "ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key])
-            if not (force or table.named):
-                raise ValueError(f"{notice}; --mag_ratios_force uses it all the same")
-            notices.append(notice)
+            notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
     described = {
         "checkpoint": "checkpoint",
         "size": "--size",
@@ -178,7 +161,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Splits a flat table in call order into (cond, uncond), one ratio a step, 1.0 for the step without predecessor.
+    """Splits a flat table in call order into (cond, uncond), one ratio a step, 1.0 for the step without predecessor;
+    `magcache.schedule.join_branches` puts them together.
 
     A table may come with that leading pair of 1.0 or without (as the upstream lists do). Raises ValueError if its
     length is odd, it is empty, or a value is none that a model could have (NaN, 0, negative, below 0.01, above 100).
@@ -194,54 +178,8 @@ def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[fl
     return flat[0::2], flat[1::2]
 
 
-def join_branches(branches: Iterable[Sequence]) -> tuple:
-    """What `split_branches` took apart: one entry per call, in call order."""
-    return tuple(entry for step in zip(*branches, strict=True) for entry in step)
-
-
 def resample_nearest(values: Sequence[float], steps: int) -> tuple[float, ...]:
     """Picks `steps` of the values by nearest index, first to first and last to last; one step takes the last value."""
     if steps == 1:
         return (values[-1],)
     return tuple(values[round(i * (len(values) - 1) / (steps - 1))] for i in range(steps))
-
-
-def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float, ...]:
-    """Sigmas of the sampling steps in Wan2.1, falling, without the final 0: linear, then shifted by
-    s x / (1 + (s - 1) x). UniPC ("unipc") starts at 0.999, DPM++ ("dpm++") at pure noise. KeyError for another."""
-    first = {"unipc": 0.9990000128746033, "dpm++": 1.0}[solver]  # 0.999 in float32
-    linear = (first * (1 - step / steps) for step in range(steps))
-    return tuple(shift * x / (1 + (shift - 1) * x) for x in linear)
-
-
-def resample_sigma(ratios: Sequence[float], measured: Sequence[float], wanted: Sequence[float]) -> tuple[float, ...]:
-    """The ratios between neighbouring steps of another schedule.
-
-    ratios: a table in call order. measured, wanted: noise levels of its steps and of those wanted, falling.
-
-    The logarithms of the ratios, added up, are the residual's log magnitude as a curve over the noise level, here
-    joined by straight lines and continued by the outermost ones. A ratio between any two levels is the difference of
-    two points of that curve. Returns a table in call order. Raises ValueError as `split_branches`, or if `measured`
-    does not fit.
-    """
-    branches = split_branches(ratios)
-    if len(measured) != len(branches[0]) or len(measured) < 2:
-        raise ValueError(f"{len(measured)} noise levels do not fit a table of {len(branches[0])} steps, 2 at least")
-    rising = measured[::-1]
-
-    def magnitude(curve, level):
-        right = min(max(bisect_left(rising, level), 1), len(rising) - 1)
-        (x0, x1), (y0, y1) = rising[right - 1 : right + 1], curve[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (level - x0) / (x1 - x0)
-
-    resampled = []
-    for values in branches:
-        curve = list(accumulate(math.log(value) for value in values))[::-1]
-        at_steps = [magnitude(curve, level) for level in wanted]
-        resampled.append([1.0, *(math.exp(b - a) for a, b in pairwise(at_steps))])
-    return join_branches(resampled)
-
-
-def smooth_sqrt(values: Sequence[float]) -> tuple[float, ...]:
-    """Square root of every ratio, which about halves its deviation from 1, as in the MagCache paper's figures."""
-    return tuple(math.sqrt(value) for value in values)

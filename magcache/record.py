@@ -98,21 +98,18 @@ def peak_memory() -> dict:
 
 
 def describe_table(table: RatioTable | None) -> dict | None:
-    """A ratio table and its origin, with the full calibration that lies beside it."""
-    if table is None:
-        return None
-    files = [path for path in (table.path, table.path.with_suffix(".npz")) if path.is_file()]
-    return {
+    """A ratio table and its origin."""
+    return table and {
         "name": table.name,
-        "files": {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "file": str(table.path.resolve()),
+        "sha256": hashlib.sha256(table.path.read_bytes()).hexdigest(),
         "measured_on": table.measured_on,
         "ratios": list(table.ratios),
     }
 
 
 def describe_schedule(schedule: Schedule) -> dict:
-    """By branch: the steps that compute. By call: `weights` and `corrections` of `magcache.Schedule`, null where it
-    computes and where nothing is corrected."""
+    """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
     from magcache.report import reuse_by_branch
 
     steps = {
@@ -123,8 +120,8 @@ def describe_schedule(schedule: Schedule) -> dict:
         "calls": len(schedule.weights),
         "speedup_bound": schedule.speedup_bound,
         "computed_steps": steps,
+        "target": schedule.target,
         "weights": [weights and list(weights) for weights in schedule.weights],
-        "corrections": [list(correction) or None for correction in schedule.corrections],
     }
 
 

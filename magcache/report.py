@@ -1,21 +1,21 @@
 """What a schedule means for a run, before anything is loaded: its map over the steps, the error that is predicted along
-the way, memory and FLOPs. Pure Python (numpy where a full calibration is read).
+the way, memory and FLOPs. Pure Python.
 """
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
-from magcache.ratios import RatioTable, resample_nearest, smooth_sqrt, split_branches
+from magcache.ratios import RatioTable, resample_nearest, split_branches
 from magcache.schedule import Schedule
 
 BRANCHES = ("cond", "uncond")
 CLIP_TOKENS = 257  # of an image
 PATCH = 1 * 2 * 2  # latent pixels to a token
-BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}  # of a number in a cached residual; Wan's are float32
+BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}  # of a cached number; Wan's are float32
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def call_flops(shape: Shape, tokens: int) -> tuple[int, int]:
 
 
 def cached_bytes(schedule: Schedule, shape: Shape, tokens: int, dtype: str | None = None) -> int:
-    """Memory of the cached residuals of all branches."""
-    return schedule.calls_per_step * schedule.history * tokens * shape.dim * BYTES[dtype]
+    """Memory of the cached residuals or outputs of all branches."""
+    numbers = tokens * {"residual": shape.dim, "output": PATCH * shape.out_dim}[schedule.target]
+    return schedule.calls_per_step * schedule.history * numbers * BYTES[dtype]
 
 
 def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, ...]:
@@ -130,46 +131,24 @@ def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted error of every step, one row a branch, or one for both.
+    """The predicted error of every step, accumulated along a reused stretch by the ratios, one row a branch.
 
-    kind says what is counted. bound: what no entry reaches, None without.
+    bound: what no entry reaches.
     """
 
-    kind: str
     rows: dict[str, tuple[float, ...]]
-    bound: float | None = None
-
-    @property
-    def largest(self) -> float:
-        return max(max(row) for row in self.rows.values())
+    bound: float
 
 
-def predict_by_ratios(
-    schedule: Schedule, ratios: Sequence[float], smooth: str = "none", thresh: float | None = None
-) -> Prediction:
+def predict_by_ratios(schedule: Schedule, ratios: Sequence[float], thresh: float) -> Prediction:
     """By a ratio table in call order; one of another number of steps is resampled by nearest index, as by `plan`.
 
-    thresh: that of the rule, if the rule made the schedule.
+    thresh: that of the rule.
     """
     rows = {}
     for values, (name, reuse) in zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False):
-        if len(values) != schedule.steps:
-            values = resample_nearest(values, schedule.steps)
-        if smooth == "sqrt":
-            values = smooth_sqrt(values)
-        rows[name] = rule_errors(values, reuse)
-    return Prediction("accumulated along a reused stretch by the ratios", rows, thresh)
-
-
-def predict_by_products(schedule: Schedule, products, sigmas: Sequence[float]) -> Prediction:
-    """By a full calibration (`magcache.search.load_products`), as the search counts it, summed along the way."""
-    from magcache.search import forecast_errors, step_weights
-
-    errors = forecast_errors(schedule, products) * step_weights(sigmas)
-    return Prediction(
-        "by the full calibration, summed along the way, early steps counting more",
-        {"both": tuple(accumulate(errors.tolist()))},
-    )
+        rows[name] = rule_errors(resample_nearest(values, schedule.steps), reuse)
+    return Prediction(rows, thresh)
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
@@ -207,29 +186,29 @@ def number_of_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Schedules that other settings would make, for a table: by row and column. notes: what else is said of each.
-    asked: row and column of the settings that were asked for."""
+    """Schedules that other settings would make, for a table: by row and column. asked: row and column of the settings
+    that were asked for."""
 
     heading: str
     rows: list[str]
     columns: list[str]
     schedules: list[list[Schedule]]
-    notes: list[list[str]]
     asked: tuple[int, int]
 
     def lines(self) -> list[str]:
         """The cell of the settings that were asked for has a star."""
         cells = [
-            [f"{schedule.computed}, {schedule.speedup_bound:.2f}x{note}" for schedule, note in zip(*row, strict=True)]
-            for row in zip(self.schedules, self.notes, strict=True)
+            [f"{schedule.computed}, {schedule.speedup_bound:.2f}x" for schedule in row] for row in self.schedules
         ]
         row, column = self.asked
         cells[row][column] += " *"
         width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
         first = max(map(len, self.rows)) + 3
         rows = [("", self.columns), *zip(self.rows, cells, strict=True)]
-        return [self.heading] + [
-            " " * 10 + f"{label:<{first}}" + "".join(f"{cell:<{width}}" for cell in row) for label, row in rows
+        return [f"{self.heading}: calls computed, bound (* as asked)"] + [
+            " " * 10 + f"{label:<{first}}" + "".join(f"{cell:<{width}}" for cell in row)
+            for label, row in rows
+            if label or any(row)
         ]
 
 
@@ -237,14 +216,15 @@ class Neighbours:
 class Plan:
     """All that can be said before a run.
 
-    made_by: what made the schedule, a table or steps, and its settings. origin: of that table. video: what is
+    made_by: what made the schedule, a table or steps, and its settings. origin: of that table,
+    if there is one. video: what is
     generated, in words. prediction: None where nothing predicts. neighbours: what other settings would give. dtype,
-    where: of the cached residuals. shards: GPUs that share the tokens.
+    where: of what is cached. shards: GPUs that share the tokens.
     """
 
     schedule: Schedule
     made_by: str
-    origin: str
+    origin: str | None
     video: str
     tokens: int
     shape: Shape
@@ -264,20 +244,24 @@ class Plan:
         """Of the whole run: with this schedule, and with every call computed."""
         computed, reused = call_flops(self.shape, self.tokens)
         calls = len(self.schedule.weights)
+        if self.schedule.target == "output":
+            reused = 0  # the model does not run
         return self.schedule.computed * computed + (calls - self.schedule.computed) * reused, calls * computed
 
     def lines(self) -> list[str]:
         schedule = self.schedule
         cached, full = self.flops()
         kept = schedule.history * schedule.calls_per_step
-        memory = "no residual is cached"
+        memory = "nothing is cached"
         if kept:
-            size = cached_bytes(schedule, self.shape, self.tokens, self.dtype) / self.shards
-            memory = f"{number_of_bytes(size)} {self.where} for {kept} cached residuals"
+            size = cached_bytes(schedule, self.shape, self.tokens, self.dtype)
+            if schedule.target == "residual":
+                size /= self.shards  # of its tokens; outputs are whole
+            memory = f"{number_of_bytes(size)} {self.where} for {kept} cached {schedule.target}s"
         lines = [
             self.headline(),
             f"schedule  {self.made_by}",
-            f"origin    {self.origin}",
+            *([f"origin    {self.origin}"] if self.origin else []),
             f"video     {self.video}; {self.tokens} tokens a call",
             "",
             *self.map_lines(),
@@ -299,13 +283,15 @@ class Plan:
         for name, reuse in branches.items():
             lines.append(f"{name:<9} {step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
         if not self.prediction:
-            return [*lines, "          # computed, . reused; no error is predicted: there is no table of this model"]
-        unit = self.prediction.bound or self.prediction.largest
+            return [*lines, "          # computed, . reused"]
         for name, errors in self.prediction.rows.items():
-            shown = f"{digits(errors, branches.get(name, next(iter(branches.values()))), unit):<{steps}}"
+            shown = f"{digits(errors, branches[name], self.prediction.bound):<{steps}}"
             lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
-        of = f"thresh {unit:g}" if self.prediction.bound else f"{unit:.3g}"
-        return [*lines, f"          # computed, . reused; error: {self.prediction.kind}, in tenths of {of}"]
+        return [
+            *lines,
+            "          # computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh "
+            f"{self.prediction.bound:g}",
+        ]
 
 
 def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:

@@ -65,13 +65,21 @@ def count_block_calls(model):
     return calls
 
 
-def residuals(cache):
-    return [len(branch) for branch in cache.residuals]
+def kept(cache):
+    return [len(branch) for branch in cache.kept]
 
 
-def test_a_full_schedule_changes_nothing(model):
+TARGETS = ("residual", "output")
+
+
+def make_schedules():
+    return {"residual": make_schedule(), "output": magcache.plan_speedup(STEPS, 2)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_full_schedule_changes_nothing(model, target):
     plain = denoise(model)
-    magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS))
+    magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS, target=target))
     assert torch.equal(denoise(model), plain)
 
 
@@ -95,8 +103,56 @@ def test_reuse_is_the_block_free_forward(model):
             assert torch.equal(heads[call], embedded[call] + last[call % 2])
 
 
-def test_blocks_run_as_planned(model):
-    schedule, calls = make_schedule(), count_block_calls(model)
+def test_forecasts_are_the_combinations_that_the_schedule_says(model):
+    """Every output against the formula, from those of the computed calls; on the others nothing of the model runs."""
+    schedule, outputs, ran = make_schedules()["output"], [], []
+    magcache.apply_magcache(model, schedule)
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, out: ran.append(module))
+    answer = type(model).__call__
+
+    def recorded(*args, **kwargs):
+        before = len(ran)
+        outputs.append((answer(model, *args, **kwargs), len(ran) - before))
+        return outputs[-1][0]
+
+    denoise(recorded)
+    computed = [[], []]  # per branch, newest first
+    for call, (weights, (output, count)) in enumerate(zip(schedule.weights, outputs, strict=True)):
+        branch = computed[call % 2]
+        assert isinstance(output, list)
+        assert (count == 0) == (weights is not None)
+        if weights is None:
+            branch.insert(0, output[0])
+        else:
+            expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
+            torch.testing.assert_close(output[0].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_of_any_structure_and_dtype():
+    """A tuple with a bfloat16 tensor comes back as one; what the caller changes in place does not reach the cache."""
+
+    class Double(torch.nn.Module):
+        def forward(self, x, t):
+            return 2 * x, {"more": x.bfloat16()}
+
+    model = Double()
+    magcache.apply_magcache(model, magcache.plan_steps([0, 2], 4, "reuse", calls_per_step=1))
+    x, seen = torch.ones(3), []
+    for timestep in (900, 700, 500, 300):
+        out, more = model(x, torch.tensor([timestep]))
+        seen.append((out.clone(), more["more"].clone()))
+        out.zero_()
+        more["more"].zero_()
+        x = x + 1
+    for step, value in enumerate((1, 1, 3, 3)):
+        assert torch.equal(seen[step][0], torch.full((3,), 2.0 * value))
+        assert torch.equal(seen[step][1], torch.full((3,), value, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_run_as_planned(model, target):
+    schedule, calls = make_schedules()[target], count_block_calls(model)
     cache = magcache.apply_magcache(model, schedule)
     denoise(model)
     assert sum(schedule.reuse) > 0
@@ -107,13 +163,14 @@ def test_blocks_run_as_planned(model):
 
 
 def test_remove_restores_the_instance_exactly(model):
-    plain, before = denoise(model), dict(model.__dict__)
+    plain, before, own_class = denoise(model), dict(model.__dict__), type(model)
     magcache.remove_magcache(model)  # nothing there yet
     magcache.apply_magcache(model, make_schedule())
     assert not torch.equal(denoise(model), plain)
     magcache.apply_magcache(model, make_schedule())  # on top of itself
     magcache.remove_magcache(model)
     assert model.__dict__ == before
+    assert type(model) is own_class
     assert torch.equal(denoise(model), plain)
 
 
@@ -134,8 +191,9 @@ def test_the_class_and_other_instances_are_untouched(kind):
     assert torch.equal(results[1], alone[1])
 
 
-def test_a_deep_copy_is_a_model_of_its_own(model):
-    magcache.apply_magcache(model, make_schedule())
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_deep_copy_is_a_model_of_its_own(model, target):
+    magcache.apply_magcache(model, make_schedules()[target])
     expected = denoise(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -144,17 +202,19 @@ def test_a_deep_copy_is_a_model_of_its_own(model):
     assert torch.equal(denoise(twin), expected)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("stop_after", [2, 5, 9])
-def test_a_run_after_an_abandoned_one_starts_clean(model, stop_after):
-    magcache.apply_magcache(model, make_schedule())
+def test_a_run_after_an_abandoned_one_starts_clean(model, stop_after, target):
+    magcache.apply_magcache(model, make_schedules()[target])
     fresh = denoise(model)
     denoise(model, seed=1, stop_after=stop_after)
     assert torch.equal(denoise(model), fresh)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("calls", [0, 1, 2, 7])
-def test_a_run_after_a_failed_call_starts_clean(model, calls):
-    cache = magcache.apply_magcache(model, make_schedule())
+def test_a_run_after_a_failed_call_starts_clean(model, calls, target):
+    cache = magcache.apply_magcache(model, make_schedules()[target])
     fresh = denoise(model)
     left = [calls * 3 + 1]  # fails inside the stack, Ctrl-C included
 
@@ -168,7 +228,7 @@ def test_a_run_after_a_failed_call_starts_clean(model, calls):
         denoise(model, seed=1)
     for hook in hooks:
         hook.remove()
-    assert residuals(cache) == [0, 0]
+    assert kept(cache) == [0, 0]
     assert isinstance(model.blocks, torch.nn.ModuleList)
     assert torch.equal(denoise(model), fresh)
 
@@ -204,7 +264,7 @@ def test_calls_beyond_the_schedule_are_computed_and_said_once(model):
         denoise(model, 12)
     assert sum("the schedule" in str(warning.message) for warning in caught) == 1
     assert len(calls) == 3 * (make_schedule(5).computed + 14)
-    assert residuals(cache) == [0, 0]
+    assert kept(cache) == [0, 0]
 
 
 def test_one_residual_per_branch_and_none_while_the_next_is_computed(model):
@@ -212,26 +272,50 @@ def test_one_residual_per_branch_and_none_while_the_next_is_computed(model):
 
     def watch(module, args):
         branch = model._magcache.counter.call % 2
-        seen.append(residuals(cache))
-        assert not cache.residuals[branch]
-        alive.update(r for kept in cache.residuals for r in kept)
+        seen.append(kept(cache))
+        assert not cache.kept[branch]
+        alive.update(residual for branch in cache.kept for residual in branch)
 
     model.blocks[0].register_forward_pre_hook(watch)
     denoise(model)
     assert max(max(counts) for counts in seen) == 1
     gc.collect()
-    assert residuals(cache) == [0, 0]
+    assert kept(cache) == [0, 0]
     assert not alive
 
 
-def test_dtype_and_device_of_the_cache(model):
-    magcache.apply_magcache(model, make_schedule())
+def test_two_outputs_per_branch_at_most_and_one_while_the_next_is_computed(model):
+    cache, seen, alive = magcache.apply_magcache(model, make_schedules()["output"]), [], []
+
+    def watch(module, args):
+        seen.append(kept(cache))
+        alive.extend(weakref.ref(tensor) for branch in cache.kept for tensors in branch for tensor in tensors)
+
+    model.blocks[0].register_forward_pre_hook(watch)
+    denoise(model)
+    assert max(map(max, seen)) == 2  # in the other branch
+    assert max(counts[call % 2] for call, counts in enumerate(seen)) == 1
+    gc.collect()
+    assert kept(cache) == [0, 0]
+    assert alive
+    assert not [tensor for tensor in alive if tensor() is not None]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dtype_and_device_of_the_cache(model, target):
+    schedule = make_schedules()[target]
+    magcache.apply_magcache(model, schedule)
     exact = denoise(model)
-    cache = magcache.apply_magcache(model, make_schedule(), dtype=torch.bfloat16, device="cpu")
-    kept = []
-    model.head.register_forward_hook(lambda m, a, out: kept.extend(r.dtype for b in cache.residuals for r in b))
+    cache = magcache.apply_magcache(model, schedule, dtype=torch.bfloat16, device="cpu")
+    dtypes = []
+
+    def watch(module, args):
+        for content in (content for branch in cache.kept for content in branch):
+            dtypes.extend(tensor.dtype for tensor in (content if target == "output" else [content]))
+
+    model.blocks[0].register_forward_pre_hook(watch)
     rounded = denoise(model)
-    assert set(kept) == {torch.bfloat16}
+    assert set(dtypes) == {torch.bfloat16}
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
@@ -241,35 +325,41 @@ def test_the_cache_waits_on_its_device(model):
     """The meta device shows that the residual was moved; on "cpu" a CPU test could not tell."""
     cache = magcache.apply_magcache(model, magcache.Schedule((None, None, (1.0,), (1.0,))), device="meta")
     denoise(model, 2, stop_after=1)
-    assert {residual.device.type for branch in cache.residuals for residual in branch} == {"meta"}
+    assert {residual.device.type for branch in cache.kept for residual in branch} == {"meta"}
 
 
-def test_a_forward_replaced_after_applying_is_not_lost(model):
+def test_hooks_that_replace_the_forward_come_and_go(model):
+    """accelerate's do, and diffusers' offloading; before or after makes no difference."""
     hooks = pytest.importorskip("accelerate.hooks")
     plain = denoise(model)
     magcache.apply_magcache(model, make_schedule())
+    cached = denoise(model)
     hooks.add_hook_to_module(model, hooks.ModelHook())
-    for undo in (magcache.remove_magcache, lambda m: magcache.apply_magcache(m, make_schedule())):
-        with pytest.raises(RuntimeError, match="replaced after apply_magcache"):
-            undo(model)
-    hooks.remove_hook_from_module(model)
+    assert torch.equal(denoise(model), cached)
     magcache.remove_magcache(model)
     assert torch.equal(denoise(model), plain)
-
-    hooks.add_hook_to_module(model, hooks.ModelHook())  # the other way round works
     magcache.apply_magcache(model, make_schedule())
-    assert not torch.equal(denoise(model), plain)
-    magcache.remove_magcache(model)
     hooks.remove_hook_from_module(model)
-    assert torch.equal(denoise(model), plain)
+    assert torch.equal(denoise(model), cached)
 
 
+def test_a_class_changed_after_applying_is_not_lost(model):
+    """As `fully_shard` does."""
+    magcache.apply_magcache(model, make_schedule())
+    model.__class__ = type("Sharded", (type(model),), {})
+    for undo in (magcache.remove_magcache, lambda m: magcache.apply_magcache(m, make_schedule())):
+        with pytest.raises(RuntimeError, match="class was changed after apply_magcache"):
+            undo(model)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("version", [1, 2])
-def test_under_fsdp(version, model, tmp_path):
-    """One process: the wrappers and their hooks are real, and a reused call gathers nothing of the blocks."""
+def test_under_fsdp(version, target, model, tmp_path):
+    """One process: the wrappers and their hooks are real. A reused call runs no block, a forecast none of the hooks
+    that gather weights."""
     if version == 2 and not hasattr(fsdp, "fully_shard"):
         pytest.skip("this torch has no public FSDP2")
-    plan = make_schedule()
+    plan = make_schedules()[target]
     magcache.apply_magcache(model, plan)
     expected = denoise(model)
     magcache.remove_magcache(model)
@@ -283,34 +373,15 @@ def test_under_fsdp(version, model, tmp_path):
             for block in model.blocks:
                 fsdp.fully_shard(block)
             sharded = fsdp.fully_shard(model)
-        calls = count_block_calls(magcache.patch.find_dit(sharded))
+        calls, entered = count_block_calls(magcache.patch.find_dit(sharded)), []
+        sharded.register_forward_pre_hook(lambda module, args: entered.append(module), prepend=True)
         magcache.apply_magcache(sharded, plan)
         torch.testing.assert_close(denoise(sharded), expected)
         assert len(calls) == 3 * plan.computed
+        assert len(entered) == (plan.computed if target == "output" else 2 * STEPS)
         magcache.remove_magcache(sharded)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_forecast_and_correction_are_executed(model):
-    """Weights 2, -1 continue the line through the last two residuals; the next computed call is corrected."""
-    schedule = magcache.Schedule(
-        (None, None, (2.0, -1.0), None, (1.0,), None), 1, ((), (), (), (0.5, -0.25, 0.125), (), ())
-    )
-    cache = magcache.apply_magcache(model, schedule)
-    ins, outs, heads, embedded = [], [], [], []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
-    model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
-    model.patch_embedding.register_forward_hook(lambda m, a, out: embedded.append(out.flatten(2).transpose(1, 2)))
-    model.head.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
-    kept = []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: kept.extend(residuals(cache)))
-    denoise(model, 3)
-    first, second, third, _ = (out - x for x, out in zip(ins, outs, strict=True))
-    torch.testing.assert_close(heads[2], embedded[2] + 2 * second - first)
-    torch.testing.assert_close(heads[3], outs[2] + 0.5 * third - 0.25 * second + 0.125 * first)
-    torch.testing.assert_close(heads[4], embedded[4] + third)  # the residual as computed, not as corrected
-    assert kept == [0, 1, 2, 0]  # none for the last call, which nothing follows
 
 
 def test_an_instance_with_its_own_forward(model):
@@ -371,8 +442,9 @@ def test_hints_are_not_computed_on_reuse(model):
 
 
 def test_models_without_blocks_are_refused():
-    with pytest.raises(TypeError, match="blocks"):
-        magcache.apply_magcache(torch.nn.Linear(2, 2), make_schedule())
+    for attach in (lambda m: magcache.apply_magcache(m, make_schedule()), lambda m: magcache.apply_calibration(m, 9)):
+        with pytest.raises(TypeError, match="blocks"):
+            attach(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.skipif("ours" not in MODELS, reason="needs this repository's wan")
@@ -385,7 +457,7 @@ def test_under_autocast():
         assert torch.equal(denoise(model), plain)
         cache, dtypes = magcache.apply_magcache(model, make_schedule()), []
         model.head.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
-        model.head.register_forward_hook(lambda m, a, out: dtypes.extend(r.dtype for b in cache.residuals for r in b))
+        model.head.register_forward_hook(lambda m, a, out: dtypes.extend(r.dtype for b in cache.kept for r in b))
         cached = denoise(model)
     assert set(dtypes) == {torch.float32}
     assert cached.dtype == torch.float32

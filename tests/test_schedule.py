@@ -1,6 +1,5 @@
 """Properties of the plan, stated without the loop that makes it."""
 
-import itertools
 import json
 import math
 
@@ -64,21 +63,19 @@ def test_without_guidance_the_cond_branch_decides(table, steps, thresh, K, reten
 
 
 @pytest.mark.parametrize(
-    ("table", "steps", "thresh", "K", "released", "smoothed"),
+    ("table", "steps", "thresh", "K", "computed"),
     [
-        ("t2v-14B", 50, 0.24, 6, 36, 32),
-        ("t2v-1.3B", 50, 0.12, 2, 50, 48),
-        ("t2v-1.3B", 50, 0.12, 4, 42, 38),
-        ("i2v-14B-720P", 40, 0.12, 4, 34, 30),
-        ("i2v-14B-720P", 40, 0.24, 6, 28, 26),
-        ("i2v-14B-480P", 40, 0.12, 4, 34, 32),
-        ("i2v-14B-480P", 40, 0.24, 6, 30, 26),
+        ("t2v-14B", 50, 0.24, 6, 36),
+        ("t2v-1.3B", 50, 0.12, 2, 50),
+        ("t2v-1.3B", 50, 0.12, 4, 42),
+        ("i2v-14B-720P", 40, 0.12, 4, 34),
+        ("i2v-14B-720P", 40, 0.24, 6, 28),
+        ("i2v-14B-480P", 40, 0.12, 4, 34),
+        ("i2v-14B-480P", 40, 0.24, 6, 30),
     ],
 )
-def test_published_settings(table, steps, thresh, K, released, smoothed):
-    ratios = magcache.load_ratios(table)
-    assert magcache.plan(ratios, steps, thresh, K).computed == released
-    assert magcache.plan(ratios, steps, thresh, K, smooth="sqrt").computed == smoothed
+def test_published_settings(table, steps, thresh, K, computed):
+    assert magcache.plan(magcache.load_ratios(table), steps, thresh, K).computed == computed
 
 
 def test_the_leading_pair_of_ones_is_optional():
@@ -99,7 +96,6 @@ def test_the_leading_pair_of_ones_is_optional():
         {"retention_ratio": float("nan")},
         {"steps": 0},
         {"steps": 2.5},
-        {"smooth": "log"},
     ],
 )
 def test_bad_settings(bad):
@@ -113,20 +109,30 @@ def test_bad_tables(table):
         magcache.plan(table, 10)
 
 
-def test_a_schedule_needs_residuals_to_reuse():
-    with pytest.raises(ValueError, match="call 1"):
-        magcache.Schedule((None, (1.0,)))  # uncond has none of its own
-    with pytest.raises(ValueError, match="combines 2"):
-        magcache.Schedule((None, None, (2.0, -1.0), None))
-    with pytest.raises(ValueError, match="whole steps"):
-        magcache.Schedule((None, None, None))
+@pytest.mark.parametrize(
+    ("weights", "target", "message"),
+    [
+        ((None, (1.0,)), "residual", "call 1 combines 1 residuals, 0 are computed"),  # uncond has none of its own
+        ((None, None, (2.0, -1.0), None), "output", "call 2 combines 2 outputs, 1 are computed"),
+        ((None, None, (), None), "output", "call 2 combines 0"),
+        ((None, None, None), "residual", "whole steps"),
+        ((), "residual", "whole steps"),
+        ((None, None, (0.9,), (0.9,)), "residual", "call 2 must combine"),
+        ((None,) * 4 + ((2.0, -1.0),) * 2, "residual", "call 4 must combine"),
+        ((None,) * 6 + ((3.0, -3.0, 1.0),) * 2, "output", "call 6 must combine"),
+        ((None, None), "velocity", "target must be one of residual, output, got 'velocity'"),
+    ],
+)
+def test_what_no_schedule_can_be(weights, target, message):
+    with pytest.raises(ValueError, match=message):
+        magcache.Schedule(weights, target=target)
 
 
-def test_which_residuals_are_needed():
+def test_what_is_needed_later():
     plain = magcache.Schedule((None, None, None, (1.0,)))
     assert plain.history == 1
     assert plain.used_later == (False, True, False, False)
-    linear = magcache.Schedule((None, None, None, (2.0, -1.0), None, (1.0,)), calls_per_step=1)
+    linear = magcache.Schedule((None, None, None, (2.0, -1.0), None, (1.0,)), 1, "output")
     assert linear.history == 2
     assert linear.used_later == (False, True, True, False, True, False)
 
@@ -186,7 +192,6 @@ def test_flat_lists_of_the_released_script(tmp_path):
         table = magcache.load_table(tmp_path / f"{name}.json")
         assert table.ratios == (1.0, 1.0, 0.9, 0.8, 0.95, 0.85)
         assert table.steps == 3
-        assert table.sigmas is None
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
@@ -196,50 +201,16 @@ def test_noise_levels_are_those_of_the_sampler(solver, steps, shift):
     assert magcache.noise_levels(steps, shift, solver) == pytest.approx(expected.tolist(), rel=1e-12)
 
 
-SCHEDULES = st.tuples(st.integers(2, 60), st.floats(1, 16))
-
-
-@given(SCHEDULES, SCHEDULES, st.floats(-2, 2))
-def test_a_curve_over_the_noise_level_is_found_again(measured, wanted, slope):
-    """If log |r| is a straight line over sigma, the ratio between any two levels is known."""
-    levels = [magcache.noise_levels(*schedule) for schedule in (measured, wanted)]
-    tables = [
-        [1.0, 1.0, *(math.exp(slope * (b - a)) for a, b in itertools.pairwise(sigmas) for _ in range(2))]
-        for sigmas in levels
-    ]
-    assert magcache.resample_sigma(tables[0], *levels) == pytest.approx(tables[1], rel=1e-9)
-
-
-@given(st.data(), st.integers(2, 50), st.integers(1, 5), st.floats(1, 16))
-def test_steps_that_are_merged_multiply_their_ratios(data, steps, factor, shift):
-    """Every `factor`-th step of a schedule is a schedule at its own levels, whose ratios are products."""
-    ratios = data.draw(st.lists(st.floats(0.5, 2), min_size=2 * steps, max_size=2 * steps))
-    ratios[:2] = [1.0, 1.0]
-    levels = magcache.noise_levels(steps, shift)
-    merged = magcache.resample_sigma(ratios, levels, levels[::factor])
-    for branch in (0, 1):
-        curve = list(itertools.accumulate(ratios[branch::2], lambda a, b: a * b))[::factor]
-        assert list(itertools.accumulate(merged[branch::2], lambda a, b: a * b)) == pytest.approx(curve, rel=1e-9)
-
-
-def test_levels_that_do_not_fit_the_table():
-    with pytest.raises(ValueError, match="3 noise levels do not fit a table of 2 steps"):
-        magcache.resample_sigma([1, 1, 0.9, 0.9], [0.9, 0.5, 0.1], [0.5, 0.1])
-
-
 def table_of(named=False, **measured_on):
     return magcache.RatioTable("mine", (1.0, 1.0, 0.9, 0.9), measured_on, named)
 
 
-def test_tables_of_another_model_are_refused_unless_forced():
+def test_a_table_of_another_model_is_said():
     run = {"task": "t2v-14B", "fingerprint": "abc", "size": "832*480", "sample_shift": 5.0}
     assert magcache.compare_settings(table_of(**run), run) == []
     assert magcache.compare_settings(table_of(), run) == []
     for other in ({"task": "t2v-1.3B"}, {"fingerprint": "xyz"}):
-        with pytest.raises(ValueError, match=r"was measured on .* not .*; --mag_ratios_force"):
-            magcache.compare_settings(table_of(**other), run)
-        for table, force in ((table_of(**other), True), (table_of(named=True, **other), False)):
-            (notice,) = magcache.compare_settings(table, run, force)
-            assert "was measured on" in notice
+        (notice,) = magcache.compare_settings(table_of(**other), run)
+        assert "mine was measured on" in notice
     (notice,) = magcache.compare_settings(table_of(**run | {"size": "64*64", "sample_shift": 3.0}), run)
     assert notice == "ratio table mine was measured with --size 64*64, --sample_shift 3.0"

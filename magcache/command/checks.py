@@ -64,22 +64,20 @@ def check_request(args, error) -> None:
         error(fault)
     if args.use_magcache and args.magcache_calibration:
         error("--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table")
-    for flag in ("mag_ratios", "mag_ratios_force", "magcache_speedup", "magcache_forecast", "compare"):
+    for flag in ("mag_ratios", "magcache_speedup", "compare"):
         if getattr(args, flag) and not args.use_magcache:
             error(f"--{flag} needs --use_magcache")
-    if args.magcache_forecast == "fitted" and args.magcache_speedup is None:
-        error("--magcache_forecast fitted needs --magcache_speedup, which chooses the steps it is fitted for")
     if args.compare:
         for package in ("skimage", "imageio_ffmpeg", "PIL"):
             need_package(package, "--compare", error)
     if args.magcache_speedup is not None:
         if given := getattr(args, "explicit", None):
             error(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
+        if args.mag_ratios:
+            error("--magcache_speedup takes no ratio table: leave --mag_ratios out")
         if not 1 <= args.magcache_speedup <= args.sample_steps:
             error(f"--magcache_speedup must be between 1 and {args.sample_steps}, at which one step is computed")
     if args.magcache_calibration:
-        if args.magcache_calibration == "full" and args.ulysses_size * args.ring_size > 1:
-            error("--magcache_calibration full needs all tokens in one process, so --ulysses_size 1 and --ring_size 1")
         if args.sample_steps < 2:
             error("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
         check_writable(Path(args.calibration_dir), error)

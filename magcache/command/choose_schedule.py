@@ -1,4 +1,4 @@
-"""From the flags to the schedule: by a ratio table, a full calibration or a rule; and what to expect of it."""
+"""From the flags to the schedule: by a ratio table or by a speed-up; and what to expect of it."""
 
 import argparse
 import contextlib
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import magcache
 from magcache import report
-from magcache.schedule import FORECASTS
 
 
 def settings_of(args) -> dict:
@@ -26,124 +25,62 @@ def make_schedule(args, error):
     """Returns the schedule and in words what chose it, or (None, None) without --use_magcache."""
     if not args.use_magcache:
         return None, None
+    if args.magcache_speedup is not None:
+        run = (args.sample_steps, args.magcache_speedup, args.sample_shift, args.sample_solver)
+        return magcache.plan_speedup(*run), "outputs forecast along the noise level"
     try:
-        if args.magcache_speedup is not None:
-            return make_fast_schedule(args)
         name, notice = args.mag_ratios, None
         if not name:
             name, notice = magcache.choose_table(args.task, args.ckpt_dir, args.size)
         table = magcache.load_table(name)
-        notices = [notice] if notice else magcache.compare_settings(table, settings_of(args), args.mag_ratios_force)
-        schedule = magcache.plan(
-            resampled(table, args, notices),
-            args.sample_steps,
-            args.magcache_thresh,
-            args.magcache_K,
-            args.retention_ratio,
-            smooth=args.magcache_smooth,
-            forecast=args.magcache_forecast or "reuse",
-        )
+        settings = (args.magcache_thresh, args.magcache_K, args.retention_ratio)
+        schedule = magcache.plan(table.ratios, args.sample_steps, *settings)
     except ValueError as fault:
         error(fault)
+    notices = [notice] if notice else magcache.compare_settings(table, settings_of(args))
+    if table.steps != args.sample_steps:
+        notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for notice in notices:
         print(f"note: {notice}")
     return schedule, f"table {name}"
 
 
-def make_fast_schedule(args) -> tuple[magcache.Schedule, str]:
-    """The schedule for --magcache_speedup, and what its steps were chosen by. Raises ValueError for a full calibration
-    that was asked for, by its table or by its forecast, and is not of this model and these settings."""
-    steps, forecast = args.sample_steps, args.magcache_forecast
-    count = int(steps / args.magcache_speedup + 1e-9)
-    asked = args.mag_ratios is not None or forecast == "fitted"
-    with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
-        name = args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0]
-        run = settings_of(args) | {"sample_steps": steps}
-        schedule = magcache.plan_searched(name, run, count, forecast or "fitted")
-        return schedule, f"steps by the full calibration {name}, {forecast or 'fitted'} forecast"
-    print(
-        "note: there is no full calibration of this model and these settings (--magcache_calibration full makes one), "
-        "so the steps are spread by rule"
-    )
-    schedule = magcache.plan_steps(magcache.spread_steps(steps, count), steps, forecast or "linear")
-    return schedule, f"spread steps, {forecast or 'linear'} forecast"
-
-
-def resampled(table, args, notices: list[str]) -> tuple[float, ...]:
-    """The table's ratios for this run. Notices say what was done, where it was not measured with the same steps."""
-    wanted = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
-    method = args.magcache_resample
-    if wanted == table.sigmas:
-        return table.ratios
-    if table.steps != args.sample_steps or method == "sigma":
-        how = "by nearest index" if method == "nearest" else "along the noise level"
-        notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's {how}")
-    if method == "nearest":
-        return table.ratios  # `magcache.plan` does it
-    if table.sigmas is None:
-        raise ValueError(
-            f"--magcache_resample sigma needs to know the noise levels that ratio table {table.name} was measured at, "
-            "and it does not tell its shift and solver"
-        )
-    return magcache.resample_sigma(table.ratios, table.sigmas, wanted)
-
-
 def table_of(args):
-    """The ratio table that these flags stand for, None if there is none."""
+    """The ratio table that these flags stand for, None if there is none or none is needed."""
+    if args.magcache_speedup is not None:
+        return None
     with contextlib.suppress(ValueError):
         return magcache.load_table(args.mag_ratios or magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
 
 
-def predict(args, schedule, made_by: str):
-    """The error to expect of a schedule of `make_schedule`, None where there is no table of the model."""
+def predict(args, schedule):
+    """The error to expect of a schedule by the ratio table that made it, None where none did."""
     table = table_of(args)
-    if not table:
-        return None
-    if args.magcache_speedup is None:
-        ratios = resampled(table, args, [])
-        return report.predict_by_ratios(schedule, ratios, args.magcache_smooth, args.magcache_thresh)
-    if "full calibration" in made_by:
-        from magcache.search import load_products
-
-        products, measured_on = load_products(table.path.with_suffix(".npz"))
-        return report.predict_by_products(schedule, products, measured_on["sigmas"])
-    return report.predict_by_ratios(schedule, table.ratios)
+    return table and report.predict_by_ratios(schedule, table.ratios, args.magcache_thresh)
 
 
-def make_neighbours(args, made_by: str, error):
-    """What the settings around the given ones would give, each made as a run makes it. made_by: of `make_schedule`."""
+def make_neighbours(args, error):
+    """What the settings around the given ones would give, each made as a run makes it."""
 
     def cell(**changed):
-        other = argparse.Namespace(**vars(args) | changed)
-        schedule, made_by = make_schedule(other, error)
-        return schedule, made_by, other
+        return make_schedule(argparse.Namespace(**vars(args) | changed), error)[0]
 
-    if args.magcache_speedup is None:
-        thresholds, lengths = report.neighbour_settings(args.magcache_thresh, args.magcache_K)
-        cells = [[cell(magcache_thresh=thresh, magcache_K=K)[0] for K in lengths] for thresh in thresholds]
-        rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
-        heading = "other     thresh and K: calls computed, bound (* as asked)"
-        asked = (thresholds.index(args.magcache_thresh), lengths.index(args.magcache_K))
-        return report.Neighbours(heading, rows, columns, cells, [[""] * len(row) for row in cells], asked)
-    speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
-    forecasts = [name for name in FORECASTS if name != "fitted" or "full calibration" in made_by]
-    cells = [[cell(magcache_speedup=x, magcache_forecast=name) for name in forecasts] for x in speedups]
-    notes = []
-    for row in cells:
-        predicted = [predict(other, schedule, made_by) for schedule, made_by, other in row]
-        notes.append([f", error {p.largest:.3g}" if p and "both" in p.rows else "" for p in predicted])
-    heading = "other     speed-ups and forecasts: calls computed, bound (* as asked)"
-    schedules = [[schedule for schedule, *_ in row] for row in cells]
-    asked = (speedups.index(args.magcache_speedup), forecasts.index(args.magcache_forecast or forecasts[-1]))
-    rows = [f"speedup {x:g}" for x in speedups]
-    return report.Neighbours(heading, rows, forecasts, schedules, notes, asked)
+    if args.magcache_speedup is not None:
+        speedups = report.neighbour_speedups(args.magcache_speedup, args.sample_steps)
+        cells = [[cell(magcache_speedup=x)] for x in speedups]
+        asked = (speedups.index(args.magcache_speedup), 0)
+        return report.Neighbours("other     speed-ups", [f"speedup {x:g}" for x in speedups], [""], cells, asked)
+    thresholds, lengths = report.neighbour_settings(args.magcache_thresh, args.magcache_K)
+    cells = [[cell(magcache_thresh=thresh, magcache_K=K) for K in lengths] for thresh in thresholds]
+    rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
+    asked = (thresholds.index(args.magcache_thresh), lengths.index(args.magcache_K))
+    return report.Neighbours("other     thresh and K", rows, columns, cells, asked)
 
 
 def settings_words(args) -> str:
     if args.magcache_speedup is not None:
         return f"speed-up {args.magcache_speedup:g}"
-    smooth = "" if args.magcache_smooth == "none" else f", smoothed ({args.magcache_smooth})"
-    return f"thresh {args.magcache_thresh:g}, K {args.magcache_K}, retention {args.retention_ratio:g}{smooth}"
+    return f"thresh {args.magcache_thresh:g}, K {args.magcache_K}, retention {args.retention_ratio:g}"
 
 
 def all_computed(args) -> magcache.Schedule:

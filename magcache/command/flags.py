@@ -4,8 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-from magcache.schedule import FORECASTS
-
 INPUTS = {  # by the first part of the task: flags of the files that it looks at
     "i2v": ("image",),
     "flf2v": ("first_frame", "last_frame"),
@@ -131,7 +129,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"), help="language of the prompt (default: zh)")
 
     add = parser.add_argument_group("MagCache").add_argument
-    add("--use_magcache", action="store_true", help="reuse residuals where the schedule says so")
+    add("--use_magcache", action="store_true", help="skip transformer calls where the schedule says so")
     add(
         "--magcache_thresh",
         type=float,
@@ -151,40 +149,17 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
         "--magcache_speedup",
         type=float,
         metavar="X",
-        help="choose the steps to compute for this speed-up of the transformer, in place of thresh, K and retention",
+        help="compute the steps that this speed-up of the transformer leaves, spread by their noise levels, and forecast "
+        "the model's output in the others; in place of thresh, K and retention, without a ratio table",
     )
-    add(
-        "--magcache_forecast",
-        choices=FORECASTS,
-        help="what stands in for a residual: the last one (default), the line through the last two (one more residual "
-        "per branch is kept), or that with slopes from a full calibration and a correction at every computed step. The "
-        "default with --magcache_speedup is fitted where there is a full calibration, else linear",
-    )
-    add(
-        "--magcache_calibration",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=("full",),
-        help="measure the ratio table of this model in a run without skips; full: also how the residuals of all steps "
-        "relate, for --magcache_speedup",
-    )
+    add("--magcache_calibration", action="store_true", help="measure the ratio table of this model in a run without skips")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
-    add("--mag_ratios_force", action="store_true", help="take a table file of another model or task all the same")
-    add(
-        "--magcache_resample",
-        default="nearest",
-        choices=("nearest", "sigma"),
-        help="how a table answers other steps than it was measured with: by the nearest ratio (default, as upstream) "
-        "or along the noise level, which also answers another shift or solver",
-    )
-    add("--magcache_smooth", default="none", choices=("none", "sqrt"), help="sqrt: square root of the ratios")
     add(
         "--magcache_dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the cached residuals (default: as computed)",
+        help="of what is cached (default: as computed)",
     )
-    add("--magcache_offload", action="store_true", help="cached residuals wait in CPU memory")
+    add("--magcache_offload", action="store_true", help="what is cached waits in CPU memory")
     add(
         "--magcache_plan",
         nargs="?",

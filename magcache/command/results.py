@@ -69,7 +69,7 @@ def make_requests(args, schedule, error) -> list[Request]:
     check_writable(folder, error)
     decisive = settings_of(args) | {
         "steps": args.sample_steps,
-        "plan": schedule and [schedule.weights, schedule.corrections],
+        "plan": schedule and [schedule.target, schedule.weights],
     }
     extension = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
     decisive |= {flag: getattr(args, flag) for flag in ("magcache_dtype", *extension)}
@@ -166,8 +166,8 @@ def save_result(video, path: Path, fps: int) -> None:
         raise
 
 
-def save_calibration(args, runs: list[dict], products: list, done: list[Request]) -> None:
-    """Writes one table of the calibrated runs, with their products if there are any; `done` are their requests."""
+def save_calibration(args, runs: list[dict], done: list[Request]) -> None:
+    """Writes one table of the calibrated runs; `done` are their requests."""
     import diffusers
     import torch
     import transformers
@@ -191,8 +191,6 @@ def save_calibration(args, runs: list[dict], products: list, done: list[Request]
     with contextlib.suppress(ValueError):
         published = magcache.load_table(magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
     path = magcache.save_calibration(args.calibration_dir, table, published)
-    if products:
-        magcache.save_products(path.with_suffix(".npz"), sum(products) / len(products), measured_on)
     print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
 
 
@@ -278,7 +276,7 @@ def write_comparison(job: Job, request: Request, cached: tuple, uncached: tuple)
         video=describe_video(job.args, frames.shape[:3], request.seed),
         device=device_name(),
         schedule=job.schedule,
-        prediction=predict(job.args, job.schedule, job.made_by),
+        prediction=predict(job.args, job.schedule),
         cached=watch.seconds,
         uncached=plain.seconds,
     )

@@ -14,7 +14,6 @@ from magcache.command.choose_schedule import (
     make_neighbours,
     make_schedule,
     predict,
-    resampled,
     settings_words,
     table_of,
 )
@@ -45,9 +44,6 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request]) -> 
         print(f"MagCache  off: all {calls} transformer calls computed")
     if args.magcache_calibration:
         print(f"          their ratios are measured and written to {args.calibration_dir}/")
-        if args.magcache_calibration == "full":
-            gigabytes = magcache.host_bytes(args.sample_steps, report.shape_of(args.task, args.ckpt_dir).dim) / 1e9
-            print(f"          the residuals of all steps are sampled: {gigabytes:.2f} GB of CPU memory")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")
@@ -108,15 +104,15 @@ def print_plan(args, error) -> None:
     table, shards = table_of(args), args.ulysses_size * args.ring_size
     where = "in CPU memory" if args.magcache_offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
     with contextlib.redirect_stdout(io.StringIO()):  # it says again what the asked one has said
-        neighbours = make_neighbours(args, made_by, error)
+        neighbours = make_neighbours(args, error)
     plan = report.Plan(
         schedule,
         f"{made_by}, {settings_words(args)}",
-        report.table_origin(table) if table else "no table",
+        report.table_origin(table) if table else None,
         f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps",
         report.token_count(frames, height, width, references),
         report.shape_of(args.task, args.ckpt_dir),
-        predict(args, schedule, made_by),
+        predict(args, schedule),
         neighbours,
         args.magcache_dtype,
         where,
@@ -125,7 +121,8 @@ def print_plan(args, error) -> None:
     if picture:  # before anything is printed, which may end it
         from magcache.plot import draw_plan
 
-        draw_plan(plan, resampled(table, args, []) if table else None, picture)
+        sigmas = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
+        draw_plan(plan, table and table.ratios, sigmas, picture)
     print("\n".join(plan.lines()))
     print(notes.getvalue(), end="")
     if picture:

@@ -1,0 +1,116 @@
+"""The speed-up rule: the steps against brute force, the forecasts against curves that they must meet."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import magcache
+from magcache.noise_levels import log_snr
+from magcache.speedup import DECAY, FLOOR, choose_steps, forecast_weights
+
+RUNS = {"steps": st.integers(1, 60), "shift": st.floats(0.5, 20), "solver": st.sampled_from(["unipc", "dpm++"])}
+
+
+def spread_error(chosen, sigmas):
+    """Sum over the forecast steps of the squared way along u since the last computed step, times their own way."""
+    u = [math.log((1 - sigma) / sigma + FLOOR) for sigma in sigmas]
+    ways = [b - a for a, b in itertools.pairwise(u)]
+    total, last = 0.0, 0
+    for step in range(len(sigmas)):
+        if step in chosen:
+            last = step
+        else:
+            total += (u[step] - u[last]) ** 2 * [*ways, ways[-1]][step]
+    return total
+
+
+@given(st.integers(2, 10), st.floats(0.5, 20), RUNS["solver"], st.data())
+def test_the_steps_are_the_best_of_all(steps, shift, solver, data):
+    count = data.draw(st.integers(1, steps))
+    sigmas = magcache.noise_levels(steps, shift, solver)
+    chosen = choose_steps(sigmas, count)
+    assert len(set(chosen)) == count
+    assert chosen[0] == 0
+    others = itertools.combinations(range(1, steps), count - 1)
+    least = min(spread_error((0, *rest), sigmas) for rest in others)
+    assert spread_error(chosen, sigmas) == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+@given(**RUNS, speedup=st.floats(1, 60), calls_per_step=st.integers(1, 2))
+def test_any_run_has_a_schedule(steps, shift, solver, speedup, calls_per_step):
+    if speedup > steps:
+        with pytest.raises(ValueError, match="speedup must be between 1 and"):
+            magcache.plan_speedup(steps, speedup, shift, solver, calls_per_step)
+        return
+    schedule = magcache.plan_speedup(steps, speedup, shift, solver, calls_per_step)
+    assert schedule.target == "output"
+    assert schedule.steps == steps
+    assert schedule.computed == calls_per_step * math.floor(steps / speedup + 1e-9)
+    assert schedule.speedup_bound >= speedup - 1e-6
+    assert schedule.history <= 2
+    for weights in schedule.weights:
+        assert weights is None or sum(weights) == pytest.approx(1)  # a velocity that does not change is met
+        assert weights is None or all(map(math.isfinite, weights))
+    branches = {schedule.weights[branch::calls_per_step] for branch in range(calls_per_step)}
+    assert len(branches) == 1
+
+
+def test_steps_close_in_noise_are_not_computed_twice_at_few_steps():
+    """The first steps of a large shift lie within a thousandth of pure noise."""
+    assert choose_steps(magcache.noise_levels(50, 16.0), 8)[1] > 1
+
+
+@given(st.integers(4, 60), st.floats(0.5, 20), st.data())
+def test_a_straight_line_along_log_snr_is_met_without_decay(steps, shift, data):
+    sigmas = magcache.noise_levels(steps, shift)
+    computed = {0, 1} | data.draw(st.sets(st.integers(2, steps - 1)))
+    line = [3 - 2 * log_snr(sigma) for sigma in sigmas]
+    last = []
+    for step, weights in enumerate(forecast_weights(computed, sigmas, decay=0.0)):
+        if weights is None:
+            last = [line[step], *last]
+        else:
+            assert sum(w * v for w, v in zip(weights, last, strict=False)) == pytest.approx(line[step], rel=1e-6)
+
+
+def test_the_slope_decays_with_the_way():
+    sigmas = magcache.noise_levels(20, 5.0)
+    weights = forecast_weights({0, 4, 7}, sigmas)
+    b, a, j = (log_snr(sigmas[step]) for step in (4, 7, 11))
+    slope = math.exp(-DECAY * (j - b)) * (j - a) / (a - b)
+    assert weights[11] == pytest.approx((1 + slope, -slope))
+    assert weights[2] == (1.0,)  # nothing to draw a line through
+    assert forecast_weights({0, 4, 7}, sigmas, "reuse")[11] == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"computed": [1, 2]}, "with 0, got"),
+        ({"computed": [0, 10]}, "must be among 0 ... 9"),
+        ({"forecast": "fitted"}, "forecast must be one of linear, reuse"),
+        ({"solver": "euler"}, "solver must be one of"),
+        ({"shift": 0.0}, "shift must be a positive number"),
+        ({"shift": math.nan}, "shift must be a positive number"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"target": "residual"}, "must combine residuals otherwise"),
+    ],
+)
+def test_what_cannot_be_planned(settings, message):
+    with pytest.raises(ValueError, match=message):
+        magcache.plan_steps(**{"computed": [0, 1, 5], "steps": 10} | settings)
+
+
+@pytest.mark.parametrize("speedup", [0.5, math.nan, math.inf, -2.0, 51])
+def test_speedups_that_are_none(speedup):
+    with pytest.raises(ValueError, match="speedup must be between 1 and 50"):
+        magcache.plan_speedup(50, speedup)
+
+
+def test_reuse_of_residuals_by_hand():
+    schedule = magcache.plan_steps([0, 2], 4, "reuse", target="residual")
+    assert schedule.reuse == (False, False, True, True) * 2
+    assert schedule.target == "residual"
