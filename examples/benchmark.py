@@ -11,7 +11,6 @@ Calibration: the same for a calibrating loop over an uncached one.
 
 import argparse
 import math
-import random
 import statistics
 import time
 
@@ -19,17 +18,17 @@ import torch
 from tqdm import tqdm
 
 import magcache
-from examples.train_tiny.check_prompts import check_pairs, load_demo
-from examples.train_tiny.shapes import CAPTIONS, Caption
+from examples.train_tiny.check_prompts import load_demo
+from examples.train_tiny.shapes import CAPTIONS
 from wan.modules.model import WanModel
 from wan.utils.samplers import make_sampler
 
 STEPS = 50
-SETTINGS = ((0.12, 2), (0.12, 4), (0.24, 6))
-
-
-def schedule_of(task: str, thresh: float, K: int) -> magcache.Schedule:
-    return magcache.plan(magcache.load_ratios(task), STEPS, thresh, K)
+SCHEDULES = {
+    "thresh 0.12, K 2": magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, 0.12, 2),
+    "thresh 0.12, K 4": magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, 0.12, 4),
+    "speed-up 2.5": magcache.plan_speedup(STEPS, 2.5),
+}
 
 
 @torch.inference_mode()  # as the pipelines do
@@ -45,50 +44,44 @@ def denoise_seconds(model: WanModel, shape: tuple[int, ...], context: list, step
 
 
 def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rounds: int) -> None:
-    schedules = [schedule_of("t2v-tiny", *setting) for setting in SETTINGS[:2]]
-    speedups, in_blocks = ([[] for _ in schedules] for _ in range(2))
+    speedups, in_computed, reused = ({name: [] for name in SCHEDULES} for _ in range(3))
     denoise_seconds(model, shape, context, steps=2)  # warms up
     for _ in tqdm(range(rounds), desc=name):
         magcache.remove_magcache(model)
         uncached = denoise_seconds(model, shape, context)
-        for i, schedule in enumerate(schedules):
+        for settings, schedule in SCHEDULES.items():
             cache = magcache.apply_magcache(model, schedule)
             seconds = denoise_seconds(model, shape, context)
-            speedups[i].append(uncached / seconds)
-            in_blocks[i].append(sum(t for _, skipped, t in cache.log if not skipped) / seconds)
+            speedups[settings].append(uncached / seconds)
+            in_computed[settings].append(sum(t for _, skipped, t in cache.log if not skipped) / seconds)
+            reused[settings] += [t for _, skipped, t in cache.log if skipped]
     magcache.remove_magcache(model)
-    for i, (thresh, K) in enumerate(SETTINGS[:2]):
-        speedup, bound = statistics.median(speedups[i]), schedules[i].speedup_bound
+    for settings, schedule in SCHEDULES.items():
+        speedup, bound = statistics.median(speedups[settings]), schedule.speedup_bound
+        shares = [value / bound for value in speedups[settings]]
         print(
-            f"{name}, thresh {thresh}, K {K}: {schedules[i].computed} of {2 * STEPS} calls, {speedup:.2f}x of at most "
-            f"{bound:.2f}x, share {speedup / bound:.3f} (rounds: {min(speedups[i]) / bound:.3f} to "
-            f"{max(speedups[i]) / bound:.3f}); computed calls took {statistics.median(in_blocks[i]):.3f} of the loop",
+            f"{name}, {settings}: {schedule.computed} of {2 * STEPS} calls, {speedup:.2f}x of at most {bound:.2f}x, "
+            f"share {speedup / bound:.3f} (rounds: {min(shares):.3f} to {max(shares):.3f}); computed calls took "
+            f"{statistics.median(in_computed[settings]):.3f} of the loop, a reused one "
+            f"{1000 * statistics.median(reused[settings]):.3f} ms",
             flush=True,
         )
 
 
 def calibration_cost(model: WanModel, shape: tuple[int, ...], context: list, rounds: int) -> None:
-    kinds = {
-        "calibrating": lambda: magcache.apply_calibration(model, STEPS),
-        "fully calibrating": lambda: magcache.apply_full_calibration(
-            model, STEPS, magcache.noise_levels(STEPS, 5.0), guidance_scale=5.0
-        ),
-    }
-    costs = {kind: [] for kind in kinds}
+    costs = []
     denoise_seconds(model, shape, context, steps=2)  # warms up
     for _ in tqdm(range(rounds), desc="calibration"):
         magcache.remove_magcache(model)
         uncached = denoise_seconds(model, shape, context)
-        for kind, apply in kinds.items():
-            apply()
-            costs[kind].append(100 * (denoise_seconds(model, shape, context) / uncached - 1))
+        magcache.apply_calibration(model, STEPS)
+        costs.append(100 * (denoise_seconds(model, shape, context) / uncached - 1))
     magcache.remove_magcache(model)
-    for kind, values in costs.items():
-        print(
-            f"demo model: a {kind} loop takes {statistics.median(values):.1f} % more time than an uncached one "
-            f"(rounds: {min(values):.1f} to {max(values):.1f} %)",
-            flush=True,
-        )
+    print(
+        f"demo model: a calibrating loop takes {statistics.median(costs):.1f} % more time than an uncached one "
+        f"(rounds: {min(costs):.1f} to {max(costs):.1f} %)",
+        flush=True,
+    )
 
 
 def random_model() -> tuple[WanModel, tuple[int, ...], list]:
@@ -96,18 +89,6 @@ def random_model() -> tuple[WanModel, tuple[int, ...], list]:
     torch.manual_seed(0)
     model = WanModel(dim=768, ffn_dim=3072, num_heads=6, num_layers=8, text_dim=64, text_len=64).eval()
     return model.requires_grad_(False), (16, 5, 20, 40), [torch.randn(20, 64), torch.randn(5, 64)]
-
-
-def mean_and_error(values: list[float], digits: int = 1) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} ({error:.{digits}f})"
-
-
-def benchmark_pairs(count: int) -> list[tuple[Caption, int]]:
-    """Random captions and seeds, none of which the prompt check, a calibration or the tuning of a method used."""
-    used = {caption for caption, _ in check_pairs()}
-    chosen = random.Random(2026).sample([caption for caption in CAPTIONS if caption not in used], count)
-    return [(caption, 5000 + i) for i, caption in enumerate(chosen)]
 
 
 def main():

@@ -1,20 +1,21 @@
-"""Measures on a demo model how close the videos of every method come to the uncached ones, at the same number of calls.
+"""Measures on the demo models how close the videos of every method come to the uncached ones, at equal computed calls.
 
-python -m examples.benchmark_quality [--pairs 24] [--workers 2] [--picture examples/quality.png]
-python -m examples.benchmark_quality --only transfer      what calibrating on other prompts, a shift or steps costs
-python -m examples.benchmark_quality --only choices       what our constants were chosen by, on 12 other pairs
+python -m examples.benchmark_quality [--only methods|settings|choices] [--picture examples/quality.png]
 
-Truth: the uncached 50-step video of the same prompt and seed. Methods: MagCache and what else this package does with
-the computed steps and the residuals between them; fewer sampler steps without a cache; the methods of `examples.peers`.
-PSNR and SSIM: mean and standard error over pairs of prompt and seed that nothing was calibrated or tuned on. Time:
-the uncached run's over the method's, decoding included, median over pairs; every worker has one thread.
-Last, how well the error that a full calibration predicts ranks our schedules by the error measured.
+Truth: the uncached video of the same prompt, seed, steps and shift. PSNR and SSIM of its frames: mean and standard
+error over pairs of prompt and seed that nothing was calibrated or tuned on. Time: the uncached run's over the method's,
+decoding included, median over pairs; every worker has one thread.
+
+methods: 50 steps, shift 5, at several numbers of computed calls: both rules of this package, fewer sampler steps
+without a cache, and the methods of `examples.peers`.
+settings: the speed-up rule and fewer sampler steps at other steps and shifts.
+choices (only when asked for): what the constants of the speed-up rule were chosen by, on other pairs.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import functools
-import itertools
+import json
 import math
 import random
 import statistics
@@ -26,29 +27,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import magcache
 import wan.pipeline
 from examples import peers
-from examples.benchmark import STEPS, mean_and_error
-from examples.train_tiny.check_prompts import check_pairs, generate, load_demo
+from examples.train_tiny.check_prompts import DEMOS, check_pairs, generate, load_demo
 from examples.train_tiny.shapes import CAPTIONS, Caption
+from magcache import speedup
 from magcache.compare import score, to_frames
-from magcache.ratios import split_branches
-from magcache.schedule import FORECASTS, Schedule, forecast_weights
-from magcache.search import best_steps, forecast_errors, load_products, plan_by_products, step_weights
+from magcache.schedule import Schedule
 
-BUDGETS = peers.BUDGETS  # computed calls of 100
-OTHER_BUDGETS = (60, 26)  # more schedules to rank
-RULES = {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 60: (0.12, 1), 26: (1.0, 10)}  # thresh, K that compute so many
-RANKED_PAIRS = 8
-SHIFT, GUIDANCE = 5.0, 5.0
-CALIBRATION_PROMPTS = Path(__file__).parent / "train_tiny" / "calibration_prompts.txt"
-DEVELOPMENT_PROMPTS = Path(__file__).parent / "development_prompts.txt"  # what our constants were chosen on
-FEWER = "fewer steps"
-COLOURS = {"MagCache": "tab:blue", "by speed-up": "tab:red", FEWER: "black"}
+STEPS, SHIFT = peers.STEPS, peers.SHIFT
+BUDGETS = peers.BUDGETS  # computed calls of 2 * STEPS
+RULES = {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}  # thresh, K, retention
+SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
+SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
+HERE = Path(__file__).parent
+DEVELOPMENT_PROMPTS = HERE / "development_prompts.txt"  # what our constants were chosen on
+PLAIN, OURS = "fewer sampler steps", "speed-up rule"
+COLOURS = {"MagCache": "tab:blue", OURS: "tab:red", PLAIN: "black"}
+
+Pair = tuple[Caption, int]
+# the video of (pipeline, caption, seed), and how many calls were computed for it
+Run = Callable[[object, Caption, int], tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -59,38 +61,19 @@ class Result:
     time: float  # the uncached run's over this one's
 
 
-def unseen_pairs(count: int) -> list[tuple[Caption, int]]:
+def unseen_pairs(count: int) -> list[Pair]:
     """Random captions, none of which was calibrated, checked or tuned on, with seeds of their own."""
     seen = {str(caption) for caption, _ in [*check_pairs(), *peers.own_pairs(6, 9000), *peers.own_pairs(6, 9100)]}
-    for file in (CALIBRATION_PROMPTS, DEVELOPMENT_PROMPTS):
+    for file in (HERE / "train_tiny" / "calibration_prompts.txt", DEVELOPMENT_PROMPTS):
         seen |= set(file.read_text(encoding="utf-8").splitlines())
     chosen = random.Random(31).sample([caption for caption in CAPTIONS if str(caption) not in seen], count)
     return [(caption, 6000 + i) for i, caption in enumerate(chosen)]
 
 
-def damped(steps: tuple[int, ...], by: float = 0.7) -> Schedule:
-    """A linear forecast with a part of the slope."""
-    weights = forecast_weights([step not in steps for step in range(STEPS)], "linear")
-    flatter = [w if w is None or len(w) == 1 else (1 + by * (w[0] - 1), by * w[1]) for w in weights]
-    return Schedule(tuple(w for w in flatter for _ in range(2)))
-
-
-def schedules(task: str, budget: int) -> dict[str, Schedule]:
-    """Ours, by the name of the row."""
-    ratios, count = magcache.load_ratios(task), budget // 2
-    spread = magcache.spread_steps(STEPS, count)
-    found = {
-        "MagCache (thresh, K)": magcache.plan(ratios, STEPS, *RULES[budget]),
-        "MagCache, linear": magcache.plan(ratios, STEPS, *RULES[budget], forecast="linear"),
-        "by speed-up: no calibration, linear": magcache.plan_steps(spread, STEPS, "linear"),
-        "by speed-up: no calibration, 0.7 of the slope": damped(spread),
-    }
-    with contextlib.suppress(ValueError):  # a model without a full calibration
-        for forecast in FORECASTS:
-            found[f"by speed-up: calibrated, {forecast}"] = magcache.plan_searched(task, {}, count, forecast)
-        steps = np.flatnonzero(~np.array(found["by speed-up: calibrated, linear"].reuse[::2]))
-        found["by speed-up: calibrated, 0.7 of the slope"] = damped(tuple(steps.tolist()))
-    return found
+def development_pairs() -> list[Pair]:
+    captions = {str(caption): caption for caption in CAPTIONS}
+    prompts = DEVELOPMENT_PROMPTS.read_text(encoding="utf-8").splitlines()
+    return [(captions[prompt], 9000 + i) for i, prompt in enumerate(prompts)]
 
 
 @functools.cache
@@ -100,227 +83,212 @@ def pipeline_of(task: str):
     return load_demo(task)
 
 
-def run_schedule(schedule: Schedule, pipeline, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
-    magcache.apply_magcache(pipeline.model, schedule)
-    video = generate(pipeline, caption, seed, sampling_steps=STEPS)
+def follow(schedule: Schedule, shift: float = SHIFT) -> Run:
+    def run(pipeline, caption, seed):
+        magcache.apply_magcache(pipeline.model, schedule)
+        video = generate(pipeline, caption, seed, sampling_steps=schedule.steps, shift=shift)
+        magcache.remove_magcache(pipeline.model)
+        return video, schedule.computed
+
+    return run
+
+
+def sample(steps: int, shift: float) -> Run:
+    """Without a cache."""
+
+    def run(pipeline, caption, seed):
+        return generate(pipeline, caption, seed, sampling_steps=steps, shift=shift), 2 * steps
+
+    return run
+
+
+def follow_peer(task: str, peer: peers.Peer, budget: int) -> Run:
+    return lambda pipeline, caption, seed: peer.video(pipeline, peer.setting_for(task, budget), caption, seed)
+
+
+def by_rule(task: str, budget: int) -> Schedule:
+    schedule = magcache.plan(magcache.load_ratios(task), STEPS, *RULES[budget])
+    if schedule.computed != budget:
+        raise ValueError(f"{RULES[budget]} computes {schedule.computed} calls of {task}, not {budget}")
+    return schedule
+
+
+def methods(task: str) -> dict[tuple, Run]:
+    """By name and budget."""
+    runs = {}
+    for budget in BUDGETS:
+        runs[OURS, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT))
+        runs["MagCache: thresh, K", budget] = follow(by_rule(task, budget))
+        runs[PLAIN, budget] = sample(budget // 2, SHIFT)
+        for name, peer in peers.all_peers().items():
+            if name != "fewer steps":
+                runs[name, budget] = follow_peer(task, peer, budget)
+    return runs
+
+
+def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
+    """By name and number of computed steps."""
+    counts, runs = [round(share * steps) for share in SHARES], {}
+    for count in counts:
+        runs[OURS, count] = follow(magcache.plan_speedup(steps, steps / count, shift), shift)
+        runs[PLAIN, count] = sample(count, shift)
+    return runs
+
+
+def variants(steps: int, shift: float) -> dict[tuple, Run]:
+    """The speed-up rule with other constants, by name and number of computed steps."""
+    sigmas, runs = magcache.noise_levels(steps, shift), {}
+
+    def schedule(count, floor=speedup.FLOOR, decay=speedup.DECAY, forecast="linear"):
+        chosen = speedup.choose_steps(sigmas, count, floor)
+        weights = speedup.forecast_weights(chosen, sigmas, forecast, decay)
+        return Schedule(tuple(w for w in weights for _ in range(2)), target="output")
+
+    changes = {OURS: {}, "reuse": {"forecast": "reuse"}}
+    changes |= {f"floor {x:g}": {"floor": math.exp(x)} for x in (-6.0, -5.5, -5.0, -4.5, -4.0, -3.5)}
+    changes |= {f"decay {x:g}": {"decay": x} for x in (0.0, 0.1, 0.2, 0.3, 0.5)}
+    for count in (round(share * steps) for share in SHARES):
+        for name, change in changes.items():
+            runs[name, count] = follow(schedule(count, **change), shift)
+    return runs
+
+
+def measure(task: str, make_runs: Callable[[], dict], steps: int, shift: float, pair: Pair) -> dict[tuple, Result]:
+    """The results of all runs on one pair, by their keys."""
+    pipeline = pipeline_of(task)
     magcache.remove_magcache(pipeline.model)
-    return video, schedule.computed
 
-
-def measure(pipeline, runs: dict, caption: Caption, seed: int) -> dict:
-    """Result by the key of the run; a run returns the video and the number of computed calls."""
-    magcache.remove_magcache(pipeline.model)
-
-    def timed(run: Callable) -> tuple[np.ndarray, float, float]:
+    def timed(run: Run) -> tuple[np.ndarray, float, float]:
         start = time.perf_counter()
-        video, computed = run(pipeline, caption, seed)
+        video, computed = run(pipeline, *pair)
         return to_frames(video), computed, time.perf_counter() - start
 
-    truth, _, seconds = timed(lambda *pair: (generate(*pair, sampling_steps=STEPS), 2 * STEPS))
+    truth, _, seconds = timed(sample(steps, shift))
     results = {}
-    for key, run in runs.items():
+    for key, run in make_runs().items():
         frames, computed, taken = timed(run)
         scores = score(frames, truth)
         results[key] = Result(scores.overall_psnr or math.inf, scores.overall_ssim, computed, seconds / taken)
     return results
 
 
-def run_peer(peer: peers.Peer, budget: int, pipeline, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
-    return peer.video(pipeline, peer.setting_for(budget), caption, seed)
+def measure_all(pool, task: str, make_runs: Callable[[], dict], steps: int, shift: float, pairs: list[Pair]) -> dict:
+    """Lists of results, one a pair, by the keys of the runs."""
+    jobs = [pool.submit(measure, task, make_runs, steps, shift, pair) for pair in pairs]
+    results = [job.result() for job in tqdm(jobs, desc=f"{task}, {steps} steps, shift {shift:g}", unit="pair")]
+    return {key: [result[key] for result in results] for key in results[0]}
 
 
-def ours(planned: dict) -> dict:
-    return {key: functools.partial(run_schedule, schedule) for key, schedule in planned.items()}
+def mean_and_error(values: list[float], digits: int = 1) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.{digits}f} ({error:.{digits}f})"
 
 
-def measure_pair(task: str, pair: tuple[Caption, int], everything: bool) -> dict:
-    """All methods on one pair; with everything, the schedules of the other budgets, too."""
-    pipeline = pipeline_of(task)
-    budgets = (*BUDGETS, *OTHER_BUDGETS) if everything else BUDGETS
-    planned = {(name, b): schedule for b in budgets for name, schedule in schedules(task, b).items()}
-    runs = ours(planned)
-    if task == "t2v-tiny":  # the others are tuned for that one
-        for name, peer in peers.all_peers().items():
-            for budget in BUDGETS:
-                runs[name, budget] = functools.partial(run_peer, peer, budget)
-    return measure(pipeline, runs, *pair)
+def psnrs(results: list[Result]) -> list[float]:
+    return [result.psnr for result in results]
 
 
-def quality(task: str, pairs: list, workers: int) -> list[dict]:
-    """The results of every pair."""
-    with ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(measure_pair, task, pair, i < RANKED_PAIRS) for i, pair in enumerate(pairs)]
-        return [job.result() for job in tqdm(jobs, desc=f"pairs, {task}")]
+def ahead(results: dict, key: tuple, other: tuple) -> str:
+    """By how much one run's PSNR is above another's, pair by pair."""
+    pairs = zip(psnrs(results[key]), psnrs(results[other]), strict=True)
+    return mean_and_error([a - b for a, b in pairs])
 
 
-def print_table(results: list[dict]) -> None:
-    names = dict.fromkeys(name for name, budget in results[-1])
-    best = "by speed-up: calibrated, fitted"
+def print_methods(task: str, results: dict) -> None:
     for budget in BUDGETS:
-        print(f"\n| at {budget} of {2 * STEPS} calls | calls | PSNR, dB | SSIM | time | best of ours minus this, dB |")
+        print(f"\n| {task}, {budget} of {2 * STEPS} calls | calls | PSNR, dB | SSIM | time | {OURS} minus this, dB |")
         print("|---|---|---|---|---|---|")
-        for name in names:
-            values = [result[name, budget] for result in results]
-            if (best, budget) not in results[0] or name == best:
-                ahead = ""
-            else:
-                ahead = mean_and_error(
-                    [result[best, budget].psnr - v.psnr for result, v in zip(results, values, strict=True)]
-                )
-            ssim = mean_and_error([v.ssim for v in values], digits=4)
+        for name in dict.fromkeys(name for name, _ in results):
+            values = results[name, budget]
+            lead = ahead(results, (OURS, budget), (name, budget)) if name != OURS else ""
             print(
-                f"| {name} | {statistics.mean(v.computed for v in values):.1f} | "
-                f"{mean_and_error([v.psnr for v in values])} | {ssim} | "
-                f"{statistics.median(v.time for v in values):.2f}x | {ahead} |"
+                f"| {name} | {statistics.mean(v.computed for v in values):.1f} | {mean_and_error(psnrs(values))} | "
+                f"{mean_and_error([v.ssim for v in values], digits=4)} | "
+                f"{statistics.median(v.time for v in values):.2f}x | {lead} |"
             )
 
 
-def print_ranking(task: str, results: list[dict]) -> None:
-    """Spearman's rank correlation of predicted and measured errors, over all schedules of ours."""
-    products, measured_on = load_products(magcache.load_table(task).path.with_suffix(".npz"))
-    weights, predicted, measured = step_weights(measured_on["sigmas"]), [], []
-    for budget in (*BUDGETS, *OTHER_BUDGETS):
-        for name, schedule in schedules(task, budget).items():
-            predicted.append((forecast_errors(schedule, products) * weights).sum())
-            measured.append(-statistics.mean(result[name, budget].psnr for result in results[:RANKED_PAIRS]))
-    print(
-        f"\nerror predicted by the full calibration and error measured on {RANKED_PAIRS} pairs (as -PSNR): rank "
-        f"correlation {spearmanr(predicted, measured).statistic:.3f} over {len(predicted)} schedules"
-    )
+def print_settings(task: str, found: dict[tuple, dict]) -> None:
+    print(f"\n| {task}: steps, shift; computed steps | {PLAIN} | {OURS} | ahead by |\n|---|---|---|---|")
+    for (steps, shift), results in found.items():
+        for count in dict.fromkeys(count for _, count in results):
+            cells = (mean_and_error(psnrs(results[name, count])) for name in (PLAIN, OURS))
+            lead = ahead(results, (OURS, count), (PLAIN, count))
+            print(f"| {steps}, {shift:g}; {count} | {' | '.join(cells)} | {lead} |")
 
 
-def draw(results: list[dict], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    names = dict.fromkeys(name for name, budget in results[-1])
-    others = (plt.get_cmap("tab20").colors[i] for i in (4, 5, 14, 2, 8, 9, 10, 11, 16))  # no blue, no red
+def print_choices(task: str, found: dict[tuple, dict]) -> None:
+    cells = [(setting, count) for setting, results in found.items() for count in dict.fromkeys(c for _, c in results)]
+    names = dict.fromkeys(name for results in found.values() for name, _ in results)
+    heads = (f"{steps}, {shift:g}; {count}" for (steps, shift), count in cells)
+    print(f"\n| {task} | mean | {' | '.join(heads)} |\n|---|---|{'---|' * len(cells)}")
     for name in names:
-        points = [[result[name, budget] for result in results] for budget in BUDGETS]
-        kind = next((kind for kind in COLOURS if name.startswith(kind)), None)
-        dashes = {"linear": "--", "0.7": ":", "reuse": "-."}
-        axes.errorbar(
-            [statistics.mean(v.computed for v in values) for values in points],
-            [statistics.mean(v.psnr for v in values) for values in points],
-            [statistics.stdev([v.psnr for v in values]) / math.sqrt(len(values)) for values in points],
-            label=name,
-            color=COLOURS[kind] if kind else next(others),
-            linestyle=next((style for word, style in dashes.items() if kind and word in name), "-"),
-            alpha=0.5 if kind == "by speed-up" and "no calibration" in name else 1,
-            marker="o",
-            markersize=4,
-            capsize=2,
-        )
-    axes.set_xlabel(f"computed calls of {2 * STEPS}")
-    axes.set_ylabel("PSNR against the uncached video, dB")
-    axes.set_title(f"t2v-tiny, {len(results)} pairs of prompt and seed, mean and standard error")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        means = [statistics.mean(psnrs(found[setting][name, count])) for setting, count in cells]
+        print(f"| {name} | {statistics.mean(means):.2f} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+
+
+def draw(tasks: dict[str, dict], path: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (task, results) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        others = (colormaps["tab20"].colors[i] for i in (4, 5, 14, 2, 8, 9, 10, 11, 16))  # no blue, no red
+        for name in dict.fromkeys(name for name, _ in results):
+            points = [results[name, budget] for budget in BUDGETS]
+            colour = next((COLOURS[kind] for kind in COLOURS if name.startswith(kind)), None) or next(others)
+            axes.errorbar(
+                [statistics.mean(v.computed for v in values) for values in points],
+                [statistics.mean(psnrs(values)) for values in points],
+                [statistics.stdev(psnrs(values)) / math.sqrt(len(values)) for values in points],
+                label=name,
+                color=colour,
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
+        pairs = len(next(iter(results.values())))
+        axes.set_title(f"{task}, {pairs} pairs of prompt and seed, mean and standard error", fontsize=10)
+        axes.set_xlabel(f"computed calls of {2 * STEPS}")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("PSNR against the uncached video, dB")
+    figure.axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
-
-
-# What a calibration under other circumstances costs
-
-
-def calibrate(pipeline, captions: list[str], steps: int, shift: float) -> list[np.ndarray]:
-    """Products of every caption."""
-    calibration = magcache.apply_full_calibration(pipeline.model, steps, magcache.noise_levels(steps, shift), GUIDANCE)
-    found = []
-    for i, caption in enumerate(tqdm(captions, desc=f"calibrating, {steps} steps, shift {shift:g}")):
-        pipeline.generate(caption, (64, 64), 17, sampling_steps=steps, shift=shift, seed=7000 + i)
-        found.append(calibration.products.copy())
-    magcache.remove_magcache(pipeline.model)
-    return found
-
-
-def stretched(products: np.ndarray) -> np.ndarray:
-    """Products of another number of steps by nearest index, as ratio tables are resampled."""
-    index = np.round(np.linspace(0, len(products) - 1, STEPS)).astype(int)
-    return products[np.ix_(index, index, index)]
-
-
-def transfer(task: str, pairs: list) -> None:
-    pipeline = pipeline_of(task)
-    captions = CALIBRATION_PROMPTS.read_text(encoding="utf-8").splitlines()
-    own = calibrate(pipeline, captions, STEPS, SHIFT)
-    other_shift = np.mean(calibrate(pipeline, captions, STEPS, 3.0), axis=0)
-    other_steps = stretched(np.mean(calibrate(pipeline, captions, 30, SHIFT), axis=0))
-    sigmas = magcache.noise_levels(STEPS, SHIFT)
-    sources = {
-        "8 prompts, as shipped": np.mean(own, axis=0),
-        "at shift 3": other_shift,
-        "at 30 steps, by nearest index": other_steps,
-    } | {f"prompt {i + 1} alone": products for i, products in enumerate(own)}
-    planned = {
-        (source, budget): plan_by_products(products, sigmas, budget // 2)
-        for source, products in sources.items()
-        for budget in BUDGETS
-    }
-    results = [measure(pipeline, ours(planned), *pair) for pair in tqdm(pairs, desc="pairs")]
-    totals = [(forecast_errors(planned[next(iter(sources)), 38], p) * step_weights(sigmas)).sum() for p in own]
-    print(
-        f"error predicted for the shipped schedule at 38 calls by each prompt's own calibration: mean "
-        f"{statistics.mean(totals):.3f}, standard deviation {statistics.stdev(totals):.3f}, "
-        f"{min(totals):.3f} to {max(totals):.3f}\n"
-    )
-    print(f"| calibrated | {' | '.join(f'{budget} calls' for budget in BUDGETS)} |")
-    print("|---|---|---|---|")
-    for source in sources:
-        cells = (mean_and_error([result[source, budget].psnr for result in results]) for budget in BUDGETS)
-        print(f"| {source} | {' | '.join(cells)} |")
-
-
-# What our constants were chosen by
-
-
-def choices(task: str) -> None:
-    products, measured_on = load_products(magcache.load_table(task).path.with_suffix(".npz"))
-    # the error of the MagCache rule when residual a stands in for residual j, both branches together
-    table_errors = np.zeros((STEPS, STEPS))
-    for ratios in split_branches(magcache.load_ratios(task)):
-        for a in range(STEPS - 1):
-            table_errors[a, a + 1 :] += np.abs(1 - np.cumprod(ratios[a + 1 :]))
-    planned = {}
-    for budget in (46, 32):
-        count = budget // 2
-        for power in (1.0, 1.5, 2.0):
-            steps = magcache.spread_steps(STEPS, count, power)
-            planned[f"spread steps, power {power:g}, linear", budget] = magcache.plan_steps(steps, STEPS, "linear")
-        steps, _ = best_steps(table_errors, count)
-        planned["steps by the error of the ratio table, linear", budget] = magcache.plan_steps(steps, STEPS, "linear")
-        for forecast, power in itertools.product(("linear", "fitted"), (0.0, 0.5, 1.0)):
-            schedule = plan_by_products(products, measured_on["sigmas"], count, forecast, power)
-            planned[f"searched steps, errors by power {power:g}, {forecast}", budget] = schedule
-    pairs = [(prompt, 9000 + i) for i, prompt in enumerate(DEVELOPMENT_PROMPTS.read_text("utf-8").splitlines())]
-    results = [measure(pipeline_of(task), ours(planned), *pair) for pair in tqdm(pairs, desc="pairs")]
-    print("| PSNR, dB | 46 calls | 32 calls |\n|---|---|---|")
-    for name in dict.fromkeys(name for name, _ in planned):
-        cells = (mean_and_error([result[name, budget].psnr for result in results]) for budget in (46, 32))
-        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="t2v-tiny", choices=("t2v-tiny", "i2v-tiny"))
+    parser.add_argument("--only", choices=("methods", "settings", "choices"))
+    parser.add_argument("--tasks", nargs="+", default=tuple(DEMOS), choices=tuple(DEMOS))
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--picture", help="draws PSNR over calls")
-    parser.add_argument("--only", choices=("transfer", "choices"))
+    parser.add_argument("--picture", metavar="PNG", help="draws PSNR over calls")
+    parser.add_argument("--results", metavar="JSON", help="writes what was measured on every pair")
     args = parser.parse_args()
-    pairs = unseen_pairs(args.pairs)
-    print(f"torch {torch.__version__}, CPU, float32, one thread; {args.task}")
-    if args.only:
-        transfer(args.task, pairs) if args.only == "transfer" else choices(args.task)
-        return
-    results = quality(args.task, pairs, args.workers)
-    print_table(results)
-    if args.task == "t2v-tiny":
-        print_ranking(args.task, results)
-    if args.picture:
-        draw(results, args.picture)
+    pairs = development_pairs() if args.only == "choices" else unseen_pairs(args.pairs)
+    print(f"torch {torch.__version__}, CPU, float32, one thread; {len(pairs)} pairs of prompt and seed")
+    drawn, written = {}, {}
+
+    def everything(task, make_runs, steps, shift):
+        results = measure_all(pool, task, make_runs, steps, shift, pairs)
+        for (name, count), values in results.items():
+            written[f"{task}, {steps}, {shift:g}, {count}, {name}"] = [dataclasses.asdict(v) for v in values]
+        if args.results:
+            Path(args.results).write_text(json.dumps(written, indent=1))
+        return results
+
+    with ProcessPoolExecutor(args.workers, torch.multiprocessing.get_context("spawn")) as pool:
+        for task in args.tasks:
+            if args.only in (None, "methods"):
+                drawn[task] = everything(task, functools.partial(methods, task), STEPS, SHIFT)
+                print_methods(task, drawn[task])
+            kinds = {None: at_settings, "settings": at_settings, "choices": variants}
+            if make := kinds.get(args.only):
+                settings = SETTINGS if make is at_settings else ((STEPS, SHIFT), *SETTINGS)
+                found = {setting: everything(task, functools.partial(make, *setting), *setting) for setting in settings}
+                (print_settings if make is at_settings else print_choices)(task, found)
+    if args.picture and drawn:
+        draw(drawn, args.picture)
 
 
 if __name__ == "__main__":

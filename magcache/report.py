@@ -197,9 +197,7 @@ class Neighbours:
 
     def lines(self) -> list[str]:
         """The cell of the settings that were asked for has a star."""
-        cells = [
-            [f"{schedule.computed}, {schedule.speedup_bound:.2f}x" for schedule in row] for row in self.schedules
-        ]
+        cells = [[f"{schedule.computed}, {schedule.speedup_bound:.2f}x" for schedule in row] for row in self.schedules]
         row, column = self.asked
         cells[row][column] += " *"
         width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
@@ -287,11 +285,8 @@ class Plan:
         for name, errors in self.prediction.rows.items():
             shown = f"{digits(errors, branches[name], self.prediction.bound):<{steps}}"
             lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
-        return [
-            *lines,
-            "          # computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh "
-            f"{self.prediction.bound:g}",
-        ]
+        legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
+        return [*lines, f"          {legend} {self.prediction.bound:g}"]
 
 
 def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:

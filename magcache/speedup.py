@@ -18,12 +18,12 @@ FLOOR = math.exp(-5)  # added to the signal-to-noise ratio where steps are sprea
 DECAY = 0.4  # of the slope, per unit of log-SNR
 
 
-def choose_steps(sigmas: Sequence[float], count: int) -> tuple[int, ...]:
+def choose_steps(sigmas: Sequence[float], count: int, floor: float = FLOOR) -> tuple[int, ...]:
     """The `count` steps to compute, step 0 among them.
 
     sigmas: noise levels of the steps, falling, without the final 0.
 
-    Along u = log(SNR + FLOOR) the error of a forecast is taken to grow as the square of the way from the last computed
+    Along u = log(SNR + floor) the error of a forecast is taken to grow as the square of the way from the last computed
     step, and to count with the way that the sampler goes by it. The steps are those for which the sum of these errors
     is least, found by dynamic programming.
 
@@ -32,7 +32,7 @@ def choose_steps(sigmas: Sequence[float], count: int) -> tuple[int, ...]:
     steps = len(sigmas)
     if not 1 <= count <= steps:
         raise ValueError(f"between 1 and {steps} steps can be computed, not {count}")
-    u = np.log((1 - np.asarray(sigmas)) / sigmas + FLOOR)
+    u = np.log((1 - np.asarray(sigmas)) / sigmas + floor)
     way = np.diff(u, append=2 * u[-1] - u[max(0, steps - 2)])  # the last step goes as far as the one before it
     # [a, j]: of all forecasts from step a + 1 to j
     errors = np.cumsum(np.maximum(u - u[:, None], 0) ** 2 * way, axis=1)

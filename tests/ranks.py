@@ -53,6 +53,10 @@ def schedule():
     return magcache.plan(magcache.load_ratios("t2v-1.3B"), STEPS, 0.3, 3, 0.2)
 
 
+def forecasts():
+    return magcache.plan_speedup(STEPS, 2)
+
+
 class Counted:
     """A model that counts the collectives of every call, by name."""
 
@@ -95,11 +99,16 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     cache = magcache.apply_magcache(model, schedule())
     pipeline.model = counted = Counted(model)
     pipeline.generate(*inputs, **arguments)
+    magcache.apply_magcache(model, forecasts())
+    pipeline.model = forecast = Counted(model)
+    pipeline.generate(*inputs, **arguments)
     return {
         "uncached": latents[0],
         "cached": latents[1],
         "reuse": tuple(skipped for _, skipped, _ in cache.log),
         "collectives": counted.counts,
+        "forecast": latents[2],
+        "forecast collectives": forecast.counts,
         "lists": calibration.lists(),
     }
 

@@ -56,23 +56,3 @@ def test_files(model, tmp_path):
     assert flat == calibration.lists()["mag_ratio"]
     assert magcache.load_ratios(path) == (1.0, 1.0, *flat)
     assert magcache.load_table(path).steps == STEPS
-
-
-def test_full(model, tmp_path):
-    """The same lists, and products of the form they must have; test_full_calibration.py has what they predict."""
-    plain = magcache.apply_calibration(model, STEPS)
-    denoise(model)
-    full = magcache.apply_full_calibration(model, STEPS, magcache.noise_levels(STEPS, 5.0), 5.0)
-    denoise(model)
-    assert full.lists() == plain.lists()
-    for step, products in enumerate(full.products):
-        known = products[: step + 1, : step + 1]
-        assert np.allclose(known, known.T)
-        assert np.linalg.eigvalsh(known).min() > -1e-6 * np.trace(known)
-        assert np.trace(known) > 0
-        assert not products[step + 1 :].any()
-    magcache.save_products(
-        tmp_path / "mine.npz", full.products, {"sample_steps": STEPS, "sigmas": magcache.noise_levels(STEPS, 5.0)}
-    )
-    (tmp_path / "mine.json").write_text(json.dumps([1.0] * 2 * STEPS))
-    assert magcache.plan_searched(tmp_path / "mine.json", {"sample_steps": STEPS}, 6).computed == 12

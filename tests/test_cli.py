@@ -25,7 +25,6 @@ from magcache.command.flags import make_parser
 from magcache.command.inputs import read_inputs, video_shape
 from magcache.command.results import make_requests, result_path, save_result
 from magcache.prompts import Line
-from magcache.search import load_products, plan_by_products
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
@@ -48,12 +47,12 @@ def demo(*arguments, steps=10, cwd=REPO):
     return result
 
 
-def generated(steps=10, schedule=None, dtype=torch.bfloat16):
+def generated(steps=10, schedule=None, dtype=torch.bfloat16, **sampling):
     """The same video from the Python API."""
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     if schedule:
         magcache.apply_magcache(pipeline.model, schedule, dtype=dtype)
-    return pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=steps, seed=3)
+    return pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=steps, seed=3, **sampling)
 
 
 def frames_of(video, path):
@@ -114,29 +113,30 @@ def test_flags_are_those_of_the_reference():
         assert flags["offload_model"].type(text) is str2bool(text)
 
 
-def readme_commands():
-    text = (REPO / "README.md").read_text()
-    return re.findall(r"^python (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
+def documented_commands(file):
+    return re.findall(r"^python (magcache_generate\.py .*)$", (REPO / file).read_text(), flags=re.MULTILINE)
 
 
-def test_readme_commands_parse_and_plan():
+def test_documented_commands_parse_and_plan():
     plans = {}
-    for command in readme_commands():
+    for command in (*documented_commands("README.md"), *documented_commands("calibration/README.md")):
         args = make_parser(SCRIPT).parse_args(shlex.split(command)[1:])
-        if args.magcache_plan:  # see test_report
-            continue
+        if args.magcache_plan or not args.use_magcache or args.mag_ratios == "calibration/FILE.json":
+            continue  # see test_report
         check_request(args, pytest.fail)
-        schedule, table = make_schedule(args, pytest.fail)
+        schedule, made_by = make_schedule(args, pytest.fail)
         read_inputs(args, pytest.fail)
         assert args.offload_model
-        plans[args.task] = (table, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
+        key = (args.task, args.magcache_speedup)
+        plans[key] = (made_by, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
     assert plans == {
-        "t2v-1.3B": ("table t2v-1.3B", 42, 81, 50, 5.0),
-        "t2v-14B": ("table t2v-14B", 36, 81, 50, 5.0),
-        "i2v-14B": ("table i2v-14B-480P", 30, 81, 40, 3.0),
-        "flf2v-14B": ("table i2v-14B-720P", 44, 81, 50, 16.0),
-        "vace-1.3B": ("table vace-1.3B", 58, 81, 50, 16.0),
-        "t2i-14B": ("table t2v-14B", 50, 1, 50, 5.0),
+        ("t2v-14B", 2.5): ("outputs forecast along the noise level", 40, 81, 50, 5.0),
+        ("t2v-1.3B", None): ("table t2v-1.3B", 42, 81, 50, 5.0),
+        ("t2v-14B", None): ("table t2v-14B", 36, 81, 50, 5.0),
+        ("i2v-14B", None): ("table i2v-14B-480P", 30, 81, 40, 3.0),
+        ("flf2v-14B", None): ("table i2v-14B-720P", 44, 81, 50, 16.0),
+        ("vace-1.3B", None): ("table vace-1.3B", 58, 81, 50, 16.0),
+        ("t2i-14B", None): ("table t2v-14B", 50, 1, 50, 5.0),
     }
 
 
@@ -158,7 +158,7 @@ def test_readme_torchrun_commands(monkeypatch):
         assert make_schedule(args, pytest.fail)[0].speedup_bound > 1
         assert WAN_CONFIGS[args.task].num_heads % args.ulysses_size == 0
         groups.append((nodes * processes, nodes * processes // (args.ulysses_size * args.ring_size)))
-    assert groups == [(2, 1), (4, 1), (8, 1), (8, 1), (16, 1), (8, 8), (8, 4)]
+    assert groups == [(8, 1), (16, 1), (8, 4)]
 
 
 def test_calibration_of_61_frames_is_planned():
@@ -216,15 +216,11 @@ BAD = [
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/odd.json"), "pairs of cond and uncond, got 3 numbers"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/nan.json"), "ratio 1 is nan"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/absurd.json"), "ratio 0 is 1e+30"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/other.json"), "was measured on task i2v-14B, not t2v-1.3B"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/flat.json", "--magcache_resample", "sigma"), "needs to know the noise"),
     (("--ckpt_dir", "{ok}", "--magcache_speedup", "2"), "--magcache_speedup needs --use_magcache"),
     (("--ckpt_dir", "{ok}", *FAST, "2", "--magcache_K", "2"), "in place of --magcache_K: give one of them"),
     (("--ckpt_dir", "{ok}", *FAST, "51"), "--magcache_speedup must be between 1 and 50"),
     (("--ckpt_dir", "{ok}", *FAST, "nan"), "--magcache_speedup must be between 1 and 50"),
-    (("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"), "cannot read the full calibration"),
-    (("--ckpt_dir", "{ok}", "--magcache_calibration", "half"), "invalid choice"),
-    (("--ckpt_dir", "{ok}", "--mag_ratios_force"), "--mag_ratios_force needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"), "takes no ratio table: leave --mag_ratios out"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "--prompt_file: cannot read none.txt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/empty.json"), "holds no prompt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/flat.json", "--prompt", "a"), "exclude each other"),
@@ -444,9 +440,9 @@ def test_uncached_equals_the_unpatched_model(tmp_path):
 
 
 def test_cached(tmp_path):
-    flags = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3, "--magcache_smooth", "sqrt")
+    flags = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3)
     result = demo(*flags, "--magcache_dtype", "bfloat16", "--magcache_offload", cwd=tmp_path)
-    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 10, 0.3, 3, smooth="sqrt")
+    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 10, 0.3, 3)
     assert any(schedule.reuse)
     announced = result.stdout.index(f"{schedule.computed} of 20 transformer calls computed, at most")
     assert announced < result.stdout.index("ms a call")
@@ -535,53 +531,37 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_calibration_then_a_speedup(tmp_path):
-    dumps = tmp_path / "dumps"
-    flags = ("--magcache_calibration", "full", "--calibration_dir", dumps, "--save_file", tmp_path / "a.mp4")
-    result = demo(*flags)
-    assert "0.01 GB of CPU memory" in result.stdout  # 2 branches, 10 steps, 512 tokens, 192 channels, 4 bytes
-    assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
-    (path,) = dumps.glob("t2v-tiny_*.json")
-    products, _ = load_products(path.with_suffix(".npz"))
-    for forecast in ("reuse", "linear", "fitted"):
-        flags = ("--use_magcache", "--magcache_speedup", 2, "--mag_ratios", path)
-        named = ("--magcache_forecast", forecast) if forecast != "fitted" else ()  # the default
-        fast = demo(*flags, *named, "--save_file", tmp_path / f"{forecast}.mp4")
-        schedule = plan_by_products(products, magcache.noise_levels(10, 5.0), 5, forecast)
-        assert "10 of 20 transformer calls computed, at most 2.00x" in fast.stdout
-        expected = frames_of(generated(schedule=schedule, dtype=None), tmp_path / "expected.mp4")
-        assert np.array_equal(iio.imread(tmp_path / f"{forecast}.mp4"), expected)
-    for changed in (("--sample_shift", 3), ("--sample_guide_scale", 4), ("--sample_solver", "dpm++")):
-        flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 10, *FAST, 2)
-        refused = run(*flags, "--mag_ratios", path, *changed)
-        assert refused.returncode == 2
-        assert "its steps are no guide here" in refused.stderr
+@pytest.mark.parametrize(("speedup", "changed"), [(2, {}), (3.2, {"sample_shift": 3.0, "sample_solver": "dpm++"})])
+def test_a_speedup(speedup, changed, tmp_path):
+    flags = [value for name, given in changed.items() for value in (f"--{name}", given)]
+    fast = demo("--use_magcache", "--magcache_speedup", speedup, *flags, "--save_file", tmp_path / "fast.mp4")
+    schedule = magcache.plan_speedup(
+        10, speedup, changed.get("sample_shift", 5.0), changed.get("sample_solver", "unipc")
+    )
+    assert f"{schedule.computed} of 20 transformer calls computed, at most {schedule.speedup_bound:.2f}x" in fast.stdout
+    assert f"reused {10 - schedule.computed // 2} of 10 cond" in fast.stdout
+    sampling = {name.replace("sample_", ""): value for name, value in changed.items()}
+    if solver := sampling.pop("solver", None):
+        sampling["sample_solver"] = solver
+    expected = frames_of(generated(schedule=schedule, dtype=None, **sampling), tmp_path / "expected.mp4")
+    assert np.array_equal(iio.imread(tmp_path / "fast.mp4"), expected)
 
 
-def test_a_speedup_without_a_full_calibration():
-    """Needs no ratio table either."""
+def test_a_speedup_needs_no_table():
     flags = "--task flf2v-14B --size 1280*720 --ckpt_dir x --use_magcache --magcache_speedup 2.5"
     args = make_parser(SCRIPT).parse_args(flags.split())
     check_request(args, pytest.fail)
-    schedule, chosen_by = make_schedule(args, pytest.fail)
-    assert schedule == magcache.plan_steps(magcache.spread_steps(50, 20), 50, "linear")
+    schedule, _ = make_schedule(args, pytest.fail)
+    assert schedule == magcache.plan_speedup(50, 2.5, shift=16.0)
     assert schedule.speedup_bound == 2.5
-    assert chosen_by == "spread steps, linear forecast"
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(10, 5.0), (50, 8.0), (50, 5.0)])
-def test_resampling_by_noise_level(steps, shift):
-    flags = "--task t2v-1.3B --size 832*480 --ckpt_dir x --use_magcache --magcache_thresh 0.24 --magcache_K 6 "
-    flags += f"--sample_steps {steps} --sample_shift {shift}"
-    schedules = []
-    for resample in ("nearest", "sigma"):
-        args = make_parser(SCRIPT).parse_args([*flags.split(), "--magcache_resample", resample])
-        check_request(args, pytest.fail)
-        schedules.append(make_schedule(args, pytest.fail)[0])
-    table = magcache.load_table("t2v-1.3B")
-    by_hand = magcache.resample_sigma(table.ratios, table.sigmas, magcache.noise_levels(steps, shift))
-    assert schedules == [magcache.plan(table.ratios, steps, 0.24, 6), magcache.plan(by_hand, steps, 0.24, 6)]
-    assert (schedules[0] == schedules[1]) == ((steps, shift) == (50, 5.0))
+def test_a_table_of_another_model_is_used_with_a_notice(folders, capsys):
+    flags = f"--task t2v-1.3B --size 832*480 --ckpt_dir x --use_magcache --mag_ratios {folders['tables']}/other.json"
+    args = make_parser(SCRIPT).parse_args(flags.split())
+    check_request(args, pytest.fail)
+    make_schedule(args, pytest.fail)
+    assert "was measured on task i2v-14B, not t2v-1.3B" in capsys.readouterr().out
 
 
 def test_text_to_image(tmp_path, folders):

@@ -60,7 +60,7 @@ def test_computed_and_reused_forward(task, size, tokens, gigabytes):
         for block in blocks:
             block.register_forward_hook(lambda module, args, out: calls.append(out))
         model.head.register_forward_pre_hook(
-            lambda module, args: peak.append(sum(r.nbytes for branch in cache.residuals for r in branch))
+            lambda module, args: peak.append(sum(r.nbytes for branch in cache.kept for r in branch))
         )
         for call in range(4):
             latent, context = torch.empty(latent_shape), torch.empty(77, 4096)
@@ -72,7 +72,29 @@ def test_computed_and_reused_forward(task, size, tokens, gigabytes):
         assert {x.shape for x in outputs} == {(1, tokens, config.dim)}
     assert max(peak) == 2 * tokens * config.dim * 4  # one float32 residual per branch
     assert max(peak) / 2e9 == pytest.approx(gigabytes, abs=1e-3)
-    assert not any(cache.residuals)
+    assert not any(cache.kept)
+
+
+@pytest.mark.parametrize(("task", "size"), [("t2v-14B", "1280*720"), ("vace-14B", "832*480")])
+def test_forecasts_hold_outputs_only(task, size):
+    """At most 80 MB, all branches together, whatever the width of the model."""
+    width, height = SIZE_CONFIGS[size]
+    latent_shape = (16, (FRAMES - 1) // 4 + 1, height // 8, width // 8)
+    schedule = magcache.plan_steps((0, 1, 3), 4)
+    with FakeTensorMode(), torch.no_grad():
+        model = make_model(task)
+        control, held, ran = conditioning(task, latent_shape), [], []
+        cache = magcache.apply_magcache(model, schedule)
+        model.register_forward_hook(lambda module, args, out: ran.append(module))
+        for call in range(8):
+            latent, context, t = torch.empty(latent_shape), torch.empty(77, 4096), torch.tensor([999 - call // 2])
+            tokens = latent[0].numel() // 4
+            (out,) = model([latent], t=t, context=[context], seq_len=tokens, **control)
+            assert (out.shape, out.dtype) == (latent_shape, torch.float32)
+            held.append(sum(v.nbytes for branch in cache.kept for output in branch for v in output))
+    assert len(ran) == schedule.computed
+    assert max(held) == 4 * 4 * torch.Size(latent_shape).numel() < 80e6
+    assert held[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_processes_make_the_same_video(seen, folder, name):
     results = [rank[name] for rank in seen if name in rank]
     assert len(results) == (2 if ulysses == 2 else 4)
     for result in results:
-        for key in ("uncached", "cached"):
+        for key in ("uncached", "cached", "forecast"):
             torch.testing.assert_close(result[key], expected[key], rtol=0, atol=1e-4)
         assert result["reuse"] == schedule.reuse
         for key, values in expected["lists"].items():
@@ -75,6 +75,8 @@ def test_processes_make_the_same_video(seen, folder, name):
             else:
                 assert ("c10d._allgather_base_" in counts) == ("dit_fsdp" in flags)
                 assert any("all_to_all" in name for name in counts) == ("use_usp" in flags)
+        for counts, reused in zip(result["forecast collectives"], ranks.forecasts().reuse, strict=True):
+            assert (counts == {}) == reused  # a forecast moves nothing at all
 
 
 def test_sharded_weights_round_as_autocast_does(seen):

@@ -118,6 +118,19 @@ def test_two_processes(flags, checkout, in_one_process):
     assert iio.imread(checkout / "a.mp4").shape == (5, 32, 32, 3)
 
 
+def test_forecasts_in_one_process_and_two(checkout):
+    schedule, latents = magcache.plan_speedup(STEPS, 2), []
+    for flags, processes in (((), 1), (SHARED, 2), (SHARDED, 2)):
+        result, records = run(checkout, *TEXT, "--use_magcache", "--magcache_speedup", 2, *flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert len(records) == processes
+        for record in records:
+            assert record["calls"] == [0 if reuse else LAYERS for reuse in schedule.reuse]
+            latents.append(record["latent"])
+    for latent in latents:
+        torch.testing.assert_close(latent, latents[0], rtol=1e-4, atol=1e-5)
+
+
 def test_vace(checkout):
     film = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
     flags = ("--task", "vace-1.3B", "--ckpt_dir", "vace", "--prompt", "a fox", "--save_file", "v.mp4")
@@ -241,7 +254,7 @@ def test_installed(tmp_path):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         file.extractall(tmp_path / "installed")
-    files = {str(p.relative_to(REPO)) for p in (REPO / "magcache").rglob("*") if p.suffix in (".py", ".json", ".npz")}
+    files = {str(p.relative_to(REPO)) for p in (REPO / "magcache").rglob("*") if p.suffix in (".py", ".json")}
     assert {name for name in names if ".dist-info/" not in name} == files
 
     checkout = make_checkout(tmp_path / "Wan2.1", packages=())

@@ -149,10 +149,14 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
         "--magcache_speedup",
         type=float,
         metavar="X",
-        help="compute the steps that this speed-up of the transformer leaves, spread by their noise levels, and forecast "
-        "the model's output in the others; in place of thresh, K and retention, without a ratio table",
+        help="compute the steps that this speed-up of the transformer leaves, spread by their noise levels, and "
+        "forecast its output in the others; in place of thresh, K and retention, needs no ratio table",
     )
-    add("--magcache_calibration", action="store_true", help="measure the ratio table of this model in a run without skips")
+    add(
+        "--magcache_calibration",
+        action="store_true",
+        help="measure the ratio table of this model in a run without skips",
+    )
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
     add(
         "--magcache_dtype",
