@@ -42,6 +42,7 @@ STEPS, SHIFT = peers.STEPS, peers.SHIFT
 BUDGETS = peers.BUDGETS  # computed calls of 2 * STEPS
 RULES = {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}  # thresh, K, retention
 SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
+CHOICES = ((50, 5.0), (30, 5.0), (40, 3.0))
 SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
 HERE = Path(__file__).parent
 DEVELOPMENT_PROMPTS = HERE / "development_prompts.txt"  # what our constants were chosen on
@@ -145,8 +146,8 @@ def variants(steps: int, shift: float) -> dict[tuple, Run]:
         return Schedule(tuple(w for w in weights for _ in range(2)), target="output")
 
     changes = {OURS: {}, "reuse": {"forecast": "reuse"}}
-    changes |= {f"floor {x:g}": {"floor": math.exp(x)} for x in (-6.0, -5.5, -5.0, -4.5, -4.0, -3.5)}
-    changes |= {f"decay {x:g}": {"decay": x} for x in (0.0, 0.1, 0.2, 0.3, 0.5)}
+    changes |= {f"floor {x:g}": {"floor": x} for x in (0.002, 0.004, 0.012, 0.018)}
+    changes |= {f"decay {x:g}": {"decay": x} for x in (0.0, 0.1, 0.5)}
     for count in (round(share * steps) for share in SHARES):
         for name, change in changes.items():
             runs[name, count] = follow(schedule(count, **change), shift)
@@ -284,7 +285,7 @@ def main():
                 print_methods(task, drawn[task])
             kinds = {None: at_settings, "settings": at_settings, "choices": variants}
             if make := kinds.get(args.only):
-                settings = SETTINGS if make is at_settings else ((STEPS, SHIFT), *SETTINGS)
+                settings = SETTINGS if make is at_settings else CHOICES
                 found = {setting: everything(task, functools.partial(make, *setting), *setting) for setting in settings}
                 (print_settings if make is at_settings else print_choices)(task, found)
     if args.picture and drawn:

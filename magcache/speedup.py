@@ -14,8 +14,9 @@ from magcache.noise_levels import log_snr, noise_levels
 from magcache.schedule import CALLS_PER_STEP, Schedule, Weights
 
 FORECASTS = ("linear", "reuse")
-FLOOR = math.exp(-5)  # added to the signal-to-noise ratio where steps are spread: before it little is decided
-DECAY = 0.4  # of the slope, per unit of log-SNR
+# both chosen on development pairs of two small models, see examples/README.md
+FLOOR = 0.008  # added to the signal-to-noise ratio where steps are spread: long before it little is decided
+DECAY = 0.25  # of the slope, per squared unit of log-SNR
 
 
 def choose_steps(sigmas: Sequence[float], count: int, floor: float = FLOOR) -> tuple[int, ...]:
@@ -55,7 +56,8 @@ def forecast_weights(
 
     "linear" continues the line through the last two computed outputs b and a along the log-SNR lambda,
 
-        v_j = v_a + s (v_a - v_b),  s = exp(-decay (lambda_j - lambda_b)) (lambda_j - lambda_a) / (lambda_a - lambda_b),
+        v_j = v_a + s (v_a - v_b),
+        s = exp(-decay (lambda_j - lambda_b)^2) (lambda_j - lambda_a) / (lambda_a - lambda_b),
 
     ever flatter the longer the way, since over longer ways the velocity turns. "reuse" takes the last one as it is; so
     does "linear" while there is no other.
@@ -69,7 +71,7 @@ def forecast_weights(
             weights.append((1.0,))
         else:
             (a, b), j = (snr[i] for i in last), snr[step]
-            slope = math.exp(-decay * (j - b)) * (j - a) / (a - b)
+            slope = math.exp(-decay * (j - b) ** 2) * (j - a) / (a - b)
             weights.append((1 + slope, -slope))
     return tuple(weights)
 
