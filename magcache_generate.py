@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 try:
     import magcache  # without torch until something runs
-    from magcache import prompts
-    from magcache.command.checks import check_request
-    from magcache.command.choose_schedule import all_computed, make_schedule
-    from magcache.command.flags import flag_values, is_first, make_parser, task_kind
-    from magcache.command.inputs import (
+    from magcache.app import prompts
+    from magcache.app.checks import check_request
+    from magcache.app.choose_schedule import all_computed, make_schedule
+    from magcache.app.flags import flag_values, is_first, make_parser, task_kind
+    from magcache.app.inputs import (
         extend_prompt,
         inputs_of,
         make_expander,
@@ -26,7 +26,8 @@ try:
         reference_paths,
         video_shape,
     )
-    from magcache.command.results import (
+    from magcache.app.processes import Processes, agreed, gathered, leaving_at_once
+    from magcache.app.results import (
         Job,
         Request,
         check_records,
@@ -38,8 +39,8 @@ try:
         write_comparison,
         write_record,
     )
-    from magcache.command.tell import announce, show_plan, summarise
-    from magcache.command.wan_package import (
+    from magcache.app.tell import announce, show_plan, summarise
+    from magcache.app.wan_package import (
         PIPELINES,
         check_wan,
         device_name,
@@ -47,7 +48,6 @@ try:
         sharing_group,
         start_processes,
     )
-    from magcache.processes import Processes, agreed, gathered, leaving_at_once
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
@@ -140,8 +140,8 @@ def generate(job: Job, inputs: list | None, expander, requests: list[Request]) -
     line to say of it."""
     from tqdm import tqdm
 
-    from magcache.compare import to_frames
-    from magcache.progress import watched
+    from magcache.app.media import to_frames
+    from magcache.app.progress import watched
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
     args, processes, group = job.args, job.processes, job.group

@@ -6,7 +6,7 @@ setup(
     description="MagCache for Wan2.1: faster video generation by reusing transformer residuals",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["magcache", "magcache.command"],  # not `wan`: it would hide the one of a Wan2.1 checkout
+    packages=["magcache", "magcache.app"],  # not `wan`: it would hide the one of a Wan2.1 checkout
     package_data={"magcache": ["ratios/*.json"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={

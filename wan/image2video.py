@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from magcache.images import video_size
+from magcache.app.media import video_size
 from wan.modules.clip import CLIPModel
 from wan.pipeline import WanPipeline
 

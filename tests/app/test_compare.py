@@ -25,14 +25,14 @@ import torch
 import magcache
 import magcache_generate
 import wan
-from magcache import compare, progress, record
-from magcache.command.flags import make_parser
-from magcache.command.results import Request, check_records, write_record
+from magcache.app import compare, progress, record
+from magcache.app.flags import make_parser
+from magcache.app.results import Request, check_records, write_record
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import cache_video
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "magcache_generate.py"
 DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

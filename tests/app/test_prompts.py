@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache.prompts import Line, find_clash, is_finished, read_prompts, result_name, share, slug
+from magcache.app.prompts import Line, find_clash, is_finished, read_prompts, result_name, share, slug
 
 PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
 

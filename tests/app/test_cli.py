@@ -19,17 +19,17 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
-from magcache.command.checks import check_request
-from magcache.command.choose_schedule import make_schedule
-from magcache.command.flags import make_parser
-from magcache.command.inputs import read_inputs, video_shape
-from magcache.command.results import make_requests, result_path, save_result
-from magcache.prompts import Line
+from magcache.app.checks import check_request
+from magcache.app.choose_schedule import make_schedule
+from magcache.app.flags import make_parser
+from magcache.app.inputs import read_inputs, video_shape
+from magcache.app.prompts import Line
+from magcache.app.results import make_requests, result_path, save_result
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "magcache_generate.py"
 DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 PROMPT = "a green square moves up on a gray background"
@@ -144,7 +144,7 @@ def test_readme_torchrun_commands(monkeypatch):
     """The processes that they start are those that their flags need."""
     text = (REPO / "README.md").read_text()
     commands = re.findall(r"^torchrun (.*) (magcache_generate\.py .*)$", text, flags=re.MULTILINE)
-    monkeypatch.setattr("magcache.prompts.read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    monkeypatch.setattr("magcache.app.prompts.read_prompts", lambda path, seed: [Line(1, "a", seed)])
     groups = []
     for launch, command in commands:
         nodes, processes = (

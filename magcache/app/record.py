@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from magcache.ratios import RatioTable, written_whole
+from magcache.files import written_whole
+from magcache.ratios import RatioTable
 from magcache.schedule import Schedule
 
 MADE_BY = "magcache_generate.py"
@@ -110,7 +111,7 @@ def describe_table(table: RatioTable | None) -> dict | None:
 
 def describe_schedule(schedule: Schedule) -> dict:
     """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
-    from magcache.report import reuse_by_branch
+    from magcache.app.plan import reuse_by_branch
 
     steps = {
         name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()

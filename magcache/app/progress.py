@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from magcache.app.plan import step_map
 from magcache.patch import Cache, shadowed
-from magcache.report import step_map
 from magcache.schedule import Schedule
 
 PHASES = ("text", "inputs", "computed", "reused", "sampler", "decode")

@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import magcache
 import magcache_generate
-from magcache import report
-from magcache.command.flags import SIZES, TASKS
+from magcache.app import plan as report
+from magcache.app.flags import SIZES, TASKS
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 DEMO = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(REPO / "examples" / "Wan2.1-T2V-tiny"))
 README = (REPO / "README.md").read_text()
 CALIBRATION = (REPO / "calibration" / "README.md").read_text()

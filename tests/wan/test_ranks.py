@@ -25,7 +25,7 @@ from wan.distributed.sequence import attention_backend
 from wan.utils.utils import cache_video
 
 pytestmark = pytest.mark.slow
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
 REFERENCE = {}  # of one process
 

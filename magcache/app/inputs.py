@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from magcache.command.flags import INPUTS, input_flags, task_kind
-from magcache.command.wan_package import is_stock_wan
+from magcache.app.flags import INPUTS, input_flags, task_kind
+from magcache.app.wan_package import is_stock_wan
 
 # what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
 EXAMPLES = {
@@ -74,7 +74,7 @@ def read_inputs(args, error) -> list:
             sources = prepare_source(args.src_video, args.src_mask, refs, args.frame_num, SIZE_CONFIGS[args.size])
             return [[source] for source in sources]
         if kind in INPUTS:
-            from magcache.images import read_image
+            from magcache.app.media import read_image
 
             return [read_image(getattr(args, flag)) for flag in INPUTS[kind]]
     except ValueError as fault:
@@ -88,7 +88,7 @@ def reference_paths(args) -> list[str]:
 
 def check_sources(args) -> None:
     """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
-    from magcache.images import read_image
+    from magcache.app.media import read_image
 
     for path in (args.src_video, args.src_mask):
         if path and not Path(path).is_file():
@@ -108,7 +108,7 @@ def video_shape(args, inputs: list | None) -> tuple[int, int, int]:
     if args.task.startswith("vace") and inputs:
         return tuple(inputs[0][0].shape[1:])
     if inputs:
-        from magcache.images import video_size
+        from magcache.app.media import video_size
 
         return args.frame_num, *reversed(video_size(inputs[0].size, MAX_AREA_CONFIGS[args.size]))
     return args.frame_num, *reversed(SIZE_CONFIGS[args.size])
@@ -130,7 +130,7 @@ def planned_video(args) -> tuple[int, int, int, int]:
     if kind in ("i2v", "flf2v"):
         path = getattr(args, INPUTS[kind][0])
         if path and Path(path).is_file():
-            from magcache.images import read_image, video_size
+            from magcache.app.media import read_image, video_size
 
             try:
                 width, height = video_size(read_image(path).size, width * height)
@@ -177,6 +177,6 @@ def inputs_of(request, inputs: list | None) -> list:
     """The images of a request: its own, or those that the flags name (`inputs`)."""
     if not request.image:
         return inputs
-    from magcache.images import read_image
+    from magcache.app.media import read_image
 
     return [read_image(request.image)]

@@ -9,12 +9,12 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from golden_data import GOLDEN, read_json, write_checkpoint
-from test_prompt_extend import save_model
+from tiny_qwen import save_model
 
 import magcache
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 STEPS = 4
 CACHE = ["--use_magcache", "--magcache_thresh", "1", "--magcache_K", "2", "--retention_ratio", "0.2"]

@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 
 import magcache
-from magcache import record, report
-from magcache.command.checks import check_request, check_writable, need_package
-from magcache.command.choose_schedule import (
+from magcache.app import plan as report
+from magcache.app import record
+from magcache.app.checks import check_request, check_writable, need_package
+from magcache.app.choose_schedule import (
     make_neighbours,
     make_schedule,
     predict,
     settings_words,
     table_of,
 )
-from magcache.command.flags import input_flags
-from magcache.command.inputs import describe_video, planned_video
-from magcache.command.results import Job, Request
+from magcache.app.flags import input_flags
+from magcache.app.inputs import describe_video, planned_video
+from magcache.app.results import Job, Request
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request]) -> None:
@@ -119,7 +120,7 @@ def print_plan(args, error) -> None:
         shards,
     )
     if picture:  # before anything is printed, which may end it
-        from magcache.plot import draw_plan
+        from magcache.app.plot import draw_plan
 
         sigmas = magcache.noise_levels(args.sample_steps, args.sample_shift, args.sample_solver)
         draw_plan(plan, table and table.ratios, sigmas, picture)

@@ -9,7 +9,7 @@ from pipeline_stages import INPUTS, check_stages
 
 import magcache
 import wan
-from magcache.images import read_image, video_size
+from magcache.app.media import read_image, video_size
 from wan.configs import WAN_CONFIGS
 
 GEOMETRY = read_json("i2v_geometry/geometry.json")

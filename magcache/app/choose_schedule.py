@@ -7,7 +7,13 @@ import json
 from pathlib import Path
 
 import magcache
-from magcache import report
+from magcache import RatioTable, UnknownTableError
+from magcache.app import plan as report
+
+HOW_TO_CALIBRATE = (
+    "measure one by the same command with --magcache_calibration in place of --use_magcache, "
+    "then give its file with --mag_ratios"
+)
 
 
 def settings_of(args) -> dict:
@@ -19,6 +25,27 @@ def settings_of(args) -> dict:
         shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
         settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
     return settings
+
+
+def compare_settings(table: RatioTable, run: dict) -> list[str]:
+    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
+    different = {
+        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
+    }
+    notices = []
+    for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
+        if key in different:
+            notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
+    described = {
+        "checkpoint": "checkpoint",
+        "size": "--size",
+        "frame_num": "--frame_num",
+        "sample_shift": "--sample_shift",
+        "sample_solver": "--sample_solver",
+        "sample_guide_scale": "--sample_guide_scale",
+    }
+    parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
+    return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
 
 
 def make_schedule(args, error):
@@ -35,9 +62,13 @@ def make_schedule(args, error):
         table = magcache.load_table(name)
         settings = (args.magcache_thresh, args.magcache_K, args.retention_ratio)
         schedule = magcache.plan(table.ratios, args.sample_steps, *settings)
+    except UnknownTableError as fault:
+        error(
+            f"{fault}; {HOW_TO_CALIBRATE}" + ("" if args.mag_ratios else ", or name the table of another model there")
+        )
     except ValueError as fault:
         error(fault)
-    notices = [notice] if notice else magcache.compare_settings(table, settings_of(args))
+    notices = [notice] if notice else compare_settings(table, settings_of(args))
     if table.steps != args.sample_steps:
         notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for notice in notices:

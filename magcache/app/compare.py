@@ -5,18 +5,18 @@ and a page that shows all of it. Needs scikit-image, imageio-ffmpeg and Pillow.
 import base64
 import html
 import io
-import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
-from magcache.ratios import written_whole
-from magcache.report import Prediction, reuse_by_branch
+from magcache.app.media import write_image, write_video
+from magcache.app.plan import Prediction, reuse_by_branch
+from magcache.files import written_whole
 from magcache.schedule import Schedule
 
 PHASES = {  # of magcache.progress, in words
@@ -29,7 +29,6 @@ PHASES = {  # of magcache.progress, in words
     "save": "saving",
 }
 DENOISE = ("computed", "reused", "sampler")
-QUALITY = 8  # as the videos themselves
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,6 @@ class Scores:
     ssim: list[float]
     overall_psnr: float | None
     overall_ssim: float
-
-
-def to_uint8(video):
-    """Tensor in [-1, 1] -> uint8 on the CPU, as it is saved."""
-    import torch
-
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu()
-
-
-def to_frames(video) -> np.ndarray:
-    """Tensor [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
-    return to_uint8(video).permute(1, 2, 3, 0).numpy()
 
 
 def score(frames: np.ndarray, reference: np.ndarray) -> Scores:
@@ -98,41 +85,6 @@ def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
     header = np.concatenate([strip(label, part.shape[2]) for label, part in parts.items()], axis=1)
     for row in zip(*parts.values(), strict=True):
         yield np.concatenate([header, np.concatenate(row, axis=1)])
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """H.264 that browsers play, whole or not at all. frames: uint8 [H, W, 3], even sides. Raises OSError."""
-    import imageio_ffmpeg
-
-    frames = iter(frames)
-    first = next(frames)
-    options = ["-f", "mp4", "-movflags", "+faststart"]
-    with written_whole(path) as part:
-        writer = imageio_ffmpeg.write_frames(
-            str(part),
-            first.shape[1::-1],
-            fps=fps,
-            codec="libx264",
-            quality=QUALITY,
-            macro_block_size=2,
-            output_params=options,
-        )
-        writer.send(None)
-        count = 0
-        for frame in itertools.chain([first], frames):
-            writer.send(np.ascontiguousarray(frame))
-            count += 1
-        writer.close()
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(part))  # ffmpeg's failures raise nothing
-        if written != count:
-            raise OSError(f"{path}: ffmpeg wrote {written} of {count} frames")
-
-
-def write_image(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    with written_whole(path) as part:
-        Image.fromarray(picture).save(part, format="PNG")
 
 
 def embedded(frames: np.ndarray, fps: int, page: Path) -> str:

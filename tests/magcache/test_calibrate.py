@@ -9,6 +9,7 @@ import torch
 from test_patch import STEPS, denoise
 
 import magcache
+from magcache.app.results import write_calibration
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_files(model, tmp_path):
         calibration.lists()
     denoise(model)
     table = magcache.make_table("mine", [calibration.lists()], {"task": "t2v-1.3B"})
-    path = magcache.save_calibration(tmp_path, table)
+    path = write_calibration(tmp_path, table)
     flat = json.loads((tmp_path / "wan2_1_mag_ratio.json").read_text())
     assert flat == calibration.lists()["mag_ratio"]
     assert magcache.load_ratios(path) == (1.0, 1.0, *flat)

@@ -11,10 +11,10 @@ import random
 from pathlib import Path
 
 import magcache
-from magcache import prompts
-from magcache.command.flags import input_flags, task_kind
-from magcache.command.inputs import choose_inputs
-from magcache.processes import Processes
+from magcache.app import prompts
+from magcache.app.flags import input_flags, task_kind
+from magcache.app.inputs import choose_inputs
+from magcache.app.processes import Processes
 
 
 def check_request(args, error) -> None:

@@ -1,7 +1,7 @@
 """Pictures of ratio tables and calibrations; needs matplotlib.
 
-python -m magcache.plot TABLE.json --out PICTURE.png             (all that a calibration measured)
-python -m magcache.plot NAME_OR_PATH NAME_OR_PATH ... --out PICTURE.png      (the ratios of several tables)
+python -m magcache.app.plot TABLE.json --out PICTURE.png             (all that a calibration measured)
+python -m magcache.app.plot NAME_OR_PATH NAME_OR_PATH ... --out PICTURE.png      (the ratios of several tables)
 """
 
 import argparse
@@ -10,9 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from magcache.app.plan import Plan, reuse_by_branch
+from magcache.files import written_whole
 from magcache.noise_levels import log_snr
-from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches, written_whole
-from magcache.report import Plan, reuse_by_branch
+from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 

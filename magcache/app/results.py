@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -11,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import magcache
-from magcache import prompts, record
-from magcache.command.checks import check_writable
-from magcache.command.choose_schedule import predict, settings_of, settings_words, table_of
-from magcache.command.flags import INPUTS, flag_values, input_flags, make_parser
-from magcache.command.inputs import describe_video
-from magcache.command.wan_package import device_name
-from magcache.processes import Processes
+from magcache.app import prompts, record
+from magcache.app.checks import check_writable
+from magcache.app.choose_schedule import predict, settings_of, settings_words, table_of
+from magcache.app.flags import INPUTS, flag_values, input_flags, make_parser
+from magcache.app.inputs import describe_video
+from magcache.app.plot import draw_calibration
+from magcache.app.processes import Processes
+from magcache.app.wan_package import device_name
+from magcache.files import written_whole
 
+FLAT_LISTS = {
+    "mag_ratio": "wan2_1_mag_ratio.json",
+    "mag_std": "wan2_1_mag_std.json",
+    "cos_dis": "wan2_1_cos_dis.json",
+}
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -102,7 +110,7 @@ def choose_requests(args, requests: list[Request], error) -> list[Request]:
     finished = len(requests) - len(missing)
     print(f"prompts   {len(requests)} in {args.prompt_file}" + (f", {finished} of them finished" if finished else ""))
     if images := dict.fromkeys(request.image for request in missing if request.image):
-        from magcache.images import read_image
+        from magcache.app.media import read_image
 
         try:
             for image in images:
@@ -144,19 +152,15 @@ def save_result(video, path: Path, fps: int) -> None:
     """Writes the video or image; if that fails, keeps the pixels as a tensor, since an hour of work is in them."""
     import torch
 
-    from magcache.compare import to_uint8
-    from wan.utils.utils import cache_image, cache_video
+    from magcache.app.media import to_frames, to_uint8, write_image, write_video
 
     try:
-        with magcache.ratios.written_whole(path) as part:
-            if path.suffix.lower() in IMAGE_ENDINGS:
-                written = cache_image(video[None, :, 0], str(part), nrow=1)
-            else:
-                written = cache_video(video[None], str(part), fps=fps, nrow=1)
-            if written is None:  # upstream's writers report a failure so
-                raise OSError(f"cannot write {path}")
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            write_image(path, to_frames(video)[0])
+        else:
+            write_video(path, to_frames(video), fps)
     except BaseException:
-        pixels = to_uint8(video)
+        pixels = torch.from_numpy(to_uint8(video))
         for folder in (tempfile.gettempdir(), "."):
             rescue = Path(folder) / f"{path.stem[:100]}.pt"
             with contextlib.suppress(OSError, RuntimeError):
@@ -190,8 +194,30 @@ def save_calibration(args, runs: list[dict], done: list[Request]) -> None:
     published = None
     with contextlib.suppress(ValueError):
         published = magcache.load_table(magcache.choose_table(args.task, args.ckpt_dir, args.size)[0])
-    path = magcache.save_calibration(args.calibration_dir, table, published)
+    path = write_calibration(Path(args.calibration_dir), table, published)
     print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
+
+
+def write_calibration(folder: Path, table: dict, published: magcache.RatioTable | None = None) -> Path:
+    """Writes a table of `magcache.make_table` into a folder as NAME.json, with a picture of it, NAME.png, and the three
+    flat lists under the names that the released script gives them. Each file is written whole or not at all.
+
+    published: a table to draw beside it. Returns the path of the JSON. Raises FileExistsError rather than replace one;
+    the flat lists are of the latest calibration, which is said where they replace another's.
+    """
+    path = folder / f"{table['name']}.json"
+    magcache.save_table(path, table)
+    flat = {folder / name: table[key] for key, name in FLAT_LISTS.items()}
+    if any(file.exists() for file in flat):
+        print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
+    for file, values in flat.items():
+        with written_whole(file) as part:
+            part.write_text(json.dumps(values))
+    try:
+        draw_calibration(table, path.with_suffix(".png"), published)
+    except ImportError:
+        print(f"note: no picture without matplotlib; later: python -m magcache.app.plot {path} --out {path.stem}.png")
+    return path
 
 
 def check_records(args, requests: list[Request], error) -> None:
@@ -263,7 +289,8 @@ def write_comparison(job: Job, request: Request, cached: tuple, uncached: tuple)
 
     cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same.
     """
-    from magcache.compare import Comparison, in_words, to_frames
+    from magcache.app.compare import Comparison, in_words
+    from magcache.app.media import to_frames
 
     (frames, watch), (video, plain) = cached, uncached
     path, fps = request.path, job.config.sample_fps

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from magcache.command.flags import task_kind
-from magcache.processes import Processes
+from magcache.app.flags import task_kind
+from magcache.app.processes import Processes
 
 # by the first part of the task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
 PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
