@@ -4,11 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-INPUTS = {  # by the first part of the task: flags of the files that it looks at
-    "i2v": ("image",),
-    "flf2v": ("first_frame", "last_frame"),
-    "vace": ("src_video", "src_mask", "src_ref_images"),
-}
 TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny", "i2v-tiny")
 SIZES = ("720*1280", "1280*720", "480*832", "832*480", "1024*1024", "64*64")
 
@@ -38,21 +33,6 @@ def truth_value(text: str) -> bool:
     if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
         raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {text!r}")
     return text.lower() in ("yes", "true", "t", "y", "1")
-
-
-def task_kind(args) -> str:
-    """The first part of the task."""
-    return args.task.split("-")[0]
-
-
-def input_flags(args) -> tuple[str, ...]:
-    """Those of the files that the task looks at."""
-    return INPUTS.get(task_kind(args), ())
-
-
-def flag_values(parser: Parser, args) -> dict:
-    """Values of all flags, by name."""
-    return {action.dest: getattr(args, action.dest) for action in parser._actions if action.dest != "help"}
 
 
 def make_parser(script: str | Path, description: str | None = None) -> Parser:

@@ -1,9 +1,10 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from magcache.app.flags import INPUTS, input_flags, task_kind
+from magcache.app.job import Extension, Inputs, Job, Refused, Request, Sampling, refusing
 from magcache.app.wan_package import is_stock_wan
 
 # what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
@@ -36,99 +37,85 @@ EXAMPLES = {
 }
 
 
-def choose_inputs(args, error) -> None:
-    """Takes the task's example if neither prompt nor inputs are given, else wants all that the task needs."""
-    kind = task_kind(args)
-    for flag in (flag for flags in INPUTS.values() for flag in flags):
-        if getattr(args, flag) is not None and flag not in input_flags(args):
-            print(f"note: --{flag} is not used by task {args.task}")
-    given = [flag for flag in input_flags(args) if getattr(args, flag) is not None]
-    example = EXAMPLES.get(args.task, EXAMPLES[kind])
-    if args.prompt is None and not given:
-        folder = Path(args.script).parent / "examples"
-        for flag, names in example.items():
-            path = names if flag == "prompt" else ",".join(str(folder / name) for name in names.split(","))
-            setattr(args, flag, path)
-    elif kind in ("i2v", "flf2v"):
-        missing = [flag for flag in INPUTS[kind] if flag not in given]
-        if missing:
-            error(f"task {args.task} needs --{missing[0]} (without --prompt and --{missing[0]} an example runs)")
-    if args.prompt is None:
-        args.prompt = example["prompt"]
+def choose_inputs(
+    sampling: Sampling, prompt: str | None, inputs: Inputs, folder: Path, needed: bool
+) -> tuple[str, Inputs]:
+    """Takes the task's example, with files of `folder`, if neither prompt nor inputs are given; else, where they are
+    `needed`, refuses a request that lacks some."""
+    for flag, path in asdict(inputs).items():
+        if path is not None and flag not in sampling.input_flags:
+            print(f"note: --{flag} is not used by task {sampling.task}")
+    missing = [flag for flag in sampling.input_flags if getattr(inputs, flag) is None]
+    example = dict(EXAMPLES.get(sampling.task, EXAMPLES[sampling.kind]))
+    words = example.pop("prompt")
+    if prompt is None and len(missing) == len(sampling.input_flags):
+        paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
+        return words, replace(inputs, **paths)
+    if missing and needed and sampling.kind in ("i2v", "flf2v"):
+        flag = f"--{missing[0]}"
+        raise Refused(f"task {sampling.task} needs {flag} (without --prompt and {flag} an example runs)")
+    if prompt is None:
         print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
+        prompt = words
+    return prompt, inputs
 
 
-def read_inputs(args, error) -> list:
+def read_inputs(job: Job) -> list | None:
     """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
     and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
     reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
-    kind = task_kind(args)
-    try:
-        if kind == "vace" and is_stock_wan():
-            return check_sources(args)
-        if kind == "vace":
-            from wan.configs import SIZE_CONFIGS
-            from wan.utils.vace_source import prepare_source
+    sampling, inputs = job.sampling, job.inputs
+    if not sampling.input_flags:
+        return []
+    from magcache.app.media import read_image
 
-            refs = reference_paths(args)
-            sources = prepare_source(args.src_video, args.src_mask, refs, args.frame_num, SIZE_CONFIGS[args.size])
-            return [[source] for source in sources]
-        if kind in INPUTS:
-            from magcache.app.media import read_image
+    with refusing(ValueError):
+        if sampling.kind != "vace":
+            return [read_image(getattr(inputs, flag)) for flag in sampling.input_flags]
+        if is_stock_wan():
+            return check_sources(inputs)
+        from wan.configs import SIZE_CONFIGS
+        from wan.utils.vace_source import prepare_source
 
-            return [read_image(getattr(args, flag)) for flag in INPUTS[kind]]
-    except ValueError as fault:
-        error(fault)
-    return []
+        size = SIZE_CONFIGS[sampling.size]
+        sources = prepare_source(inputs.src_video, inputs.src_mask, inputs.references, sampling.frame_num, size)
+        return [[source] for source in sources]
 
 
-def reference_paths(args) -> list[str]:
-    return [path.strip() for path in (args.src_ref_images or "").split(",") if path.strip()]
-
-
-def check_sources(args) -> None:
+def check_sources(inputs: Inputs) -> None:
     """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
     from magcache.app.media import read_image
 
-    for path in (args.src_video, args.src_mask):
+    for path in (inputs.src_video, inputs.src_mask):
         if path and not Path(path).is_file():
             raise ValueError(f"cannot read {path}: no such file")
-    if args.src_mask and not args.src_video:
-        raise ValueError(f"the mask {args.src_mask} needs a source video")
-    for path in reference_paths(args):
+    if inputs.src_mask and not inputs.src_video:
+        raise ValueError(f"the mask {inputs.src_mask} needs a source video")
+    for path in inputs.references:
         read_image(path)
-    if args.src_video:
+    if inputs.src_video:
         print("note: this wan package reads the source video after loading; its size and length are the video's")
 
 
-def video_shape(args, inputs: list | None) -> tuple[int, int, int]:
-    """(frames, height, width) of the result."""
+def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:
+    """(frames, height, width) of the result. inputs: of `read_inputs`."""
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
-    if args.task.startswith("vace") and inputs:
+    if sampling.kind == "vace" and inputs:
         return tuple(inputs[0][0].shape[1:])
+    width, height = SIZE_CONFIGS[sampling.size]
     if inputs:
         from magcache.app.media import video_size
 
-        return args.frame_num, *reversed(video_size(inputs[0].size, MAX_AREA_CONFIGS[args.size]))
-    return args.frame_num, *reversed(SIZE_CONFIGS[args.size])
+        width, height = video_size(inputs[0].size, MAX_AREA_CONFIGS[sampling.size])
+    return sampling.frame_num, height, width
 
 
-def describe_video(args, shape: tuple[int, int, int], seed: int | str) -> str:
-    """shape: (frames, height, width)."""
-    frames, height, width = shape
-    return (
-        f"{args.task}, {width}x{height}, {frames} frames, {args.sample_steps} steps, {args.sample_solver}, shift "
-        f"{args.sample_shift:g}, guidance {args.sample_guide_scale:g}, seed {seed}"
-    )
-
-
-def planned_video(args) -> tuple[int, int, int, int]:
+def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
     """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
-    width, height = map(int, args.size.split("*"))
-    kind = task_kind(args)
-    if kind in ("i2v", "flf2v"):
-        path = getattr(args, INPUTS[kind][0])
+    width, height = map(int, sampling.size.split("*"))
+    if sampling.kind in ("i2v", "flf2v"):
+        path = getattr(inputs, sampling.input_flags[0])
         if path and Path(path).is_file():
             from magcache.app.media import read_image, video_size
 
@@ -138,32 +125,29 @@ def planned_video(args) -> tuple[int, int, int, int]:
                 print(f"note: {fault}; here its shape is that of --size")
         else:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
-    references = len(reference_paths(args)) if kind == "vace" else 0
-    if kind == "vace" and args.src_video:
+    if sampling.kind != "vace":
+        return sampling.frame_num, height, width, 0
+    if inputs.src_video:
         print("note: the source video decides on shape and length; the largest that it may have is taken")
-    return args.frame_num, height, width, references
+    return sampling.frame_num, height, width, len(inputs.references)
 
 
-def make_expander(args, error):
-    """Returns what extends the prompt, or None. Reads no weights, unless the `wan` here does."""
-    if not args.use_prompt_extend:
-        return None
+def make_expander(sampling: Sampling, extension: Extension):
+    """Returns what extends the prompts. Reads no weights, unless the `wan` here does."""
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
-    method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[args.prompt_extend_method]
-    device = {"device": 0} if args.prompt_extend_method == "local_qwen" else {}
-    try:
-        return method(model_name=args.prompt_extend_model, is_vl=args.task.startswith(("i2v", "flf2v")), **device)
-    except (ValueError, OSError, ImportError) as fault:
-        error(str(fault).splitlines()[0])
+    method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
+    device = {"device": 0} if extension.method == "local_qwen" else {}
+    with refusing(ValueError, OSError, ImportError):
+        return method(model_name=extension.model, is_vl=sampling.kind in ("i2v", "flf2v"), **device)
 
 
-def extend_prompt(args, request, expander, inputs: list | None) -> str:
+def extend_prompt(job: Job, request: Request, expander, inputs: list | None) -> str:
     """The extension of a request's prompt, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
-    images = [] if task_kind(args) == "vace" else inputs_of(request, inputs)
+    images = [] if job.sampling.kind == "vace" else inputs_of(request, inputs)
     image = None if not images else images[0] if len(images) == 1 else images
-    out = expander(request.prompt, tar_lang=args.prompt_extend_target_lang, image=image, seed=args.base_seed)
+    out = expander(request.prompt, tar_lang=job.extension.target_lang, image=image, seed=job.base_seed)
     if not out.status:
         print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
         return request.prompt
@@ -173,7 +157,7 @@ def extend_prompt(args, request, expander, inputs: list | None) -> str:
     return out.prompt
 
 
-def inputs_of(request, inputs: list | None) -> list:
+def inputs_of(request: Request, inputs: list | None) -> list:
     """The images of a request: its own, or those that the flags name (`inputs`)."""
     if not request.image:
         return inputs

@@ -1,24 +1,98 @@
 """The record of a run, a JSON file beside the video: enough to repeat it."""
 
-import argparse
 import hashlib
 import json
 import os
 import platform
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import magcache
+from magcache.app.flags import make_parser
+from magcache.app.job import Job, Request, refuse_if
+from magcache.app.plan import reuse_by_branch
 from magcache.files import written_whole
-from magcache.ratios import RatioTable
-from magcache.schedule import Schedule
 
 MADE_BY = "magcache_generate.py"
 # flags that name a file or a folder each, but for the last one, whose files are separated by commas
 PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "calibration_dir", "magcache_plan", "compare")
+OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+
+
+def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int], seconds: dict, calls: list) -> dict:
+    """All that it takes to make a video again.
+
+    group: the processes that made it. pixels: (frames, height, width). seconds: by phase. calls: those of the model, as
+    they were watched.
+    """
+    import wan
+
+    frames, height, width = pixels
+    values = replayed_values(job, request)
+    return {
+        "video": request.path.name,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "date": datetime.now().isoformat("T", "seconds"),
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "command": command_of(job, request, group, values),
+        "arguments": values | {"save_file": str(request.path.absolute())},
+        "versions": versions() | {"wan": os.path.dirname(os.path.abspath(wan.__file__))},
+        "device": device(),
+        "steps_by": job.made_by,
+        "table": describe_table(job.table),
+        "schedule": describe_schedule(job.schedule) if job.cache else None,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "calls": {"computed": sum(not reused for reused, _ in calls), "reused": sum(reused for reused, _ in calls)},
+        "peak_memory": peak_memory(),
+    }
+
+
+def replayed_values(job: Job, request: Request) -> dict:
+    """The values of all flags that make the request again, from any folder."""
+    values = job.values | ({"image": request.image} if request.image else {})
+    values |= {name: absolute(name, values[name]) for name in PATHS}
+    if job.table:
+        values["mag_ratios"] = job.table.name if job.table.named else str(job.table.path.absolute())
+    again = request.path.with_stem(f"{request.path.stem}_again").absolute()
+    return values | {"prompt": request.prompt, "base_seed": request.seed, "save_file": str(again)}
+
+
+def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
+    left_out = [*NOT_OF_ONE_VIDEO, *OF_EXTENSION]
+    if job.cache and job.cache.speedup is not None:
+        left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
+    return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]
+
+
+def check_records(job: Job, requests: list[Request]) -> None:
+    """A record takes the place of an earlier one, but of no other file."""
+    for request in requests if job.output.record else ():
+        path = record_path(request.path)
+        other = path.exists() and not is_record(path)
+        refuse_if(other, f"{path} exists and is no record of a video: move it, or use --magcache_record off")
+
+
+def save_record(job: Job, path: Path, entries: dict) -> bool:
+    """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
+    if not job.output.record:
+        return False
+    try:
+        write_record(record_path(path), entries)
+    except OSError as fault:
+        print(f"warning: the record could not be written: {fault}", file=sys.stderr)
+        return False
+    return True
 
 
 def record_path(video: Path) -> Path:
@@ -33,7 +107,7 @@ def is_record(path: Path) -> bool:
         return False
 
 
-def command_line(parser: argparse.ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
+def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
     """The flags that stand for these values of a parser's arguments, but for those that are left out. What is None, a
     switch that is off, or unknown to the parser has no flag."""
     command = []
@@ -61,8 +135,6 @@ def absolute(name: str, value: str | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    import magcache
-
     found = {"python": platform.python_version(), "magcache": magcache.__version__}
     for package in PACKAGES:
         try:
@@ -98,7 +170,7 @@ def peak_memory() -> dict:
     return {"bytes": peak, "of": "CPU memory of the process (largest resident set)"}
 
 
-def describe_table(table: RatioTable | None) -> dict | None:
+def describe_table(table: magcache.RatioTable | None) -> dict | None:
     """A ratio table and its origin."""
     return table and {
         "name": table.name,
@@ -109,10 +181,8 @@ def describe_table(table: RatioTable | None) -> dict | None:
     }
 
 
-def describe_schedule(schedule: Schedule) -> dict:
+def describe_schedule(schedule: magcache.Schedule) -> dict:
     """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
-    from magcache.app.plan import reuse_by_branch
-
     steps = {
         name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()
     }

@@ -19,12 +19,12 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
-from magcache.app.checks import check_request
-from magcache.app.choose_schedule import make_schedule
+from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
 from magcache.app.inputs import read_inputs, video_shape
 from magcache.app.prompts import Line
-from magcache.app.results import make_requests, result_path, save_result
+from magcache.app.requests import make_requests, result_path
+from magcache.app.results import save_result
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
@@ -38,6 +38,10 @@ PROMPT = "a green square moves up on a gray background"
 def run(*arguments, cwd=REPO, python_flags=()):
     command = [sys.executable, *python_flags, str(REPO / "magcache_generate.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def job_of(*flags):
+    return make_job(make_parser(SCRIPT).parse_args(list(map(str, flags))))
 
 
 def demo(*arguments, steps=10, cwd=REPO):
@@ -123,12 +127,12 @@ def test_documented_commands_parse_and_plan():
         args = make_parser(SCRIPT).parse_args(shlex.split(command)[1:])
         if args.magcache_plan or not args.use_magcache:
             continue  # see test_report
-        check_request(args, pytest.fail)
-        schedule, made_by = make_schedule(args, pytest.fail)
-        read_inputs(args, pytest.fail)
-        assert args.offload_model
-        key = (args.task, args.magcache_speedup)
-        plans[key] = (made_by, schedule.computed, args.frame_num, args.sample_steps, args.sample_shift)
+        job = make_job(args)
+        read_inputs(job)
+        assert job.machine.offload_model
+        sampling = job.sampling
+        settings = (sampling.frame_num, sampling.sample_steps, sampling.sample_shift)
+        plans[args.task, args.magcache_speedup] = (job.made_by, job.schedule.computed, *settings)
     assert plans == {
         ("t2v-14B", 2.5): ("outputs forecast along the noise level", 40, 81, 50, 5.0),
         ("t2v-1.3B", None): ("table t2v-1.3B", 42, 81, 50, 5.0),
@@ -153,11 +157,10 @@ def test_readme_torchrun_commands(monkeypatch):
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "0")
         monkeypatch.setenv("WORLD_SIZE", str(nodes * processes))
-        args = make_parser(SCRIPT).parse_args(shlex.split(command)[1:])
-        check_request(args, pytest.fail)
-        assert make_schedule(args, pytest.fail)[0].speedup_bound > 1
-        assert WAN_CONFIGS[args.task].num_heads % args.ulysses_size == 0
-        groups.append((nodes * processes, nodes * processes // (args.ulysses_size * args.ring_size)))
+        job = job_of(*shlex.split(command)[1:])
+        assert job.schedule.speedup_bound > 1
+        assert WAN_CONFIGS[job.sampling.task].num_heads % job.machine.ulysses_size == 0
+        groups.append((nodes * processes, nodes * processes // job.machine.shards))
     assert groups == [(8, 1), (16, 1), (8, 4)]
 
 
@@ -167,11 +170,9 @@ def test_calibration_of_61_frames_is_planned():
         "--task i2v-14B --size 1280*720 --ckpt_dir ./Wan2.1-I2V-14B-720P --image examples/wan_i2v.png "
         '--magcache_calibration --offload_model True --t5_cpu --frame_num 61 --base_seed 0 --prompt "..."'
     )
-    args = make_parser(SCRIPT).parse_args(shlex.split(command))
-    check_request(args, pytest.fail)
-    inputs = read_inputs(args, pytest.fail)
-    assert video_shape(args, inputs) == (61, 720, 1280)
-    assert (args.sample_steps, args.sample_shift) == (40, 5.0)
+    job = job_of(*shlex.split(command))
+    assert video_shape(job.sampling, read_inputs(job)) == (61, 720, 1280)
+    assert (job.sampling.sample_steps, job.sampling.sample_shift) == (40, 5.0)
 
 
 I2V = ("--task", "i2v-14B", "--ckpt_dir", "{i2v}")
@@ -366,10 +367,10 @@ def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypa
         monkeypatch.setenv(name, value)
     if missing:
         monkeypatch.delenv(missing)
-    parser = make_parser(SCRIPT)
-    args = parser.parse_args(["--ckpt_dir", "x", "--prompt", "a fox", *flags])
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--ckpt_dir", "x", "--prompt", "a fox", *flags])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # of which only the first process keeps its own
     with pytest.raises(SystemExit) as stopped:
-        check_request(args, parser.error)
+        magcache_generate.main()
     assert stopped.value.code == 2
     assert (message in capsys.readouterr().err) == (local_rank == "0")
 
@@ -382,18 +383,14 @@ def test_bad_input_in_a_real_process(tmp_path):
 
 def test_a_renamed_folder():
     """The task decides on the table, whatever the folder is called."""
-    args = make_parser(SCRIPT).parse_args(["--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache"])
-    check_request(args, pytest.fail)
-    assert make_schedule(args, pytest.fail)[1] == "table t2v-14B"
+    assert job_of("--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache").made_by == "table t2v-14B"
 
 
 def test_images_of_a_prompt_file(tmp_path):
     """A line without one has that of --image, whatever the lines before it have."""
     (tmp_path / "list.jsonl").write_text('{"prompt": "a", "image": "own.png"}\n{"prompt": "b"}')
     flags = ["--task", "i2v-14B", "--ckpt_dir", "x", "--image", "all.png", "--prompt_file", tmp_path / "list.jsonl"]
-    args = make_parser(SCRIPT).parse_args(list(map(str, flags)))
-    check_request(args, pytest.fail)
-    assert [request.image for request in make_requests(args, None, pytest.fail)] == ["own.png", "all.png"]
+    assert [request.image for request in make_requests(job_of(*flags))] == ["own.png", "all.png"]
 
 
 NASTY = [
@@ -411,8 +408,7 @@ NASTY = [
 @pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
 def test_file_names_are_safe(prompt, tmp_path):
     flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
-    args = make_parser(SCRIPT).parse_args(flags)
-    name = str(result_path(args, prompt, pytest.fail))
+    name = str(result_path(job_of(*flags), prompt, None))
     assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
     path = tmp_path / name
     frames = frames_of(torch.zeros(3, 5, 16, 16), path)
@@ -421,13 +417,12 @@ def test_file_names_are_safe(prompt, tmp_path):
 
 
 def test_file_names_without_the_cache():
-    args = make_parser(SCRIPT).parse_args(["--task", "t2i-14B", "--size", "1024*1024"])
+    job = job_of("--task", "t2i-14B", "--size", "1024*1024", "--ckpt_dir", "x")
     assert re.fullmatch(
         r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png",
-        str(result_path(args, "one fox", pytest.fail)),
+        str(result_path(job, "one fox", None)),
     )
-    args.save_file = "film"
-    assert result_path(args, "one fox", pytest.fail) == Path("film.png")
+    assert result_path(job, "one fox", "film") == Path("film.png")
 
 
 def test_uncached_equals_the_unpatched_model(tmp_path):
@@ -549,18 +544,14 @@ def test_a_speedup(speedup, changed, tmp_path):
 
 def test_a_speedup_needs_no_table():
     flags = "--task flf2v-14B --size 1280*720 --ckpt_dir x --use_magcache --magcache_speedup 2.5"
-    args = make_parser(SCRIPT).parse_args(flags.split())
-    check_request(args, pytest.fail)
-    schedule, _ = make_schedule(args, pytest.fail)
+    schedule = job_of(*flags.split()).schedule
     assert schedule == magcache.plan_speedup(50, 2.5, shift=16.0)
     assert schedule.speedup_bound == 2.5
 
 
 def test_a_table_of_another_model_is_used_with_a_notice(folders, capsys):
     flags = f"--task t2v-1.3B --size 832*480 --ckpt_dir x --use_magcache --mag_ratios {folders['tables']}/other.json"
-    args = make_parser(SCRIPT).parse_args(flags.split())
-    check_request(args, pytest.fail)
-    make_schedule(args, pytest.fail)
+    job_of(*flags.split())
     assert "was measured on task i2v-14B, not t2v-1.3B" in capsys.readouterr().out
 
 

@@ -26,8 +26,10 @@ import magcache
 import magcache_generate
 import wan
 from magcache.app import compare, progress, record
+from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
-from magcache.app.results import Request, check_records, write_record
+from magcache.app.job import Refused, Request
+from magcache.app.record import check_records, save_record
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import cache_video
@@ -135,17 +137,17 @@ def test_bytes_that_are_no_text_stop_no_record(tmp_path):
 def test_no_record(tmp_path, capsys):
     """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
-    parse = make_parser(SCRIPT).parse_args
-    with pytest.raises(SystemExit, match=r"film.json exists and is no record of a video"):
-        check_records(parse([]), [Request("a", 1, tmp_path / "film.mp4")], sys.exit)
-    off = parse(["--magcache_record", "off"])
-    check_records(off, [Request("a", 1, tmp_path / "film.mp4")], pytest.fail)
-    assert not write_record(off, tmp_path / "film.mp4", {})
+    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO))
+    on, off = (make_job(make_parser(SCRIPT).parse_args([*flags, "--magcache_record", word])) for word in ("on", "off"))
+    with pytest.raises(Refused, match=r"film.json exists and is no record of a video"):
+        check_records(on, [Request("a", 1, tmp_path / "film.mp4")])
+    check_records(off, [Request("a", 1, tmp_path / "film.mp4")])
+    assert not save_record(off, tmp_path / "film.mp4", {})
     assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
-    assert not write_record(parse([]), tmp_path / "gone" / "film.mp4", {})
+    assert not save_record(on, tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
-    assert write_record(parse([]), tmp_path / "other.mp4", {})
-    check_records(parse([]), [Request("a", 1, tmp_path / "other.mp4")], pytest.fail)
+    assert save_record(on, tmp_path / "other.mp4", {})
+    check_records(on, [Request("a", 1, tmp_path / "other.mp4")])
 
 
 def test_comparison_files(compared):

@@ -1,6 +1,5 @@
 """The script, copied into a folder that stands in for a stock Wan2.1 checkout, as users run it there."""
 
-import argparse
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch
 
 import magcache
 from magcache.app.inputs import check_sources
+from magcache.app.job import Inputs
 
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
@@ -152,9 +152,8 @@ def test_vace(checkout):
     ],
 )
 def test_vace_sources_are_checked(sources, message):
-    nothing = {"src_video": None, "src_mask": None, "src_ref_images": None}
     with pytest.raises(ValueError, match=message):
-        check_sources(argparse.Namespace(**nothing | sources))
+        check_sources(Inputs(**sources))
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [("i2v", ("image",)), ("flf2v", ("first_frame", "last_frame"))])
