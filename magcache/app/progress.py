@@ -93,10 +93,10 @@ class Watch:
         kinds = {reused for reused, _ in self.calls[-per_step:]}
         kind = "half reused" if len(kinds) == 2 else "reused" if kinds.pop() else "computed"
         left = seconds_left(self.calls, self.schedule, self.seconds["sampler"])
-        text = f"{done}/{steps} {kind}, about {clock_time(left)} left"
+        text = f"{done}/{steps} {kind}, about {tqdm.format_interval(round(left))} left"
         if done == steps:
             spent = sum(self.seconds[phase] for phase in ("computed", "reused", "sampler"))
-            text = f"{done}/{steps} in {clock_time(spent)}"
+            text = f"{done}/{steps} in {tqdm.format_interval(round(spent))}"
         if sys.stderr.isatty():
             if self.bar is None:
                 self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
@@ -125,12 +125,6 @@ def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, betwee
         seen = later or [seconds for reused, seconds in calls if reused == kind]
         total += rest.count(kind) * statistics.fmean(seen) if seen else 0.0
     return total + between * len(rest) / max(1, len(calls))
-
-
-def clock_time(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import transformers
 
 import magcache
 from magcache.app.choose_schedule import predict, settings_of
-from magcache.app.compare import Comparison, in_words
+from magcache.app.compare import Comparison
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
+from magcache.app.page import in_words
 from magcache.app.plot import draw_calibration
 from magcache.app.requests import IMAGE_ENDINGS
 from magcache.app.wan_package import device_name
