@@ -16,7 +16,8 @@ try:
     from magcache.app.processes import Processes, leaving_at_once
     from magcache.app.record import check_records
     from magcache.app.requests import choose_requests, make_requests
-    from magcache.app.tell import announce, show_plan, tell_failures
+    from magcache.app.show_plan import show_plan
+    from magcache.app.tell import announce, tell_failures
     from magcache.app.wan_package import check_wan, start_processes
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"

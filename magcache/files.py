@@ -15,6 +15,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     one. Its ending tells writers the format.
     """
     path = Path(path)
+    # not of `tempfile`, whose names are others every time and whose files only their owner may read
     part = path.with_name(f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part{path.suffix}")
     try:
         yield part

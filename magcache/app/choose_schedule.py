@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import magcache
@@ -84,22 +84,3 @@ def all_computed(steps: int) -> Schedule:
 def predict(job: Job) -> plan.Prediction | None:
     """The error to expect of the schedule by the ratio table that made it, None where none did."""
     return job.table and plan.predict_by_ratios(job.schedule, job.table.ratios, job.cache.rule.thresh)
-
-
-def make_neighbours(job: Job) -> plan.Neighbours:
-    """What the settings around the given ones would give."""
-    cache = job.cache
-
-    def cell(**changed) -> Schedule:
-        return make_schedule(job.sampling, replace(cache, **changed), job.table)
-
-    if cache.speedup is not None:
-        speedups = plan.neighbour_speedups(cache.speedup, job.sampling.sample_steps)
-        cells = [[cell(speedup=x)] for x in speedups]
-        asked = (speedups.index(cache.speedup), 0)
-        return plan.Neighbours("other     speed-ups", [f"speedup {x:g}" for x in speedups], [""], cells, asked)
-    thresholds, lengths = plan.neighbour_settings(cache.rule.thresh, cache.rule.K)
-    cells = [[cell(rule=replace(cache.rule, thresh=thresh, K=K)) for K in lengths] for thresh in thresholds]
-    rows, columns = [f"thresh {thresh:g}" for thresh in thresholds], [f"K {K}" for K in lengths]
-    asked = (thresholds.index(cache.rule.thresh), lengths.index(cache.rule.K))
-    return plan.Neighbours("other     thresh and K", rows, columns, cells, asked)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from magcache.app.record import make_record, record_path, save_record
 from magcache.app.results import save_calibration, save_result, write_comparison
 from magcache.app.tell import summarise
 from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
-from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
 
 Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
 
@@ -148,9 +148,9 @@ class Making:
             sharing = sharing_group(job.machine, group)
             self.calibration = magcache.apply_calibration(pipeline.model, job.schedule.steps, sharing)
         if inputs is None:
-            given, frames, size = job.inputs, job.sampling.frame_num, SIZE_CONFIGS[job.sampling.size]
+            given = job.inputs
             paths = [given.src_video], [given.src_mask], [given.references or None]
-            inputs = pipeline.prepare_source(*paths, frames, size, pipeline.device)
+            inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
         self.inputs = inputs
         self.runs, self.watches, self.failures = [], [], []
 
@@ -192,9 +192,9 @@ class Making:
     def run(self, request: Request, schedule: magcache.Schedule, cache: patch.Cache | None = None) -> tuple[Any, Watch]:
         """The video, and what was watched. cache: on the model; None if there is none."""
         sampling = self.job.sampling
-        shape = {"size": SIZE_CONFIGS[sampling.size]}
+        shape = {"size": sampling.pixels}
         if sampling.kind in ("i2v", "flf2v"):
-            shape = {"max_area": MAX_AREA_CONFIGS[sampling.size]}
+            shape = {"max_area": math.prod(sampling.pixels)}
         with watched(self.pipeline, schedule, cache, self.speaks) as watch:
             video = self.pipeline.generate(
                 request.prompt,

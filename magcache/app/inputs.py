@@ -1,5 +1,6 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,33 +9,7 @@ from magcache.app.job import Extension, Inputs, Job, Refused, Request, Sampling,
 from magcache.app.wan_package import is_stock_wan
 
 # what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
-EXAMPLES = {
-    "t2v": {
-        "prompt": "A paper boat sails down a rain-filled street at dusk, neon signs ripple in the water, slow tracking "
-        "shot."
-    },
-    "t2i": {"prompt": "A lighthouse on a basalt cliff under a clear night sky, long exposure, sharp detail."},
-    "i2v": {
-        "prompt": "A white cat in sunglasses sits coolly on a striped surfboard that rocks on turquoise waves, its "
-        "tail swaying and its fur ruffled by the sea breeze. Foam splashes around the board and white clouds drift "
-        "over the green hills on a bright summer day.",
-        "image": "i2v_input.JPG",
-    },
-    "flf2v": {
-        "prompt": "A small blue bird with an orange breast pushes off from a blossoming branch, spreads its wings and "
-        "flies up to the left over misty green hills. The branch springs back as it leaves; animated illustration, "
-        "fixed camera.",
-        "first_frame": "flf2v_input_first_frame.png",
-        "last_frame": "flf2v_input_last_frame.png",
-    },
-    "vace": {
-        "prompt": "A cheerful little girl with two hair buns and a red dress meets a friendly green snake under "
-        "glowing festival lanterns. She laughs and strokes its head while the snake sways and coils around her.",
-        "src_ref_images": "girl.png,snake.png",
-    },
-    "t2v-tiny": {"prompt": "a red circle moves right on a white background"},
-    "i2v-tiny": {"prompt": "a purple triangle moves right on a yellow background", "image": "i2v_tiny_input.png"},
-}
+EXAMPLES = json.loads(Path(__file__).with_name("examples.json").read_text())
 
 
 def choose_inputs(
@@ -74,11 +49,10 @@ def read_inputs(job: Job) -> list | None:
             return [read_image(getattr(inputs, flag)) for flag in sampling.input_flags]
         if is_stock_wan():
             return check_sources(inputs)
-        from wan.configs import SIZE_CONFIGS
         from wan.utils.vace_source import prepare_source
 
-        size = SIZE_CONFIGS[sampling.size]
-        sources = prepare_source(inputs.src_video, inputs.src_mask, inputs.references, sampling.frame_num, size)
+        files = (inputs.src_video, inputs.src_mask, inputs.references)
+        sources = prepare_source(*files, sampling.frame_num, sampling.pixels)
         return [[source] for source in sources]
 
 
@@ -99,37 +73,34 @@ def check_sources(inputs: Inputs) -> None:
 
 def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:
     """(frames, height, width) of the result. inputs: of `read_inputs`."""
-    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
-
     if sampling.kind == "vace" and inputs:
         return tuple(inputs[0][0].shape[1:])
-    width, height = SIZE_CONFIGS[sampling.size]
+    width, height = sampling.pixels
     if inputs:
         from magcache.app.media import video_size
 
-        width, height = video_size(inputs[0].size, MAX_AREA_CONFIGS[sampling.size])
+        width, height = video_size(inputs[0].size, width * height)
     return sampling.frame_num, height, width
 
 
 def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
     """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
-    width, height = map(int, sampling.size.split("*"))
+    frames, height, width = video_shape(sampling, None)
     if sampling.kind in ("i2v", "flf2v"):
         path = getattr(inputs, sampling.input_flags[0])
         if path and Path(path).is_file():
-            from magcache.app.media import read_image, video_size
+            from magcache.app.media import read_image
 
             try:
-                width, height = video_size(read_image(path).size, width * height)
+                frames, height, width = video_shape(sampling, [read_image(path)])
             except ValueError as fault:
                 print(f"note: {fault}; here its shape is that of --size")
         else:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
-    if sampling.kind != "vace":
-        return sampling.frame_num, height, width, 0
-    if inputs.src_video:
+    is_vace = sampling.kind == "vace"
+    if is_vace and inputs.src_video:
         print("note: the source video decides on shape and length; the largest that it may have is taken")
-    return sampling.frame_num, height, width, len(inputs.references)
+    return frames, height, width, len(inputs.references) if is_vace else 0
 
 
 def make_expander(sampling: Sampling, extension: Extension):

@@ -67,6 +67,12 @@ class Sampling:
         return INPUTS.get(self.kind, ())
 
     @property
+    def pixels(self) -> tuple[int, int]:
+        """(width, height), of the video or of its area."""
+        width, height = map(int, self.size.split("*"))
+        return width, height
+
+    @property
     def noise_levels(self) -> tuple[float, ...]:
         return magcache.noise_levels(self.sample_steps, self.sample_shift, self.sample_solver)
 

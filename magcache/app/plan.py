@@ -118,6 +118,14 @@ def cached_bytes(schedule: Schedule, shape: Shape, tokens: int, dtype: str | Non
     return schedule.calls_per_step * schedule.history * numbers * BYTES[dtype]
 
 
+def run_flops(schedule: Schedule, shape: Shape, tokens: int) -> tuple[int, int]:
+    """Of the whole run: with this schedule, and with every call computed."""
+    computed, reused = call_flops(shape, tokens)
+    if schedule.target == "output":
+        reused = 0  # the model does not run
+    return schedule.computed * computed + sum(schedule.reuse) * reused, len(schedule.weights) * computed
+
+
 def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, ...]:
     """The accumulated error of the MagCache rule along one branch, for any choice of steps: over every stretch of
     reused steps the sum of the distances from 1 of the product of its ratios; 0 where a step computes."""
@@ -182,121 +190,6 @@ def table_origin(table: RatioTable) -> str:
 def number_of_bytes(count: float) -> str:
     unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if count >= s or s == 1)
     return f"{count / size:.3g} {unit}"
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Schedules that other settings would make, for a table: by row and column. asked: row and column of the settings
-    that were asked for."""
-
-    heading: str
-    rows: list[str]
-    columns: list[str]
-    schedules: list[list[Schedule]]
-    asked: tuple[int, int]
-
-    def lines(self) -> list[str]:
-        """The cell of the settings that were asked for has a star."""
-        cells = [[f"{schedule.computed}, {schedule.speedup_bound:.2f}x" for schedule in row] for row in self.schedules]
-        row, column = self.asked
-        cells[row][column] += " *"
-        width = max(len(text) for text in (*self.columns, *(cell for row in cells for cell in row))) + 2
-        first = max(map(len, self.rows)) + 3
-        rows = [("", self.columns), *zip(self.rows, cells, strict=True)]
-        return [f"{self.heading}: calls computed, bound (* as asked)"] + [
-            " " * 10 + f"{label:<{first}}" + "".join(f"{cell:<{width}}" for cell in row)
-            for label, row in rows
-            if label or any(row)
-        ]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that can be said before a run.
-
-    made_by: what made the schedule, a table or steps, and its settings. origin: of that table,
-    if there is one. video: what is
-    generated, in words. prediction: None where nothing predicts. neighbours: what other settings would give. dtype,
-    where: of what is cached. shards: GPUs that share the tokens.
-    """
-
-    schedule: Schedule
-    made_by: str
-    origin: str | None
-    video: str
-    tokens: int
-    shape: Shape
-    prediction: Prediction | None
-    neighbours: Neighbours
-    dtype: str | None = None
-    where: str = "on the GPU"
-    shards: int = 1
-
-    def headline(self) -> str:
-        schedule = self.schedule
-        return (
-            f"{schedule.computed} of {len(schedule.weights)} DiT calls computed, at most {schedule.speedup_bound:.2f}x"
-        )
-
-    def flops(self) -> tuple[int, int]:
-        """Of the whole run: with this schedule, and with every call computed."""
-        computed, reused = call_flops(self.shape, self.tokens)
-        calls = len(self.schedule.weights)
-        if self.schedule.target == "output":
-            reused = 0  # the model does not run
-        return self.schedule.computed * computed + (calls - self.schedule.computed) * reused, calls * computed
-
-    def lines(self) -> list[str]:
-        schedule = self.schedule
-        cached, full = self.flops()
-        kept = schedule.history * schedule.calls_per_step
-        memory = "nothing is cached"
-        if kept:
-            size = cached_bytes(schedule, self.shape, self.tokens, self.dtype)
-            if schedule.target == "residual":
-                size /= self.shards  # of its tokens; outputs are whole
-            memory = f"{number_of_bytes(size)} {self.where} for {kept} cached {schedule.target}s"
-        lines = [
-            self.headline(),
-            f"schedule  {self.made_by}",
-            *([f"origin    {self.origin}"] if self.origin else []),
-            f"video     {self.video}; {self.tokens} tokens a call",
-            "",
-            *self.map_lines(),
-            "",
-            f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
-            f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
-            f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
-            f"memory    {memory}",
-            "",
-            *self.neighbours.lines(),
-        ]
-        return [line.rstrip() for line in lines]
-
-    def map_lines(self) -> list[str]:
-        """The steps of every branch, and below them the predicted errors."""
-        steps = self.schedule.steps
-        branches = reuse_by_branch(self.schedule)
-        lines = [f"step      {ruler(steps)}"]
-        for name, reuse in branches.items():
-            lines.append(f"{name:<9} {step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
-        if not self.prediction:
-            return [*lines, "          # computed, . reused"]
-        for name, errors in self.prediction.rows.items():
-            shown = f"{digits(errors, branches[name], self.prediction.bound):<{steps}}"
-            lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
-        legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
-        return [*lines, f"          {legend} {self.prediction.bound:g}"]
-
-
-def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:
-    """Thresholds and K around those of a run, rising; none below 0."""
-    return [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12], [max(K, 1) + i for i in (-1, 0, 1)]
-
-
-def neighbour_speedups(speedup: float, steps: int) -> list[float]:
-    """Speed-ups around that of a run, rising; none that a run would refuse."""
-    return sorted({min(max(speedup + difference, 1.0), float(steps)) for difference in (-0.5, 0.0, 0.5)})
 
 
 def reuse_by_branch(schedule: Schedule) -> dict[str, tuple[bool, ...]]:

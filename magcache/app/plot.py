@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from magcache.app.plan import Plan, reuse_by_branch
+from magcache.app.job import Job
+from magcache.app.plan import Prediction, reuse_by_branch
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
 from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches
@@ -68,18 +69,14 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     save_figure(figure, path)
 
 
-def draw_plan(plan: Plan, ratios: Sequence[float] | None, sigmas: Sequence[float], path: str | os.PathLike) -> None:
-    """Draws what decided on the steps of a run, and its skip map.
-
-    ratios: in call order, drawn with the predicted error; None where no table made the schedule: then it is the noise
-    levels `sigmas` (as log-SNR) that did.
-    """
-    schedule, steps = plan.schedule, plan.schedule.steps
-    title = f"{plan.headline()}\n{plan.made_by}; {plan.video}"
+def draw_plan(job: Job, title: str, prediction: Prediction | None, path: str | os.PathLike) -> None:
+    """Draws what decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted
+    error, or, where no table made the schedule, the noise levels (as log-SNR)."""
+    schedule, steps = job.schedule, job.schedule.steps
     branches = reuse_by_branch(schedule)
-    if ratios is None:
+    if job.table is None:
         figure, (levels, skips) = new_figure(2, title, (4, 1))
-        snr = [log_snr(sigma) for sigma in sigmas]
+        snr = [log_snr(sigma) for sigma in job.sampling.noise_levels]
         computed = [step for step, reused in enumerate(branches["cond"]) if not reused]
         levels.plot(range(steps), snr, color="gray", linewidth=0.8)
         levels.plot(computed, [snr[step] for step in computed], "o", color="tab:blue", label="computed")
@@ -87,13 +84,13 @@ def draw_plan(plan: Plan, ratios: Sequence[float] | None, sigmas: Sequence[float
         levels.legend(fontsize=8)
     else:
         figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
-        for (label, color), values in zip(BRANCHES, split_branches(ratios), strict=True):
+        for (label, color), values in zip(BRANCHES, split_branches(job.table.ratios), strict=True):
             ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
         ratio.axhline(1, color="gray", linewidth=0.5)
         ratio.set_ylabel("magnitude ratio")
-        for label, values in plan.prediction.rows.items():
+        for label, values in prediction.rows.items():
             error.step(range(steps), values, where="mid", color=dict(BRANCHES)[label], label=label)
-        error.axhline(plan.prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
+        error.axhline(prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
         error.set_ylabel("predicted error")
         for axes in (ratio, error):
             axes.legend(fontsize=8)

@@ -1,17 +1,9 @@
-"""What is said: before the models are loaded, after the videos are made, and by --magcache_plan, which makes none."""
+"""What is said before the models are loaded, and after the videos are made."""
 
-import contextlib
-import io
-import os
 import statistics
 import sys
-from argparse import Namespace
-from pathlib import Path
 
 from magcache.app import plan, record
-from magcache.app.checks import check_writable, make_job, need_package
-from magcache.app.choose_schedule import make_neighbours, predict
-from magcache.app.inputs import planned_video
 from magcache.app.job import Job, Request
 
 
@@ -87,48 +79,3 @@ def tell_failures(failures: list[tuple[str, str]], count: int) -> None:
     for what, remedy in remedies.items():
         if lines := [line for failed, line in failures if failed == what]:
             print(f"{len(lines)} of {count} {what} failed, {remedy}:", *lines, sep="\n", file=sys.stderr)
-
-
-def show_plan(args: Namespace) -> None:
-    """Says what a run with these flags would do, by the same code, without the wan package or any weights."""
-    try:
-        print_plan(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # by `| head`, which has seen enough; Python flushes once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_plan(args: Namespace) -> None:
-    picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
-    if picture:
-        need_package("matplotlib", "--magcache_plan with a picture")
-        check_writable(picture.parent)
-    with contextlib.redirect_stdout(io.StringIO()) as notes:
-        job = make_job(args)
-        task, size = job.sampling.task, job.sampling.size
-        frames, height, width, references = planned_video(job.sampling, job.inputs)
-        if size not in plan.SIZES[task]:
-            print(f"note: task {task} does not run at {size}, only at {', '.join(plan.SIZES[task])}")
-    shards = job.machine.shards
-    where = "in CPU memory" if job.cache.offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
-    shown = plan.Plan(
-        job.schedule,
-        f"{job.made_by}, {job.cache}",
-        job.table and plan.table_origin(job.table),
-        f"{task}, {width}x{height}, {frames} frames, {job.sampling.sample_steps} steps",
-        plan.token_count(frames, height, width, references),
-        plan.shape_of(task, job.machine.ckpt_dir),
-        predict(job),
-        make_neighbours(job),
-        job.cache.dtype,
-        where,
-        shards,
-    )
-    if picture:  # before anything is printed, which may end it
-        from magcache.app.plot import draw_plan
-
-        draw_plan(shown, job.table and job.table.ratios, job.sampling.noise_levels, picture)
-    print("\n".join(shown.lines()))
-    print(notes.getvalue(), end="")
-    if picture:
-        print(f"picture   {picture}")

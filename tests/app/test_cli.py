@@ -381,6 +381,18 @@ def test_bad_input_in_a_real_process(tmp_path):
     assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is not a folder\n"
 
 
+def test_a_damaged_checkpoint(tmp_path):
+    """One line, whichever file it is."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    weights = tmp_path / "model" / "Wan2.1_VAE.pth"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", tmp_path / "model", "--prompt", PROMPT)
+    result = run(*flags, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"magcache_generate.py: error: cannot read {weights}, is it complete? (")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_renamed_folder():
     """The task decides on the table, whatever the folder is called."""
     assert job_of("--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache").made_by == "table t2v-14B"
