@@ -8,7 +8,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import magcache
@@ -135,6 +134,8 @@ def absolute(name: str, value: str | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     found = {"python": platform.python_version(), "magcache": magcache.__version__}
     for package in PACKAGES:
         try:

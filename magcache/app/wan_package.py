@@ -9,9 +9,8 @@ from typing import Any
 from magcache.app.job import Job, Machine, Refused, Sampling, refuse_if, refusing
 from magcache.app.processes import Processes
 
-# by the kind of task: name of the pipeline in `wan`, type of the transformer in a checkpoint's config.json
+# in `wan`, by the kind of task
 PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
-MODEL_TYPES = {"t2v": "t2v", "t2i": "t2v", "i2v": "i2v", "flf2v": "flf2v", "vace": "vace"}
 
 
 def is_stock_wan() -> bool:
@@ -40,7 +39,8 @@ def check_wan(sampling: Sampling, machine: Machine) -> Any:
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
     """configs: of all tasks."""
     task, folder = sampling.task, Path(machine.ckpt_dir)
-    config, needed, given = configs[task], MODEL_TYPES[sampling.kind], f"--ckpt_dir {folder}"
+    config, given = configs[task], f"--ckpt_dir {folder}"
+    needed = {"t2i": "t2v"}.get(sampling.kind, sampling.kind)
     refuse_if(not folder.is_dir(), f"{given} is not a folder")
     model, weights = read_model(folder)
     kind, heads = model.get("model_type"), model.get("num_heads", config.num_heads)

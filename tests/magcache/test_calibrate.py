@@ -1,6 +1,4 @@
-"""What a calibration measures on a transformer of upstream's shape, by formulas of its own, and the files it writes."""
-
-import json
+"""What a calibration measures on a transformer of upstream's shape, by formulas of its own, and the table of it."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ import torch
 from test_patch import STEPS, denoise
 
 import magcache
-from magcache.app.results import write_calibration
 
 
 @pytest.fixture
@@ -46,14 +43,12 @@ def test_lists(model):
     assert torch.equal(denoise(model), plain)
 
 
-def test_files(model, tmp_path):
+def test_a_table_of_it(model, tmp_path):
     calibration = magcache.apply_calibration(model, STEPS)
     with pytest.raises(RuntimeError, match="stopped after"):
         calibration.lists()
     denoise(model)
     table = magcache.make_table("mine", [calibration.lists()], {"task": "t2v-1.3B"})
-    path = write_calibration(tmp_path, table)
-    flat = json.loads((tmp_path / "wan2_1_mag_ratio.json").read_text())
-    assert flat == calibration.lists()["mag_ratio"]
-    assert magcache.load_ratios(path) == (1.0, 1.0, *flat)
-    assert magcache.load_table(path).steps == STEPS
+    magcache.save_table(tmp_path / "mine.json", table)
+    assert magcache.load_ratios(tmp_path / "mine.json") == (1.0, 1.0, *calibration.lists()["mag_ratio"])
+    assert magcache.load_table(tmp_path / "mine.json").steps == STEPS
