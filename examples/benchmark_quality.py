@@ -35,7 +35,8 @@ from examples import peers
 from examples.train_tiny.check_prompts import DEMOS, check_pairs, generate, load_demo
 from examples.train_tiny.shapes import CAPTIONS, Caption
 from magcache import speedup
-from magcache.compare import score, to_frames
+from magcache.app.compare import score
+from magcache.app.media import to_frames
 from magcache.schedule import Schedule
 
 STEPS, SHIFT = peers.STEPS, peers.SHIFT

@@ -15,8 +15,8 @@ import importlib
 from magcache.noise_levels import noise_levels
 from magcache.ratios import (
     RatioTable,
+    UnknownTableError,
     choose_table,
-    compare_settings,
     load_ratios,
     load_table,
     save_table,
@@ -33,7 +33,6 @@ _LAZY = {
     "apply_calibration": "magcache.calibrate",
     "Calibration": "magcache.calibrate",
     "make_table": "magcache.calibrate",
-    "save_calibration": "magcache.calibrate",
     "plan_speedup": "magcache.speedup",
     "plan_steps": "magcache.speedup",
 }
@@ -42,8 +41,8 @@ __all__ = [
     "RatioTable",
     "Schedule",
     "Settings",
+    "UnknownTableError",
     "choose_table",
-    "compare_settings",
     "load_ratios",
     "load_table",
     "noise_levels",

@@ -1,26 +1,15 @@
 """Measures a model's magnitude ratios in a full run, in which every call computes."""
 
 import functools
-import json
 import math
-import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from magcache.patch import attach, blocks_hidden, find_dit, run_blocks
-from magcache.plot import draw_calibration
-from magcache.ratios import RatioTable, save_table, written_whole
 from magcache.schedule import CALLS_PER_STEP
-
-FLAT_LISTS = {
-    "mag_ratio": "wan2_1_mag_ratio.json",
-    "mag_std": "wan2_1_mag_std.json",
-    "cos_dis": "wan2_1_cos_dis.json",
-}
 
 
 class Calibration:
@@ -101,29 +90,6 @@ def make_table(name: str, runs: list[dict[str, list[float]]], measured_on: dict)
         if key == "mag_ratio" and len(runs) > 1:
             table["mag_ratio_spread"] = [round(statistics.stdev(column), 5) for column in columns]
     return table
-
-
-def save_calibration(folder: str | os.PathLike, table: dict, published: RatioTable | None = None) -> Path:
-    """Writes a table of `make_table` into a folder as NAME.json, with a picture of it, NAME.png, and the three flat
-    lists under the names that the released script gives them. Each file is written whole or not at all.
-
-    published: a table to draw beside it. Returns the path of the JSON. Raises FileExistsError rather than replace one;
-    the flat lists are of the latest calibration, which is said where they replace another's.
-    """
-    folder = Path(folder)
-    path = folder / f"{table['name']}.json"
-    save_table(path, table)
-    flat = {folder / name: table[key] for key, name in FLAT_LISTS.items()}
-    if any(file.exists() for file in flat):
-        print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
-    for file, values in flat.items():
-        with written_whole(file) as part:
-            part.write_text(json.dumps(values))
-    try:
-        draw_calibration(table, path.with_suffix(".png"), published)
-    except ImportError:
-        print(f"note: no picture without matplotlib; later: python -m magcache.plot {path} --out {path.stem}.png")
-    return path
 
 
 def apply_calibration(model: torch.nn.Module, steps: int, group=None) -> Calibration:

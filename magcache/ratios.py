@@ -6,19 +6,19 @@ transformer call of a run in call order: cond, uncond, cond, uncond, ...
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from magcache.files import written_whole
 from magcache.schedule import CALLS_PER_STEP, join_branches
 
-HOW_TO_CALIBRATE = (
-    "measure one by the same command with --magcache_calibration in place of --use_magcache, "
-    "then give its file with --mag_ratios"
-)
 TABLES = Path(__file__).with_name("ratios")
 ABSURD = (0.01, 100)  # ratios beyond were not measured on any model
+
+
+class UnknownTableError(ValueError):
+    """No table has the name, or none fits the model: one has to be measured, or another one named."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def table_names() -> tuple[str, ...]:
 
 
 def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
-    """The ratios of `load_table`: 2 * steps numbers in call order. Raises ValueError as that does."""
+    """The ratios of `load_table`: 2 * steps numbers in call order. Raises the errors of that."""
     return load_table(name_or_path).ratios
 
 
@@ -55,7 +55,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     """Loads a table by name (`table_names()`) or from a file: a calibration, or a flat list as the released MagCache
     script writes, with or without the leading 1.0, 1.0.
 
-    Raises ValueError with one line that says what is wrong.
+    Raises ValueError with one line that says what is wrong, UnknownTableError if there is no such table.
     """
     path = Path(name_or_path)
     if named := str(name_or_path) in table_names():
@@ -64,9 +64,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         known = ", ".join(table_names())
-        raise ValueError(
-            f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}; {HOW_TO_CALIBRATE}"
-        ) from None
+        raise UnknownTableError(f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}") from None
     except (OSError, ValueError, RecursionError) as error:  # a directory, no permission, no JSON, no text
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
     if isinstance(content, list):
@@ -89,33 +87,12 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path)
 
 
-def compare_settings(table: RatioTable, run: dict) -> list[str]:
-    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
-    different = {
-        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
-    }
-    notices = []
-    for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
-        if key in different:
-            notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
-    described = {
-        "checkpoint": "checkpoint",
-        "size": "--size",
-        "frame_num": "--frame_num",
-        "sample_shift": "--sample_shift",
-        "sample_solver": "--sample_solver",
-        "sample_guide_scale": "--sample_guide_scale",
-    }
-    parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
-    return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
-
-
 def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:
     """Finds the table of a checkpoint by task and, where a task has several, by the folder's name, then by the size.
 
     size: "width*height" of the video.
 
-    Returns the name and a notice for the user, or None. Raises ValueError where no table fits.
+    Returns the name and a notice for the user, or None. Raises UnknownTableError where no table fits.
     """
     names = table_names()
     if task in names:
@@ -130,12 +107,9 @@ def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None
     unclear = "fits several tables" if matches else "fits no table"
     by_size = f"{task}-{min(map(int, size.split('*')))}P" if size else None
     if by_size in candidates:
-        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by --size"
+        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by the size"
     known = f" (it has {', '.join(candidates)})" if candidates else ""
-    raise ValueError(
-        f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}; {HOW_TO_CALIBRATE}, "
-        "or name the table of another model there"
-    )
+    raise UnknownTableError(f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}")
 
 
 def save_table(path: str | os.PathLike, table: dict) -> None:
@@ -146,18 +120,6 @@ def save_table(path: str | os.PathLike, table: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(json.dumps(table, indent=1) + "\n")
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes that one's place at the end, or vanishes with an exception."""
-    path = Path(path)
-    part = path.with_name(f"{path.stem[:200]}.part{path.suffix}")  # the ending tells writers the format
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import magcache
 import magcache_generate
 import wan
-from magcache.processes import Processes, agreed
+from magcache.app.processes import Processes, agreed
 from wan.configs import WAN_CONFIGS
 from wan.distributed.groups import start_groups
 from wan.modules.model import WanModel

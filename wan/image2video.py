@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from magcache.images import video_size
+from magcache.app.media import video_size
 from wan.modules.clip import CLIPModel
-from wan.pipeline import WanPipeline
+from wan.pipeline import Sampling, WanPipeline
 
 
 class ImagePipeline(WanPipeline):
@@ -68,9 +68,9 @@ class ImagePipeline(WanPipeline):
         max_area: int,
         frame_num: int,
         seed: int,
-        offload_model: bool,
-        **sampling,
+        how: Sampling,
     ) -> torch.Tensor | None:
+        """images: the first frame, or the first and the last."""
         shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
@@ -78,21 +78,14 @@ class ImagePipeline(WanPipeline):
             torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
             for image in images
         ]
-        context, context_null = self.encode_text(prompt, n_prompt, offload_model)
+        contexts = self.encode_text(prompt, n_prompt, how.offload_model)
         given = {
-            "clip_fea": self.encode_images(pixels, offload_model),
+            "clip_fea": self.encode_images(pixels, how.offload_model),
             "y": [self.condition(pixels, shape, frame_num)],
             "seq_len": self.token_count(shape),
         }
         del pixels  # as large as the photo, on the GPU
-        latent = self.denoise(
-            self.noise(shape, seed),
-            {"context": context} | given,
-            {"context": context_null} | given,
-            offload_model=offload_model,
-            **sampling,
-        )
-        return self.decode(latent)
+        return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how))
 
 
 class WanI2V(ImagePipeline):
@@ -117,19 +110,8 @@ class WanI2V(ImagePipeline):
 
         Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad frame count or solver.
         """
-        return self.generate_from(
-            [img],
-            input_prompt,
-            n_prompt,
-            max_area,
-            frame_num,
-            seed,
-            offload_model,
-            sample_solver=sample_solver,
-            sampling_steps=sampling_steps,
-            shift=shift,
-            guide_scale=guide_scale,
-        )
+        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        return self.generate_from([img], input_prompt, n_prompt, max_area, frame_num, seed, how)
 
 
 class WanFLF2V(ImagePipeline):
@@ -158,16 +140,5 @@ class WanFLF2V(ImagePipeline):
         """
         if last_frame.size != first_frame.size:
             last_frame = ImageOps.fit(last_frame, first_frame.size, Image.Resampling.BICUBIC)
-        return self.generate_from(
-            [first_frame, last_frame],
-            input_prompt,
-            n_prompt,
-            max_area,
-            frame_num,
-            seed,
-            offload_model,
-            sample_solver=sample_solver,
-            sampling_steps=sampling_steps,
-            shift=shift,
-            guide_scale=guide_scale,
-        )
+        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        return self.generate_from([first_frame, last_frame], input_prompt, n_prompt, max_area, frame_num, seed, how)

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,17 @@ from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
 from wan.utils.samplers import make_sampler
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the noise becomes a latent; see `wan.text2video.WanT2V.generate`."""
+
+    solver: str
+    steps: int
+    shift: float
+    guide_scale: float
+    offload_model: bool
 
 
 class WanPipeline:
@@ -124,32 +136,23 @@ class WanPipeline:
                 self.model.reset_iter_state()
             raise
 
-    def denoise(
-        self,
-        latent: torch.Tensor,
-        cond: dict,
-        uncond: dict,
-        *,
-        sample_solver: str,
-        sampling_steps: int,
-        shift: float,
-        guide_scale: float,
-        offload_model: bool,
-    ) -> torch.Tensor:
-        """Runs the sampler from noise [16, f, h, w] to a latent; cond and uncond are the model's other arguments.
+    def denoise(self, latent: torch.Tensor, contexts: tuple[list, list], given: dict, how: Sampling) -> torch.Tensor:
+        """Runs the sampler from noise [16, f, h, w] to a latent. contexts: of prompt and negative prompt, as
+        `encode_text` returns them; given: the model's other arguments.
 
         Every step calls the model for cond, then for uncond, and steps along uncond + guide_scale (cond - uncond).
         """
-        sampler = make_sampler(sample_solver, sampling_steps, shift, self.device, self.config.num_train_timesteps)
+        sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
+        cond, uncond = ({"context": context} | given for context in contexts)
         if not self.dit_fsdp:
             self.model.to(self.device)
         with self.inference():
             for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
                 velocity_cond = self.model([latent], t=t[None], **cond)[0]
                 velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
-                velocity = velocity_uncond + guide_scale * (velocity_cond - velocity_uncond)
+                velocity = velocity_uncond + how.guide_scale * (velocity_cond - velocity_uncond)
                 latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-        if offload_model and not self.dit_fsdp:
+        if how.offload_model and not self.dit_fsdp:
             self.model.cpu()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

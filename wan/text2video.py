@@ -2,7 +2,7 @@
 
 import torch
 
-from wan.pipeline import WanPipeline
+from wan.pipeline import Sampling, WanPipeline
 
 
 class WanT2V(WanPipeline):
@@ -29,16 +29,6 @@ class WanT2V(WanPipeline):
         solver.
         """
         shape = self.latent_shape(size, frame_num)
-        context, context_null = self.encode_text(input_prompt, n_prompt, offload_model)
-        seq_len = self.token_count(shape)
-        latent = self.denoise(
-            self.noise(shape, seed),
-            {"context": context, "seq_len": seq_len},
-            {"context": context_null, "seq_len": seq_len},
-            sample_solver=sample_solver,
-            sampling_steps=sampling_steps,
-            shift=shift,
-            guide_scale=guide_scale,
-            offload_model=offload_model,
-        )
-        return self.decode(latent)
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model)
+        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        return self.decode(self.denoise(self.noise(shape, seed), contexts, {"seq_len": self.token_count(shape)}, how))

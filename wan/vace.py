@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from wan.modules.vace_model import VaceWanModel
-from wan.pipeline import WanPipeline
+from wan.pipeline import Sampling, WanPipeline
 from wan.utils.vace_source import prepare_source
 
 
@@ -112,7 +112,7 @@ class WanVace(WanPipeline):
         self.check_shapes(frames, mask, refs)
         frames, mask, *refs = (u.to(self.device) for u in (frames, mask, *refs))
 
-        context, context_null = self.encode_text(input_prompt, n_prompt, offload_model)
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model)
         z = self.vace_encode_frames([frames], [refs], [mask])
         vace_context = self.vace_latent(z, self.vace_encode_masks([mask], [refs]))
         skipped = len(refs)
@@ -123,17 +123,8 @@ class WanVace(WanPipeline):
             "vace_context_scale": context_scale,
             "seq_len": self.token_count(shape),
         }
-        latent = self.denoise(
-            self.noise(shape, seed),
-            {"context": context} | control,
-            {"context": context_null} | control,
-            sample_solver=sample_solver,
-            sampling_steps=sampling_steps,
-            shift=shift,
-            guide_scale=guide_scale,
-            offload_model=offload_model,
-        )
-        return self.decode(latent[:, skipped:])
+        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        return self.decode(self.denoise(self.noise(shape, seed), contexts, control, how)[:, skipped:])
 
     @staticmethod
     def single(entries: list | None, name: str):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from wan.utils.checkpoints import load_pth
+from wan.utils.checkpoints import DamagedFile, load_pth
 
 # official tensor name (inside a block, without .weight or .bias) -> transformers name
 BLOCK_NAMES = {
@@ -55,7 +55,7 @@ def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
 def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionModel:
     """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the text half is not used.
 
-    Raises RuntimeError if the file is damaged or lacks tensors.
+    Raises DamagedFile if the file is damaged or lacks tensors.
     """
     tensors = load_pth(checkpoint_path)
     tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
@@ -63,7 +63,7 @@ def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device:
         config = config_from(tensors, num_heads)
         state = renamed(tensors, config.num_hidden_layers)
     except KeyError as missing:
-        raise RuntimeError(f"cannot read {checkpoint_path}: tensor visual.{missing.args[0]} is missing") from None
+        raise DamagedFile(f"cannot read {checkpoint_path}: tensor visual.{missing.args[0]} is missing") from None
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     tower = getattr(model, "vision_model", model)  # some versions of transformers wrap it once more

@@ -11,7 +11,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
+
+from wan.utils.checkpoints import DamagedFile
 
 PATCH_SIZE = (1, 2, 2)  # frames, rows, columns
 MAX_PERIOD = 10000.0  # of the time embedding
@@ -185,7 +188,7 @@ class MLPProj(nn.Module):
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files.
 
-    Raises RuntimeError if one is damaged.
+    Raises DamagedFile if one is damaged.
     """
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -193,7 +196,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise RuntimeError(f"cannot read {file}, is it complete? ({error})") from error
+            raise DamagedFile(f"cannot read {file}, is it complete? ({error})") from error
     return shapes
 
 
@@ -255,7 +258,7 @@ class WanModel(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded.
 
-        Raises RuntimeError if a file is damaged, or tensors are missing or left over.
+        Raises DamagedFile if a file is damaged, or tensors are missing or left over.
         """
         folder = Path(pretrained_model_name_or_path)
         declared = json.loads((folder / "config.json").read_text())
@@ -269,7 +272,7 @@ class WanModel(ModelMixin, ConfigMixin):
                 kwargs.setdefault(name, shapes[tensor][axis])
         model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-            raise RuntimeError(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
+            raise DamagedFile(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
         return model
 
     def forward(
@@ -360,12 +363,12 @@ class WanModel(ModelMixin, ConfigMixin):
 
     def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         """x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel)."""
+        patch = dict(zip("pqr", PATCH_SIZE, strict=True))
         return [
-            u[: math.prod(grid)]
-            .view(*grid, *PATCH_SIZE, self.out_dim)
-            # to channel, then every axis of the grid beside that of the patch
-            .permute(6, 0, 3, 1, 4, 2, 5)
-            .reshape(self.out_dim, *(n * p for n, p in zip(grid, PATCH_SIZE, strict=True)))
-            .float()
+            rearrange(
+                u[: math.prod(grid)],
+                "(f h w) (p q r c) -> c (f p) (h q) (w r)",
+                **patch | dict(zip("fhw", grid, strict=True)),
+            ).float()
             for u, grid in zip(x, grids, strict=True)
         ]

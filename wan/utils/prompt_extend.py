@@ -19,41 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
-_RULES = {
-    "en": (
-        " Treat the user's words as an idea to describe, not as a question to answer. Keep all that they ask for and "
-        "change none of it; what they leave open, fill in with things a viewer would see: how the subject looks, what "
-        "it does and how it moves, the surroundings and the light, the framing and the movement of the camera, the "
-        "visual style. Words that are to be readable in the picture stay in quotation marks, letter by letter. Write "
-        "one paragraph of about 80 to 100 words, in English whatever language the user writes. Answer with that "
-        "paragraph alone: no title, no comment, no list."
-    ),
-    "zh": (
-        "把用户的话当作要描绘的构想，而不是要回答的问题。用户提出的内容必须全部保留，不得改动；用户没有说明的地方，"
-        "用观众能看到的细节补充：主体的外貌、动作与运动方式、周围环境与光线、景别与镜头运动、画面风格。"
-        "需要在画面中出现的文字，逐字保留在引号内。无论用户使用哪种语言，都用中文写成一段话，约八十到一百字。"
-        "只输出这段话，不要标题、解释或列表。"
-    ),
-}
-_TASKS = {  # by the number of pictures the model sees
-    "en": (
-        "You write prompts for a model that makes videos from text. The user gives an idea for a short video; turn it "
-        "into one complete description of that video.",
-        "You write prompts for a model that makes a short video from a picture, which is its first frame. Begin with "
-        "what the picture shows, its subject, surroundings and style, as they are; go on with the motion that the user "
-        "asks for. Nothing may contradict the picture.",
-        "You write prompts for a model that makes the video between two pictures: the first is its first frame, the "
-        "second its last. Begin with what the first picture shows, as it is; go on with one continuous motion, as the "
-        "user asks for it, that ends in what the second shows. Nothing may contradict either picture.",
-    ),
-    "zh": (
-        "你为文字生成视频的模型撰写提示词。用户给出一段短视频的构想，请把它写成对整段视频的完整描述。",
-        "你为图片生成视频的模型撰写提示词，所给图片是视频的第一帧。先如实描述图片中的主体、环境与风格，"
-        "再接着写用户要求的动作和变化，任何内容都不得与图片矛盾。",
-        "你为首尾帧生成视频的模型撰写提示词，第一张图片是视频的第一帧，第二张是最后一帧。先如实描述第一张图片的内容，"
-        "再按用户的要求写出一个连贯的运动过程，最后到达第二张图片的画面，任何内容都不得与两张图片矛盾。",
-    ),
-}
+# for the model, by language: one text for every number of pictures that it sees, and what holds for all of them
+_INSTRUCTIONS = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))
 _SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -83,11 +50,11 @@ def default_system_prompt(tar_lang: str, pictures: int) -> str:
 
     Raises ValueError for others.
     """
-    if tar_lang not in _RULES:
+    if tar_lang not in _INSTRUCTIONS:
         raise ValueError(f"the target language must be zh or en, got {tar_lang!r}")
     if pictures > 2:
         raise ValueError(f"one picture, or a first and a last frame, can be looked at, got {pictures}")
-    return _TASKS[tar_lang][pictures] + _RULES[tar_lang]
+    return _INSTRUCTIONS[tar_lang]["tasks"][pictures] + _INSTRUCTIONS[tar_lang]["rules"]
 
 
 def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:

@@ -2,13 +2,10 @@
 
 import argparse
 
-import imageio.v3 as iio
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 
-from magcache.ratios import written_whole
+from magcache.app.media import to_uint8, write_image, write_video
 
 
 def str2bool(value: str | bool) -> bool:
@@ -20,12 +17,6 @@ def str2bool(value: str | bool) -> bool:
     if value.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {value!r}")
-
-
-def to_uint8(tensor: torch.Tensor, value_range: tuple[float, float] = (-1, 1)) -> np.ndarray:
-    """Maps value_range to 0..255, clamped and truncated; any shape."""
-    low, high = value_range
-    return ((tensor.float().clamp(low, high) - low) / (high - low) * 255).to(torch.uint8).cpu().numpy()
 
 
 def grid_rows(tensor: torch.Tensor, nrow: int) -> torch.Tensor:
@@ -49,11 +40,7 @@ def cache_video(
     Returns the path. Raises OSError if frames are missing from the file.
     """
     frames = to_uint8(grid_rows(tensor, nrow), value_range if normalize else (0, 1))
-    with written_whole(save_file) as part:
-        iio.imwrite(part, frames, fps=fps, codec="libx264", quality=8, macro_block_size=1, plugin="FFMPEG")
-        written = sum(1 for _ in iio.imiter(part, plugin="FFMPEG"))  # ffmpeg's failures raise nothing
-        if written != len(frames):
-            raise OSError(f"{save_file}: ffmpeg wrote {written} of {len(frames)} frames")
+    write_video(save_file, frames, fps)
     return save_file
 
 
@@ -66,6 +53,5 @@ def cache_image(
 ) -> str:
     """Writes images [B, 3, H, W] as one picture, whole or not at all. Returns the path."""
     picture = to_uint8(grid_rows(tensor[:, :, None], nrow), value_range if normalize else (0, 1))[0]
-    with written_whole(save_file) as part:
-        Image.fromarray(picture).save(part)
+    write_image(save_file, picture)
     return save_file

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from magcache.images import TOKEN_PIXELS, read_image
+from magcache.app.media import TOKEN_PIXELS, read_image
 
 FRAME_STRIDE = 4  # video frames to a latent frame
 MAX_LATENT_FRAMES = 21  # at the full area; smaller videos may be longer, for as many tokens

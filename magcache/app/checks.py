@@ -1,0 +1,187 @@
+"""Makes the job of the flags, and refuses what makes no sense: with one line, before anything is loaded."""
+
+import importlib.util
+import math
+import os
+import random
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import magcache
+from magcache.app import prompts
+from magcache.app.choose_schedule import choose_table, make_schedule
+from magcache.app.inputs import choose_inputs
+from magcache.app.job import (
+    INPUTS,
+    CacheSettings,
+    Extension,
+    Inputs,
+    Job,
+    Machine,
+    Output,
+    Refused,
+    Sampling,
+    refuse_if,
+    refusing,
+    task_kind,
+)
+from magcache.app.processes import Processes
+
+
+def make_job(args: Namespace) -> Job:
+    """args: of `magcache.app.flags.make_parser`. Raises Refused."""
+    machine, sampling = make_machine(args), make_sampling(args)
+    inputs = Inputs(**{flag: getattr(args, flag) for flags in INPUTS.values() for flag in flags})
+    base_seed = args.base_seed
+    if base_seed < 0:
+        base_seed = 0 if args.prompt_file else random.randrange(2**32)  # a rerun has to find what is finished
+    refuse_if(base_seed >= 2**63, f"--base_seed must be below 2^63, got {base_seed}")
+    prompt, lines = args.prompt, ()
+    if args.prompt_file:
+        lines = read_lines(args, sampling, base_seed)
+        prompt, inputs = lines[0].prompt, replace(inputs, image=lines[0].image)
+    refuse_if(bool(prompt) and not prompts.is_text(prompt), f"--prompt is no valid UTF-8 text: {prompt!r}")
+    folder = Path(args.script).parent / "examples"
+    prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
+    cache, output = make_cache(args, sampling), make_output(args, sampling)
+    table, made_by = None, None
+    if cache:
+        table, made_by = choose_table(sampling, cache, machine.ckpt_dir)
+    extension = None
+    if args.use_prompt_extend:
+        extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
+    return Job(
+        sampling=sampling,
+        inputs=inputs,
+        machine=machine,
+        output=output,
+        lines=lines or (prompts.Line(1, prompt, base_seed),),
+        base_seed=base_seed,
+        prompt_file=args.prompt_file,
+        extension=extension,
+        cache=cache,
+        schedule=make_schedule(sampling, cache, table),
+        made_by=made_by,
+        table=table,
+        script=args.script,
+        flags={name: value for name, value in vars(args).items() if name not in ("script", "explicit")},
+    )
+
+
+def make_machine(args: Namespace) -> Machine:
+    """Refuses flags for several GPUs that the number of processes does not fit; a plan is for any machine."""
+    spread = {name: getattr(args, name) for name in ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")}
+    if args.magcache_plan:
+        return Machine(args.ckpt_dir or args.task, True, **spread)
+    with refusing(ValueError):
+        world = Processes.from_environment().world
+    size = args.ulysses_size * args.ring_size
+    ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
+    refuse_if(
+        min(args.ulysses_size, args.ring_size) < 1,
+        f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}",
+    )
+    if world == 1:
+        for flag in ("t5_fsdp", "dit_fsdp"):
+            shards = f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N"
+            refuse_if(getattr(args, flag), shards)
+        start = f"{ulysses} and {ring} need {size} processes: start them with torchrun --nproc_per_node {size}"
+        refuse_if(size > 1, start)
+    refuse_if(world % size != 0, f"{world} processes are no multiple of {ulysses} times {ring}")
+    if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
+        print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
+    refuse_if(not args.ckpt_dir, "--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
+    return Machine(args.ckpt_dir, world == 1 if args.offload_model is None else args.offload_model, **spread)
+
+
+def make_sampling(args: Namespace) -> Sampling:
+    """Fills in the task's defaults."""
+    kind = task_kind(args.task)
+    frames, steps, shift = args.frame_num, args.sample_steps, args.sample_shift
+    if frames is None:
+        frames = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
+    elif kind == "vace" and args.src_video:
+        print("note: --frame_num is not used with --src_video, whose own length decides")
+        frames = 81
+    if steps is None:
+        steps = 40 if args.task == "i2v-14B" else 50
+    if shift is None:
+        small = kind == "i2v" and args.size in ("832*480", "480*832")
+        shift = 16.0 if kind in ("flf2v", "vace") else 3.0 if small else 5.0
+    refuse_if(kind == "t2i" and frames != 1, f"t2i makes one image: --frame_num must be 1, got {frames}")
+    refuse_if(kind == "flf2v" and frames < 5, f"task {args.task} needs --frame_num 5 or more, got {frames}")
+    refuse_if(frames < 1 or frames % 4 != 1, f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
+    refuse_if(steps < 1, f"--sample_steps must be at least 1, got {steps}")
+    refuse_if(not 0 < shift < math.inf, f"--sample_shift must be positive, got {shift}")
+    guidance = args.sample_guide_scale
+    refuse_if(not math.isfinite(guidance), f"--sample_guide_scale must be finite, got {guidance}")
+    return Sampling(args.task, args.size, frames, args.sample_solver, steps, shift, guidance)
+
+
+def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
+    """The lines of --prompt_file, each with its image or that of --image."""
+    refuse_if(args.prompt is not None, "--prompt and --prompt_file exclude each other")
+    try:
+        lines = prompts.read_prompts(args.prompt_file, base_seed)
+    except ValueError as fault:
+        raise Refused(f"--prompt_file: {fault}") from fault
+    file = f"--prompt_file {args.prompt_file}"
+    if "image" not in sampling.input_flags:
+        named = any(line.image for line in lines)
+        refuse_if(named, f"{file} names images, task {args.task} takes none")
+    lines = tuple(replace(line, image=line.image or args.image) for line in lines)
+    for line in lines if "image" in sampling.input_flags else ():
+        refuse_if(line.image is None, f"{file}: prompt {line.number} has no image, and there is no --image")
+    return lines
+
+
+def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
+    with refusing(ValueError):
+        rule = magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
+    wanted = args.use_magcache or bool(args.magcache_plan)
+    refuse_if(
+        wanted and args.magcache_calibration,
+        "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table",
+    )
+    for flag in ("mag_ratios", "magcache_speedup", "compare"):
+        refuse_if(bool(getattr(args, flag)) and not wanted, f"--{flag} needs --use_magcache")
+    speedup, most = args.magcache_speedup, sampling.sample_steps
+    if speedup is not None:
+        if given := getattr(args, "explicit", None):
+            raise Refused(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
+        refuse_if(bool(args.mag_ratios), "--magcache_speedup takes no ratio table: leave --mag_ratios out")
+        one_step = f"--magcache_speedup must be between 1 and {most}, at which one step is computed"
+        refuse_if(not 1 <= speedup <= most, one_step)
+    if not wanted:
+        return None
+    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload)
+
+
+def make_output(args: Namespace, sampling: Sampling) -> Output:
+    refuse_if(args.overwrite and not args.prompt_file, "--overwrite needs --prompt_file: a single video is always made")
+    for package in ("skimage", "imageio_ffmpeg", "PIL") if args.compare else ():
+        need_package(package, "--compare")
+    if args.magcache_calibration:
+        too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
+        refuse_if(sampling.sample_steps < 2, too_few)
+        check_writable(Path(args.calibration_dir))
+    return Output(
+        args.save_file,
+        args.overwrite,
+        record=args.magcache_record == "on",
+        compare=args.compare,
+        calibration_dir=args.calibration_dir if args.magcache_calibration else None,
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """The folder, or the first above it that exists, must take files."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    refuse_if(not existing.is_dir() or not os.access(existing, os.W_OK), f"cannot write to {folder}")
+
+
+def need_package(name: str, what: str) -> None:
+    """Refuses a flag whose package is missing."""
+    package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
+    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")

@@ -1,0 +1,86 @@
+"""From the flags to the schedule: by a ratio table or by a speed-up; and what to expect of it."""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import magcache
+from magcache import RatioTable, Schedule
+from magcache.app import plan
+from magcache.app.job import CacheSettings, Job, Refused, Sampling
+
+HOW_TO_CALIBRATE = (
+    "measure one by the same command with --magcache_calibration in place of --use_magcache, "
+    "then give its file with --mag_ratios"
+)
+
+
+def settings_of(sampling: Sampling, ckpt_dir: str) -> dict:
+    """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
+    settings = asdict(sampling) | {"checkpoint": Path(ckpt_dir).resolve().name}
+    del settings["sample_steps"]
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # refused with the rest of the folder, later
+        model = json.loads((Path(ckpt_dir) / "config.json").read_text())
+        shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
+        settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+    return settings
+
+
+def compare_settings(table: RatioTable, run: dict) -> list[str]:
+    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
+    different = {
+        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
+    }
+    notices = []
+    for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
+        if key in different:
+            notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
+    flags = ("size", "frame_num", "sample_shift", "sample_solver", "sample_guide_scale")
+    described = {"checkpoint": "checkpoint"} | {flag: f"--{flag}" for flag in flags}
+    parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
+    return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
+
+
+def choose_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable | None, str]:
+    """Returns the ratio table, None where none is needed, and in words what chooses the steps. Says where the table was
+    measured on something else. Raises Refused if there is no table that can be used."""
+    if cache.speedup is not None:
+        return None, "outputs forecast along the noise level"
+    name, notice = cache.table, None
+    try:
+        if not name:
+            name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
+        table = magcache.load_table(name)
+    except magcache.UnknownTableError as fault:
+        other = "" if cache.table else ", or name the table of another model there"
+        raise Refused(f"{fault}; {HOW_TO_CALIBRATE}{other}") from fault
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    notices = [notice] if notice else compare_settings(table, settings_of(sampling, ckpt_dir))
+    if table.steps != sampling.sample_steps:
+        notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
+    for line in notices:
+        print(f"note: {line}")
+    return table, f"table {name}"
+
+
+def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioTable | None) -> Schedule:
+    """cache: None computes every call. table: None for a speed-up."""
+    steps = sampling.sample_steps
+    if cache is None:
+        return all_computed(steps)
+    if cache.speedup is not None:
+        return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver)
+    return magcache.plan(table.ratios, steps, **asdict(cache.rule))
+
+
+def all_computed(steps: int) -> Schedule:
+    """The schedule without the cache."""
+    return Schedule((None, None) * steps)
+
+
+def predict(job: Job) -> plan.Prediction | None:
+    """The error to expect of the schedule by the ratio table that made it, None where none did."""
+    return job.table and plan.predict_by_ratios(job.schedule, job.table.ratios, job.cache.rule.thresh)

@@ -1,0 +1,258 @@
+"""Makes the videos of a job, one after the other."""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import magcache
+import wan
+from magcache import patch
+from magcache.app import prompts
+from magcache.app.choose_schedule import all_computed
+from magcache.app.inputs import extend_prompt, inputs_of
+from magcache.app.job import Failed, Job, Request
+from magcache.app.media import to_frames
+from magcache.app.processes import Processes, agreed, gathered
+from magcache.app.progress import Watch, watched
+from magcache.app.record import make_record, record_path, save_record
+from magcache.app.results import save_calibration, save_result, write_comparison
+from magcache.app.tell import summarise
+from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
+
+Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
+
+
+def make_all(
+    job: Job,
+    config: Any,
+    processes: Processes,
+    group: Any,
+    inputs: list | None,
+    expander: Callable | None,
+    requests: list[Request],
+) -> Failures:
+    """Makes this group's share of the requests, and returns what failed in any group.
+
+    config: the model's, of the `wan` package. group: of processes, of `start_processes`. inputs: of `read_inputs`.
+    expander: of `make_expander`, where this process extends the prompts. Raises Failed where the user can do something
+    about a failure.
+    """
+    everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
+    seconds = {}
+    with explained():
+        if job.extension:
+            with timed(seconds, "extend"):
+                if expander:
+                    requests = [replace(r, prompt=extend_prompt(job, r, expander, inputs)) for r in requests]
+                requests = gathered(requests, everyone)[0]  # the others wait as long as it takes
+        requests = prompts.share(requests, group.index, group.count)
+        failures = []
+        if requests:  # there may be fewer videos than groups
+            if group.rank == 0:
+                for request in requests:
+                    request.path.parent.mkdir(parents=True, exist_ok=True)
+            with timed(seconds, "load"):
+                pipeline = load(job, config, processes, group)
+            making = Making(job, pipeline, processes, group, own, inputs, seconds)
+            making.make(requests)
+            summarise(job, making.watches, seconds)
+            failures = making.failures if group.rank == 0 else []
+        return list(itertools.chain(*gathered(failures, everyone)))
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Failures of the block that the user can do something about become `Failed`."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as fault:
+        less = "--offload_model True, --t5_cpu, --magcache_offload, a smaller --size or fewer frames need less"
+        raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
+    except damaged_file() as fault:
+        raise Failed(first_line(fault)) from fault
+
+
+def first_line(fault: Exception) -> str:
+    return (str(fault) or "?").splitlines()[0]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def tried(goes_on: bool, function: Callable, group=None) -> tuple:
+    """What the function returns, and None; or None, and what went wrong, if its failure stops nothing else (`goes_on`).
+
+    group: processes, of `Processes.patient_group`, that call it together.
+    """
+    result = fault = None
+    try:
+        result = function()
+    except Exception as raised:
+        if not goes_on:
+            raise
+        fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
+    return result, agreed(fault, group) if goes_on else None
+
+
+def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
+    """Returns the task's pipeline."""
+    sampling, machine = job.sampling, job.machine
+    device = device_name()
+    if processes.world > 1:
+        device = f"{processes.world} processes, {device}"
+    print(f"device    {device}; loading {machine.ckpt_dir}", flush=True)
+    if not torch.cuda.is_available() and not sampling.task.endswith("-tiny"):
+        slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
+        print(f"note: there is no CUDA device; {slow}", flush=True)
+    return getattr(wan, PIPELINES[sampling.kind])(
+        config=config,
+        checkpoint_dir=machine.ckpt_dir,
+        device_id=processes.local_rank,
+        rank=group.rank,
+        t5_fsdp=machine.t5_fsdp,
+        dit_fsdp=machine.dit_fsdp,
+        use_usp=machine.shards > 1,
+        t5_cpu=machine.t5_cpu,
+    )
+
+
+class Making:
+    """A loaded pipeline with the job's cache or calibration on it, and what came of the requests so far.
+
+    own: the processes of this group, of `Processes.patient_group`. seconds: of what came before.
+    """
+
+    def __init__(self, job: Job, pipeline, processes: Processes, group, own, inputs: list | None, seconds: dict):
+        self.job, self.pipeline, self.group, self.own, self.seconds = job, pipeline, group, own, seconds
+        self.speaks = processes.rank == 0
+        self.cache = self.calibration = None
+        if job.cache:
+            dtype = getattr(torch, job.cache.dtype) if job.cache.dtype else None
+            device = "cpu" if job.cache.offload else None
+            self.cache = magcache.apply_magcache(pipeline.model, job.schedule, dtype=dtype, device=device)
+        elif job.calibrates:
+            sharing = sharing_group(job.machine, group)
+            self.calibration = magcache.apply_calibration(pipeline.model, job.schedule.steps, sharing)
+        if inputs is None:
+            given = job.inputs
+            paths = [given.src_video], [given.src_mask], [given.references or None]
+            inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
+        self.inputs = inputs
+        self.runs, self.watches, self.failures = [], [], []
+
+    def make(self, requests: list[Request]) -> None:
+        """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
+        bar = None if self.job.goes_on and self.speaks else True  # True: there is none
+        try:
+            for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=bar), 1):
+                if self.job.prompt_file:
+                    among = f", those of group 1 of {self.group.count}" if self.group.count > 1 else ""
+                    video = f"{number} of {len(requests)}{among}"
+                    print(f"video     {video}, seed {request.seed}: {request.prompt}", flush=True)
+                self.make_one(request)
+        except BaseException:
+            if self.calibration and len(self.runs) < len(requests):
+                self.tell_stopped_calibration(len(requests))
+            raise
+        finally:
+            if self.runs and self.speaks:
+                save_calibration(self.job, self.runs, requests[: len(self.runs)])
+
+    def make_one(self, request: Request) -> None:
+        run = functools.partial(self.run, request, self.job.schedule, self.cache)
+        made, fault = tried(self.job.goes_on, run, self.own)
+        if fault:
+            self.failures.append(("videos", f"{request.path}: {fault}"))
+            return
+        (video, watch), frames, record = made, None, {}
+        self.watches.append(watch)
+        if self.calibration:
+            self.runs.append(self.calibration.lists())
+        if self.group.rank == 0:  # the others get no video
+            record = self.save(request, video, watch)
+            frames = to_frames(video) if self.job.output.compare else None
+        del made, video  # the next one needs the memory
+        if self.job.output.compare:
+            self.compare(request, frames, watch, record)
+
+    def run(self, request: Request, schedule: magcache.Schedule, cache: patch.Cache | None = None) -> tuple[Any, Watch]:
+        """The video, and what was watched. cache: on the model; None if there is none."""
+        sampling = self.job.sampling
+        shape = {"size": sampling.pixels}
+        if sampling.kind in ("i2v", "flf2v"):
+            shape = {"max_area": math.prod(sampling.pixels)}
+        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
+            video = self.pipeline.generate(
+                request.prompt,
+                *inputs_of(request, self.inputs),
+                **shape,
+                frame_num=sampling.frame_num,
+                shift=sampling.sample_shift,
+                sample_solver=sampling.sample_solver,
+                sampling_steps=sampling.sample_steps,
+                guide_scale=sampling.sample_guide_scale,
+                seed=request.seed,
+                offload_model=self.job.machine.offload_model,
+            )
+        return video, watch
+
+    def run_uncached(self, request: Request) -> tuple[Any, Watch]:
+        magcache.remove_magcache(self.pipeline.model)
+        try:
+            return self.run(request, all_computed(self.job.schedule.steps))
+        finally:
+            patch.attach(self.pipeline.model, self.cache)  # for the next video
+
+    def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
+        """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""
+        save_result(video, request.path, self.pipeline.config.sample_fps)
+        watch.lap("save")
+        frames, height, width = video.shape[1:]
+        print(f"saved     {request.path} ({width}x{height}, {frames} frames)", flush=True)
+        seconds = self.seconds | watch.seconds
+        record = make_record(self.job, request, self.group, (frames, height, width), seconds, watch.calls)
+        if save_record(self.job, request.path, record):
+            print(f"record    {record_path(request.path)}", flush=True)
+        return record
+
+    def compare(self, request: Request, frames: np.ndarray | None, watch: Watch, record: dict) -> None:
+        """Generates the same video without the cache, and writes the comparison, also into the record.
+
+        frames: with the cache, uint8 [F, H, W, 3], None where this process got no video.
+        """
+        print("now the same without the cache, to compare", flush=True)
+        goes_on, fps, scores = self.job.goes_on, self.pipeline.config.sample_fps, None
+        try:
+            plain, fault = tried(goes_on, functools.partial(self.run_uncached, request), self.own)
+            if not fault and frames is not None:
+                write = functools.partial(write_comparison, self.job, request, fps, (frames, watch), plain)
+                scores, fault = tried(goes_on, write)
+        except BaseException:
+            print(f"the comparison failed; the video with the cache is in {request.path}", file=sys.stderr)
+            raise
+        if scores:
+            save_record(self.job, request.path, record | {"comparison": scores})
+        if fault:
+            self.failures.append(("comparisons", f"{request.path}: {fault}"))
+
+    def tell_stopped_calibration(self, count: int) -> None:
+        left = "only the prompts before count" if self.runs else "nothing is written"
+        print(
+            f"the calibration stopped in prompt {len(self.runs) + 1} of {count}, after {self.calibration.reached} of "
+            f"{self.calibration.calls} calls; {left}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,137 @@
+"""What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from magcache.app.job import Extension, Inputs, Job, Refused, Request, Sampling, refusing
+from magcache.app.wan_package import is_stock_wan
+
+# what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
+EXAMPLES = json.loads(Path(__file__).with_name("examples.json").read_text())
+
+
+def choose_inputs(
+    sampling: Sampling, prompt: str | None, inputs: Inputs, folder: Path, needed: bool
+) -> tuple[str, Inputs]:
+    """Takes the task's example, with files of `folder`, if neither prompt nor inputs are given; else, where they are
+    `needed`, refuses a request that lacks some."""
+    for flag, path in asdict(inputs).items():
+        if path is not None and flag not in sampling.input_flags:
+            print(f"note: --{flag} is not used by task {sampling.task}")
+    missing = [flag for flag in sampling.input_flags if getattr(inputs, flag) is None]
+    example = dict(EXAMPLES.get(sampling.task, EXAMPLES[sampling.kind]))
+    words = example.pop("prompt")
+    if prompt is None and len(missing) == len(sampling.input_flags):
+        paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
+        return words, replace(inputs, **paths)
+    if missing and needed and sampling.kind in ("i2v", "flf2v"):
+        flag = f"--{missing[0]}"
+        raise Refused(f"task {sampling.task} needs {flag} (without --prompt and {flag} an example runs)")
+    if prompt is None:
+        print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
+        prompt = words
+    return prompt, inputs
+
+
+def read_inputs(job: Job) -> list | None:
+    """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
+    and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
+    reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
+    sampling, inputs = job.sampling, job.inputs
+    if not sampling.input_flags:
+        return []
+    from magcache.app.media import read_image
+
+    with refusing(ValueError):
+        if sampling.kind != "vace":
+            return [read_image(getattr(inputs, flag)) for flag in sampling.input_flags]
+        if is_stock_wan():
+            return check_sources(inputs)
+        from wan.utils.vace_source import prepare_source
+
+        files = (inputs.src_video, inputs.src_mask, inputs.references)
+        sources = prepare_source(*files, sampling.frame_num, sampling.pixels)
+        return [[source] for source in sources]
+
+
+def check_sources(inputs: Inputs) -> None:
+    """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
+    from magcache.app.media import read_image
+
+    for path in (inputs.src_video, inputs.src_mask):
+        if path and not Path(path).is_file():
+            raise ValueError(f"cannot read {path}: no such file")
+    if inputs.src_mask and not inputs.src_video:
+        raise ValueError(f"the mask {inputs.src_mask} needs a source video")
+    for path in inputs.references:
+        read_image(path)
+    if inputs.src_video:
+        print("note: this wan package reads the source video after loading; its size and length are the video's")
+
+
+def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:
+    """(frames, height, width) of the result. inputs: of `read_inputs`."""
+    if sampling.kind == "vace" and inputs:
+        return tuple(inputs[0][0].shape[1:])
+    width, height = sampling.pixels
+    if inputs:
+        from magcache.app.media import video_size
+
+        width, height = video_size(inputs[0].size, width * height)
+    return sampling.frame_num, height, width
+
+
+def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
+    """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
+    frames, height, width = video_shape(sampling, None)
+    if sampling.kind in ("i2v", "flf2v"):
+        path = getattr(inputs, sampling.input_flags[0])
+        if path and Path(path).is_file():
+            from magcache.app.media import read_image
+
+            try:
+                frames, height, width = video_shape(sampling, [read_image(path)])
+            except ValueError as fault:
+                print(f"note: {fault}; here its shape is that of --size")
+        else:
+            print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
+    is_vace = sampling.kind == "vace"
+    if is_vace and inputs.src_video:
+        print("note: the source video decides on shape and length; the largest that it may have is taken")
+    return frames, height, width, len(inputs.references) if is_vace else 0
+
+
+def make_expander(sampling: Sampling, extension: Extension):
+    """Returns what extends the prompts. Reads no weights, unless the `wan` here does."""
+    from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
+
+    method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
+    device = {"device": 0} if extension.method == "local_qwen" else {}
+    with refusing(ValueError, OSError, ImportError):
+        return method(model_name=extension.model, is_vl=sampling.kind in ("i2v", "flf2v"), **device)
+
+
+def extend_prompt(job: Job, request: Request, expander, inputs: list | None) -> str:
+    """The extension of a request's prompt, or the prompt itself if that fails."""
+    print("extending the prompt", flush=True)
+    images = [] if job.sampling.kind == "vace" else inputs_of(request, inputs)
+    image = None if not images else images[0] if len(images) == 1 else images
+    out = expander(request.prompt, tar_lang=job.extension.target_lang, image=image, seed=job.base_seed)
+    if not out.status:
+        print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
+        return request.prompt
+    if images and not expander.is_vl:
+        print(f"note: {expander.model_name} sees no pictures, so only the text was extended")
+    print(f"prompt    {out.prompt}")
+    return out.prompt
+
+
+def inputs_of(request: Request, inputs: list | None) -> list:
+    """The images of a request: its own, or those that the flags name (`inputs`)."""
+    if not request.image:
+        return inputs
+    from magcache.app.media import read_image
+
+    return [read_image(request.image)]

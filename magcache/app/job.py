@@ -1,0 +1,207 @@
+"""What a run is to do, as values that nothing changes; `magcache.app.checks.make_job` makes them from the flags.
+
+Fields that stand for a flag have its name. A request that makes no sense is `Refused` before anything is loaded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import magcache
+from magcache.app.prompts import Line
+
+INPUTS = {  # by the kind of task: flags of the files that it looks at
+    "i2v": ("image",),
+    "flf2v": ("first_frame", "last_frame"),
+    "vace": ("src_video", "src_mask", "src_ref_images"),
+}
+
+
+def task_kind(task: str) -> str:
+    """The first part of a task."""
+    return task.split("-")[0]
+
+
+class Refused(Exception):
+    """The request makes no sense. The text is the one line to say; the script says it and ends with exit code 2."""
+
+
+class Failed(Exception):
+    """The run cannot go on, for a reason that the user can do something about: the one line to say."""
+
+
+def refuse_if(wrong: bool, line: str) -> None:
+    if wrong:
+        raise Refused(line)
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the block whose first line says what is wrong with the request become `Refused`."""
+    try:
+        yield
+    except errors as fault:
+        raise Refused(str(fault).splitlines()[0]) from fault
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is generated, but for prompt, seed and input files. size: "width*height"."""
+
+    task: str
+    size: str
+    frame_num: int
+    sample_solver: str
+    sample_steps: int
+    sample_shift: float
+    sample_guide_scale: float
+
+    @property
+    def kind(self) -> str:
+        return task_kind(self.task)
+
+    @property
+    def input_flags(self) -> tuple[str, ...]:
+        """Those of the files that the task looks at."""
+        return INPUTS.get(self.kind, ())
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(width, height), of the video or of its area."""
+        width, height = map(int, self.size.split("*"))
+        return width, height
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        return magcache.noise_levels(self.sample_steps, self.sample_shift, self.sample_solver)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Paths of input files, None where there is none. src_ref_images: separated by commas."""
+
+    image: str | None = None
+    first_frame: str | None = None
+    last_frame: str | None = None
+    src_video: str | None = None
+    src_mask: str | None = None
+    src_ref_images: str | None = None
+
+    @property
+    def references(self) -> list[str]:
+        return [path.strip() for path in (self.src_ref_images or "").split(",") if path.strip()]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The model's folder, and how it is spread over the GPUs."""
+
+    ckpt_dir: str
+    offload_model: bool
+    t5_cpu: bool
+    t5_fsdp: bool
+    dit_fsdp: bool
+    ulysses_size: int
+    ring_size: int
+
+    @property
+    def shards(self) -> int:
+        """Processes that share the tokens of a video."""
+        return self.ulysses_size * self.ring_size
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What the cache is to do: by the MagCache rule, or, with a `speedup`, by that. table: a name or a path, None to
+    choose it. dtype: of what is cached, None as computed; offload: whether it waits in CPU memory."""
+
+    rule: magcache.Settings
+    speedup: float | None = None
+    table: str | None = None
+    dtype: str | None = None
+    offload: bool = False
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"speed-up {self.speedup:g}"
+        return f"thresh {self.rule.thresh:g}, K {self.rule.K}, retention {self.rule.retention_ratio:g}"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Which model writes the prompts out, in which language."""
+
+    method: str
+    model: str | None
+    target_lang: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written, and where. calibration_dir: None unless the run measures ratios."""
+
+    save_file: str | None
+    overwrite: bool
+    record: bool
+    compare: bool
+    calibration_dir: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, complete and checked, as far as that can be without the `wan` package and the input files.
+
+    lines: what is to be made, one entry a video. prompt_file: where they come from, None for a single prompt.
+    extension, cache: None where they are not wanted. schedule: of every video; made_by: in words what chose it, table:
+    of ratios, if one did. script: path of the command. flags: all of them as they were given.
+    """
+
+    sampling: Sampling
+    inputs: Inputs
+    machine: Machine
+    output: Output
+    lines: tuple[Line, ...]
+    base_seed: int
+    prompt_file: str | None
+    extension: Extension | None
+    cache: CacheSettings | None
+    schedule: magcache.Schedule
+    made_by: str | None
+    table: magcache.RatioTable | None
+    script: str
+    flags: dict
+
+    @property
+    def calibrates(self) -> bool:
+        return self.output.calibration_dir is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a video that fails does not stop the others."""
+        return self.prompt_file is not None and not self.calibrates
+
+    @property
+    def values(self) -> dict:
+        """The values of all flags, defaults filled in."""
+        return self.flags | asdict(self.sampling) | asdict(self.inputs) | asdict(self.machine)
+
+    def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
+        """shape: (frames, height, width)."""
+        frames, height, width = shape
+        sampling = self.sampling
+        return (
+            f"{sampling.task}, {width}x{height}, {frames} frames, {sampling.sample_steps} steps, "
+            f"{sampling.sample_solver}, shift {sampling.sample_shift:g}, guidance {sampling.sample_guide_scale:g}, "
+            f"seed {seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all."""
+
+    prompt: str
+    seed: int
+    path: Path
+    image: str | None = None

@@ -1,0 +1,103 @@
+"""Pictures and videos as files, and the size of the video that is made from a picture. No torch.
+
+The one file that our `wan` takes from here: the script does the same beside Wan2.1's own `wan`, which has none of it.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from magcache.files import written_whole
+
+MIN_SIDE = 16  # pixels
+MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
+
+TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
+
+
+def read_image(path: str) -> Image.Image:
+    """Returns an upright RGB image.
+
+    Raises ValueError with one line for a file that is missing, damaged or no image, for transparency, more than 8 bits
+    a channel, and for sides that are too small or too unequal.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:  # decoders of damaged files raise anything
+        reason = getattr(error, "strerror", None) or f"not a complete image ({error})"
+        raise ValueError(f"cannot read {path}: {reason}") from error
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"cannot use {path}: {width}x{height} pixels, it needs at least {MIN_SIDE} on either side")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"cannot use {path}: {width}x{height} pixels, one side may be {MAX_ASPECT:g} times the other")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"cannot use {path}: it has more than 8 bits a channel, convert it first")
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError(f"cannot use {path}: parts of it are transparent (alpha channel), flatten it first")
+    return image.convert("RGB")
+
+
+def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
+    """(width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole tokens.
+
+    image_size: (width, height) in pixels. Raises ValueError if not even one token fits.
+    """
+    aspect = image_size[1] / image_size[0]
+    areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
+    size = tuple(int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
+    if not all(size):
+        raise ValueError(f"{max_area} pixels in the shape of {image_size[0]}x{image_size[1]} have no room for a token")
+    return size
+
+
+def to_uint8(tensor, value_range: tuple[float, float] = (-1, 1)) -> np.ndarray:
+    """Maps value_range of a tensor to 0..255, clamped and truncated; any shape."""
+    import torch
+
+    low, high = value_range
+    return ((tensor.float().clamp(low, high) - low) / (high - low) * 255).to(torch.uint8).cpu().numpy()
+
+
+def to_frames(video) -> np.ndarray:
+    """Tensor [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
+    return to_uint8(video).transpose(1, 2, 3, 0)
+
+
+def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] in the format of the ending, whole or not at all."""
+    with written_whole(path) as part:
+        Image.fromarray(picture).save(part)
+
+
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int) -> None:
+    """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) that browsers play, whole or not at all.
+
+    Raises OSError if frames are missing from the file.
+    """
+    import imageio_ffmpeg
+
+    frames = iter(frames)
+    first, count = next(frames), 0
+    early_index = ["-movflags", "+faststart"] if Path(path).suffix.lower() in (".mp4", ".mov") else []
+    settings = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "output_params": early_index}
+    with written_whole(path) as part:
+        writer = imageio_ffmpeg.write_frames(str(part), first.shape[1::-1], fps=fps, **settings)
+        writer.send(None)
+        for frame in itertools.chain([first], frames):
+            writer.send(np.ascontiguousarray(frame))
+            count += 1
+        writer.close()
+        written = 0
+        with contextlib.suppress(RuntimeError):  # there is no video in it, or no file
+            written, _ = imageio_ffmpeg.count_frames_and_secs(str(part))  # ffmpeg's failures raise nothing
+        if written != count:
+            raise OSError(f"{path}: ffmpeg wrote {written} of {count} frames")

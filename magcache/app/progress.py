@@ -1,0 +1,162 @@
+"""Watches a Wan pipeline while it generates: one progress bar over the steps, and where the time goes.
+
+Works from the outside, by hooks on what this repo's pipelines and upstream's have in common: `model`, `text_encoder`,
+`vae`, and a `tqdm` of their own over the steps, which this one stands in for.
+"""
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from magcache.app.plan import step_map
+from magcache.patch import Cache, shadowed
+from magcache.schedule import Schedule
+
+PHASES = ("text", "inputs", "computed", "reused", "sampler", "decode")
+LOG_SECONDS = 30  # between two lines where a bar would flood a log
+
+
+class Watch:
+    """What happened in one generation. Every moment counts to one phase:
+
+    text: text encoder. inputs: encoding of images and videos, the transformer's way to the GPU. computed, reused:
+    calls of the transformer. sampler: the rest of the steps. decode: VAE, and what comes after it.
+
+    `calls` holds (whether it was reused, seconds) of every call so far.
+    """
+
+    def __init__(self, schedule: Schedule, show: bool):
+        self.schedule, self.show = schedule, show
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.calls: list[tuple[bool, float]] = []
+        self.bar = None
+        self.start = self.clock = time.perf_counter()
+        self.logged = -LOG_SECONDS
+
+    def lap(self, phase: str) -> float:
+        """The time since the last lap belongs to this phase; returns it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        passed, self.clock = now - self.clock, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
+        return passed
+
+    def after_text(self, *_) -> None:
+        self.lap("text")
+
+    def before_call(self, *_) -> None:
+        self.lap("sampler" if self.calls else "inputs")
+
+    def after_call(self, *_, reused: bool = False) -> None:
+        self.calls.append((reused, self.lap("reused" if reused else "computed")))
+        per_step = self.schedule.calls_per_step
+        if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
+            self.tell()
+
+    def timed_run(self, cache: Cache) -> Callable:
+        """What stands in for `cache.run`; hooks of the model would not see the calls that it answers alone."""
+        run = cache.run
+
+        def timed(call: int, *args):
+            self.before_call()
+            out = run(call, *args)
+            self.after_call(reused=cache.skips(call))
+            return out
+
+        return timed
+
+    def timed(self, vae) -> dict[str, Callable]:
+        """What stands in for the VAE's methods."""
+        encode, decode = vae.encode, vae.decode
+
+        def timed_encode(*args, **kwargs):
+            out = encode(*args, **kwargs)
+            self.lap("inputs")
+            return out
+
+        def timed_decode(*args, **kwargs):
+            self.lap("sampler")
+            return decode(*args, **kwargs)
+
+        return {"encode": timed_encode, "decode": timed_decode}
+
+    def tell(self) -> None:
+        """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
+        per_step, steps = self.schedule.calls_per_step, self.schedule.steps
+        done = len(self.calls) // per_step
+        kinds = {reused for reused, _ in self.calls[-per_step:]}
+        kind = "half reused" if len(kinds) == 2 else "reused" if kinds.pop() else "computed"
+        left = seconds_left(self.calls, self.schedule, self.seconds["sampler"])
+        text = f"{done}/{steps} {kind}, about {tqdm.format_interval(round(left))} left"
+        if done == steps:
+            spent = sum(self.seconds[phase] for phase in ("computed", "reused", "sampler"))
+            text = f"{done}/{steps} in {tqdm.format_interval(round(spent))}"
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
+            room = max(10, (self.bar.ncols or 80) - len(f"denoise [] {steps}/{steps} half reused, about 0:00:00 left "))
+            row = [
+                all(reused for reused, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)
+            ]
+            self.bar.set_description_str(
+                f"denoise [{step_map([*row, *[None] * (steps - done)], min(room, steps))}] {text}",
+                refresh=done == steps,
+            )
+            self.bar.update()
+        elif time.perf_counter() - self.logged >= LOG_SECONDS or done == steps:
+            self.logged = time.perf_counter()
+            print(f"denoise {text}", file=sys.stderr, flush=True)
+
+
+def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, between: float) -> float:
+    """Estimate for the rest of the steps: calls to compute and calls to reuse at the mean time of each kind so far, and
+    what was spent `between` the calls so far in proportion. The first step counts only while there is no other, since
+    it warms up."""
+    total = 0.0
+    rest = schedule.reuse[len(calls) :]
+    for kind in (False, True):
+        later = [seconds for reused, seconds in calls[schedule.calls_per_step :] if reused == kind]
+        seen = later or [seconds for reused, seconds in calls if reused == kind]
+        total += rest.count(kind) * statistics.fmean(seen) if seen else 0.0
+    return total + between * len(rest) / max(1, len(calls))
+
+
+@contextlib.contextmanager
+def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool = True) -> Iterator[Watch]:
+    """Watches `pipeline` while it generates one video in this block.
+
+    schedule: of the calls, all of them computed where nothing is cached. cache: what `magcache.apply_magcache`
+    returned, if it is applied. show: whether this process has the bar, on stderr; where that is no terminal, a line
+    every 30 seconds.
+    """
+    watch = Watch(schedule, show)
+    with contextlib.ExitStack() as stack:
+        hooks = []
+        if cache:
+            stack.enter_context(shadowed(cache, {"run": watch.timed_run(cache)}))
+        else:
+            hooks.append(pipeline.model.register_forward_pre_hook(watch.before_call))
+            hooks.append(pipeline.model.register_forward_hook(watch.after_call))
+        # without these the time only counts elsewhere
+        encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
+        if isinstance(encoder, torch.nn.Module):
+            hooks.append(encoder.register_forward_hook(watch.after_text))
+        if hasattr(vae, "encode") and hasattr(vae, "decode"):
+            stack.enter_context(shadowed(vae, watch.timed(vae)))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
+            if "tqdm" in vars(module):
+                stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))
+        try:
+            yield watch
+            watch.lap("decode")
+        finally:
+            if watch.bar is not None:
+                watch.bar.close()

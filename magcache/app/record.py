@@ -1,0 +1,213 @@
+"""The record of a run, a JSON file beside the video: enough to repeat it."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+import magcache
+from magcache.app.flags import make_parser
+from magcache.app.job import Job, Request, refuse_if
+from magcache.app.plan import reuse_by_branch
+from magcache.files import written_whole
+
+MADE_BY = "magcache_generate.py"
+# flags that name a file or a folder each, but for the last one, whose files are separated by commas
+PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
+VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "calibration_dir", "magcache_plan", "compare")
+OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+
+
+def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int], seconds: dict, calls: list) -> dict:
+    """All that it takes to make a video again.
+
+    group: the processes that made it. pixels: (frames, height, width). seconds: by phase. calls: those of the model, as
+    they were watched.
+    """
+    import wan
+
+    frames, height, width = pixels
+    values = replayed_values(job, request)
+    return {
+        "video": request.path.name,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "date": datetime.now().isoformat("T", "seconds"),
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "command": command_of(job, request, group, values),
+        "arguments": values | {"save_file": str(request.path.absolute())},
+        "versions": versions() | {"wan": os.path.dirname(os.path.abspath(wan.__file__))},
+        "device": device(),
+        "steps_by": job.made_by,
+        "table": describe_table(job.table),
+        "schedule": describe_schedule(job.schedule) if job.cache else None,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "calls": {"computed": sum(not reused for reused, _ in calls), "reused": sum(reused for reused, _ in calls)},
+        "peak_memory": peak_memory(),
+    }
+
+
+def replayed_values(job: Job, request: Request) -> dict:
+    """The values of all flags that make the request again, from any folder."""
+    values = job.values | ({"image": request.image} if request.image else {})
+    values |= {name: absolute(name, values[name]) for name in PATHS}
+    if job.table:
+        values["mag_ratios"] = job.table.name if job.table.named else str(job.table.path.absolute())
+    again = request.path.with_stem(f"{request.path.stem}_again").absolute()
+    return values | {"prompt": request.prompt, "base_seed": request.seed, "save_file": str(again)}
+
+
+def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
+    left_out = [*NOT_OF_ONE_VIDEO, *OF_EXTENSION]
+    if job.cache and job.cache.speedup is not None:
+        left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
+    return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]
+
+
+def check_records(job: Job, requests: list[Request]) -> None:
+    """A record takes the place of an earlier one, but of no other file."""
+    for request in requests if job.output.record else ():
+        path = record_path(request.path)
+        other = path.exists() and not is_record(path)
+        refuse_if(other, f"{path} exists and is no record of a video: move it, or use --magcache_record off")
+
+
+def save_record(job: Job, path: Path, entries: dict) -> bool:
+    """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
+    if not job.output.record:
+        return False
+    try:
+        write_record(record_path(path), entries)
+    except OSError as fault:
+        print(f"warning: the record could not be written: {fault}", file=sys.stderr)
+        return False
+    return True
+
+
+def record_path(video: Path) -> Path:
+    return video.with_suffix(".json")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record, which may be replaced with its video."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["made_by"].startswith(MADE_BY)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
+    """The flags that stand for these values of a parser's arguments, but for those that are left out. What is None, a
+    switch that is off, or unknown to the parser has no flag."""
+    command = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if value is None or action.dest in left_out:
+            continue
+        flag = action.option_strings[0]
+        if action.nargs in (0, "?") and isinstance(value, bool):
+            command += [flag] if value else []
+        elif str(value).startswith("-"):
+            command.append(f"{flag}={value}")
+        else:
+            command += [flag, str(value)]
+    return command
+
+
+def absolute(name: str, value: str | None) -> str | None:
+    """A path that means the same from any folder."""
+    if not value or name not in PATHS:
+        return value
+    if name != PATHS[-1]:
+        return os.path.abspath(value)
+    return ",".join(os.path.abspath(part.strip()) for part in value.split(",") if part.strip())
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    found = {"python": platform.python_version(), "magcache": magcache.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> dict:
+    import torch
+
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    described = {"name": platform.processor() or platform.machine(), "type": "cpu", "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        name, size = torch.cuda.get_device_name(), torch.cuda.get_device_properties(torch.cuda.current_device())
+        described = {"name": name, "type": "cuda", "cuda": torch.version.cuda, "memory_bytes": size.total_memory}
+    return described | {"system": platform.platform(), "environment": environment}
+
+
+def peak_memory() -> dict:
+    """Since the process started, in bytes, and of what."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"bytes": torch.cuda.max_memory_allocated(), "of": "GPU memory that torch has allocated"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"bytes": None, "of": "not known on this system"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"bytes": peak, "of": "CPU memory of the process (largest resident set)"}
+
+
+def describe_table(table: magcache.RatioTable | None) -> dict | None:
+    """A ratio table and its origin."""
+    return table and {
+        "name": table.name,
+        "file": str(table.path.resolve()),
+        "sha256": hashlib.sha256(table.path.read_bytes()).hexdigest(),
+        "measured_on": table.measured_on,
+        "ratios": list(table.ratios),
+    }
+
+
+def describe_schedule(schedule: magcache.Schedule) -> dict:
+    """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
+    steps = {
+        name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()
+    }
+    return {
+        "computed_calls": schedule.computed,
+        "calls": len(schedule.weights),
+        "speedup_bound": schedule.speedup_bound,
+        "computed_steps": steps,
+        "target": schedule.target,
+        "weights": [weights and list(weights) for weights in schedule.weights],
+    }
+
+
+def layout(value, indent: int = 0) -> str:
+    """JSON with a line for every key and lists on one line, as far as they hold no objects."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    pad = " " * (indent + 1)
+    entries = (f"{pad}{json.dumps(str(key))}: {layout(entry, indent + 1)}" for key, entry in value.items())
+    return "{\n" + ",\n".join(entries) + "\n" + " " * indent + "}"
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Whole or not at all. Bytes of an argument that are no text become JSON escapes."""
+    with written_whole(path) as part:
+        text = layout({"made_by": MADE_BY} | record) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,110 @@
+"""Which videos a job makes, and where they go."""
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from magcache.app import prompts
+from magcache.app.checks import check_writable
+from magcache.app.choose_schedule import settings_of
+from magcache.app.job import INPUTS, Job, Refused, Request, refuse_if, refusing
+
+VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
+
+
+def endings_of(job: Job) -> tuple[str, ...]:
+    """Of the task's results, the default first."""
+    return IMAGE_ENDINGS if job.sampling.kind == "t2i" else VIDEO_ENDINGS
+
+
+def make_requests(job: Job) -> list[Request]:
+    if not job.prompt_file:
+        (line,) = job.lines
+        return [Request(line.prompt, line.seed, result_path(job, line.prompt, job.output.save_file))]
+    folder = Path(job.output.save_file or Path(job.prompt_file).stem)
+    is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
+    refuse_if(is_file, f"with --prompt_file, --save_file must be a folder, got {folder}")
+    check_writable(folder)
+    decisive, paths = decisive_settings(job), []
+    for line in job.lines:
+        if line.save_file:
+            try:
+                paths.append(result_path(job, line.prompt, line.save_file))
+            except Refused as refusal:
+                raise Refused(f"prompt {line.number}: {refusal}") from refusal
+        else:
+            paths.append(folder / prompts.result_name(line, decisive, endings_of(job)[0]))
+    if clash := prompts.find_clash(paths):
+        first, second = (paths[position] for position in clash)
+        what = "result" if first.suffix == second.suffix else "record beside the result"
+        numbers = f"{clash[0] + 1} and {clash[1] + 1}"
+        raise Refused(f"prompts {numbers} of {job.prompt_file} have the same {what} {second}")
+    own = "image" in job.sampling.input_flags
+    return [
+        Request(line.prompt, line.seed, path, line.image if own else None)
+        for line, path in zip(job.lines, paths, strict=True)
+    ]
+
+
+def decisive_settings(job: Job) -> dict:
+    """What, beside its line, decides on a video of a prompt file."""
+    schedule = job.schedule
+    settings = settings_of(job.sampling, job.machine.ckpt_dir) | {
+        "steps": job.sampling.sample_steps,
+        "plan": [schedule.target, schedule.weights] if job.cache else None,
+    }
+    flags = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
+    settings |= {flag: job.flags[flag] for flag in ("magcache_dtype", *flags)}
+    inputs = [flag for flags in INPUTS.values() for flag in flags if flag != "image"]
+    return settings | {"inputs": [getattr(job.inputs, flag) for flag in inputs]}
+
+
+def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
+    """Those that are not finished. Checks their images."""
+    if not job.prompt_file:
+        return requests
+    missing = requests
+    if not job.output.overwrite and not job.calibrates:
+        missing = [request for request in requests if not prompts.is_finished(request.path)]
+    finished = len(requests) - len(missing)
+    print(f"prompts   {len(requests)} in {job.prompt_file}" + (f", {finished} of them finished" if finished else ""))
+    from magcache.app.media import read_image
+
+    with refusing(ValueError):
+        for image in dict.fromkeys(request.image for request in missing if request.image):
+            read_image(image)
+    return missing
+
+
+def result_path(job: Job, prompt: str, save_file: str | None) -> Path:
+    """save_file, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
+    path = checked_path(job, save_file) if save_file else Path(default_name(job, prompt))
+    check_writable(path.parent)
+    return path
+
+
+def checked_path(job: Job, save_file: str) -> Path:
+    path, endings = Path(save_file), endings_of(job)
+    is_folder = save_file.endswith(("/", os.sep)) or not path.name or path.is_dir()
+    refuse_if(is_folder, f"--save_file {save_file} is a folder")
+    if not path.suffix:
+        path = path.with_name(path.name + endings[0])
+    wrong = f"--save_file must end in one of {', '.join(endings)} for task {job.sampling.task}, got {path.name}"
+    refuse_if(path.suffix.lower() not in endings, wrong)
+    refuse_if(not path.parent.is_dir(), f"the folder of --save_file does not exist: {path.parent}")
+    return path
+
+
+def default_name(job: Job, prompt: str) -> str:
+    sampling, machine, cache = job.sampling, job.machine, job.cache
+    size = sampling.size.replace("*", "x") if sys.platform == "win32" else sampling.size
+    parts = [sampling.task, size, str(machine.ulysses_size), str(machine.ring_size), prompts.slug(prompt)]
+    parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
+    if cache:
+        rule = cache.rule
+        settings = f"E{rule.thresh}_K{rule.K}_R{rule.retention_ratio}"
+        if cache.speedup is not None:
+            settings = f"X{cache.speedup}"
+        parts = ["magcache", sampling.task, settings.replace(".", ""), *parts[1:]]
+    return "_".join(parts) + endings_of(job)[0]

@@ -1,0 +1,131 @@
+"""What a job writes: videos, comparisons, calibrations."""
+
+import contextlib
+import json
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+import magcache
+from magcache.app.choose_schedule import predict, settings_of
+from magcache.app.compare import Comparison
+from magcache.app.job import Job, Request
+from magcache.app.media import to_frames, to_uint8, write_image, write_video
+from magcache.app.page import in_words
+from magcache.app.plot import draw_calibration
+from magcache.app.requests import IMAGE_ENDINGS
+from magcache.app.wan_package import device_name
+from magcache.files import written_whole
+
+FLAT_LISTS = {
+    "mag_ratio": "wan2_1_mag_ratio.json",
+    "mag_std": "wan2_1_mag_std.json",
+    "cos_dis": "wan2_1_cos_dis.json",
+}
+
+
+def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
+    """Writes the video [3, F, H, W] in [-1, 1], or the image that it is; if that fails, keeps the pixels as a tensor,
+    since an hour of work is in them."""
+    try:
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            write_image(path, to_frames(video)[0])
+        else:
+            write_video(path, to_frames(video), fps)
+    except BaseException:
+        pixels = torch.from_numpy(to_uint8(video))
+        for folder in (tempfile.gettempdir(), "."):
+            rescue = Path(folder) / f"{path.stem[:100]}.pt"
+            with contextlib.suppress(OSError, RuntimeError):
+                torch.save(pixels, rescue)
+                print(f"could not write {path}; its pixels are kept in {rescue} (torch.load)", file=sys.stderr)
+                break
+        raise
+
+
+def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
+    """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
+
+    cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same.
+    """
+    (frames, watch), (video, plain) = cached, uncached
+    path = request.path
+    uncached_path = path.with_stem(f"{path.stem}_uncached")
+    save_result(video, uncached_path, fps)
+    plain.lap("save")
+    comparison = Comparison(
+        prompt=request.prompt,
+        made_by=f"{job.made_by}, {job.cache}",
+        video=job.describe_video(frames.shape[:3], request.seed),
+        device=device_name(),
+        schedule=job.schedule,
+        prediction=predict(job),
+        cached=watch.seconds,
+        uncached=plain.seconds,
+    )
+    scores, files = comparison.write(path, frames, to_frames(video), fps)
+    print(f"compared  PSNR {in_words(scores.overall_psnr)}, SSIM {scores.overall_ssim:.4f}; {uncached_path.name}")
+    for file in files:
+        print(f"          {file}", flush=True)
+    return {
+        "psnr": scores.overall_psnr,
+        "ssim": scores.overall_ssim,
+        "psnr_by_frame": scores.psnr,
+        "ssim_by_frame": scores.ssim,
+        "uncached_seconds": {name: round(value, 4) for name, value in plain.seconds.items()},
+        "files": [file.name for file in (uncached_path, *files)],
+    }
+
+
+def save_calibration(job: Job, runs: list[dict], done: list[Request]) -> None:
+    """Writes one table of the calibrated runs; `done` are their requests."""
+    sampling, ckpt_dir, sigmas = job.sampling, job.machine.ckpt_dir, job.sampling.noise_levels
+    inputs = {flag: getattr(job.inputs, flag) for flag in sampling.input_flags}
+    if done[0].image:
+        inputs["image"] = [request.image for request in done]
+    measured_on = settings_of(sampling, ckpt_dir) | {
+        "sample_steps": sampling.sample_steps,
+        "prompts": [request.prompt for request in done],
+        "seeds": [request.seed for request in done],
+        "inputs": inputs,
+        "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
+        "timesteps": [int(1000 * sigma) for sigma in sigmas],
+        "sigmas": sigmas,
+        "versions": {module.__name__: module.__version__ for module in (magcache, torch, diffusers, transformers)},
+        "date": datetime.now().isoformat("T", "seconds"),
+    }
+    video = f"{sampling.size.replace('*', 'x')}_{sampling.frame_num}f_{sampling.sample_steps}steps"
+    name = f"{sampling.task}_{video}_{datetime.now():%Y%m%d_%H%M%S}"
+    published = None
+    with contextlib.suppress(ValueError):
+        published = magcache.load_table(magcache.choose_table(sampling.task, ckpt_dir, sampling.size)[0])
+    folder = Path(job.output.calibration_dir)
+    path = write_calibration(folder, magcache.make_table(name, runs, measured_on), published)
+    print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
+
+
+def write_calibration(folder: Path, table: dict, published: magcache.RatioTable | None = None) -> Path:
+    """Writes a table of `magcache.make_table` into a folder as NAME.json, with a picture of it, NAME.png, and the three
+    flat lists under the names that the released script gives them. Each file is written whole or not at all.
+
+    published: a table to draw beside it. Returns the path of the JSON. Raises FileExistsError rather than replace one;
+    the flat lists are of the latest calibration, which is said where they replace another's.
+    """
+    path = folder / f"{table['name']}.json"
+    magcache.save_table(path, table)
+    flat = {folder / name: table[key] for key, name in FLAT_LISTS.items()}
+    if any(file.exists() for file in flat):
+        print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
+    for file, values in flat.items():
+        with written_whole(file) as part:
+            part.write_text(json.dumps(values))
+    try:
+        draw_calibration(table, path.with_suffix(".png"), published)
+    except ImportError:
+        print(f"note: no picture without matplotlib; later: python -m magcache.app.plot {path} --out {path.stem}.png")
+    return path

@@ -1,0 +1,146 @@
+"""--magcache_plan: what a run with these flags would do, by the same code, without the wan package or any weights."""
+
+import contextlib
+import io
+import os
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from magcache.app import plan
+from magcache.app.checks import check_writable, make_job, need_package
+from magcache.app.choose_schedule import make_schedule, predict
+from magcache.app.inputs import planned_video
+from magcache.app.job import CacheSettings, Job
+
+
+def show_plan(args: Namespace) -> None:
+    try:
+        print_plan(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # by `| head`, which has seen enough; Python flushes once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_plan(args: Namespace) -> None:
+    picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
+    if picture:
+        need_package("matplotlib", "--magcache_plan with a picture")
+        check_writable(picture.parent)
+    with contextlib.redirect_stdout(io.StringIO()) as notes:
+        job = make_job(args)
+        task, size = job.sampling.task, job.sampling.size
+        frames, height, width, references = planned_video(job.sampling, job.inputs)
+        if size not in plan.SIZES[task]:
+            print(f"note: task {task} does not run at {size}, only at {', '.join(plan.SIZES[task])}")
+    video = f"{task}, {width}x{height}, {frames} frames, {job.sampling.sample_steps} steps"
+    if picture:  # before anything is printed, which may end it
+        from magcache.app.plot import draw_plan
+
+        draw_plan(job, f"{headline(job)}\n{chosen_by(job)}; {video}", predict(job), picture)
+    lines = [
+        headline(job),
+        f"schedule  {chosen_by(job)}",
+        *([f"origin    {plan.table_origin(job.table)}"] if job.table else []),
+        *run_lines(job, video, plan.token_count(frames, height, width, references)),
+        "",
+        *neighbour_lines(job),
+    ]
+    print(*(line.rstrip() for line in lines), sep="\n")
+    print(notes.getvalue(), end="")
+    if picture:
+        print(f"picture   {picture}")
+
+
+def headline(job: Job) -> str:
+    schedule = job.schedule
+    bound = f"at most {schedule.speedup_bound:.2f}x"
+    return f"{schedule.computed} of {len(schedule.weights)} DiT calls computed, {bound}"
+
+
+def chosen_by(job: Job) -> str:
+    return f"{job.made_by}, {job.cache}"
+
+
+def run_lines(job: Job, video: str, tokens: int) -> list[str]:
+    """video: in words. tokens: of a call."""
+    schedule, shape = job.schedule, plan.shape_of(job.sampling.task, job.machine.ckpt_dir)
+    cached, full = plan.run_flops(schedule, shape, tokens)
+    return [
+        f"video     {video}; {tokens} tokens a call",
+        "",
+        *map_lines(job),
+        "",
+        f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
+        f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
+        f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
+        f"memory    {memory(job, plan.cached_bytes(schedule, shape, tokens, job.cache.dtype))}",
+    ]
+
+
+def memory(job: Job, size: float) -> str:
+    """size: of all that is cached, in bytes."""
+    schedule, shards = job.schedule, job.machine.shards
+    kept = schedule.history * schedule.calls_per_step
+    if not kept:
+        return "nothing is cached"
+    where = "in CPU memory" if job.cache.offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
+    if schedule.target == "residual":
+        size /= shards  # of its tokens; outputs are whole
+    return f"{plan.number_of_bytes(size)} {where} for {kept} cached {schedule.target}s"
+
+
+def map_lines(job: Job) -> list[str]:
+    """The steps of every branch, and below them the predicted errors."""
+    steps, branches, prediction = job.schedule.steps, plan.reuse_by_branch(job.schedule), predict(job)
+    lines = [f"step      {plan.ruler(steps)}"]
+    for name, reuse in branches.items():
+        lines.append(f"{name:<9} {plan.step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
+    if not prediction:
+        return [*lines, "          # computed, . reused"]
+    for name, errors in prediction.rows.items():
+        shown = f"{plan.digits(errors, branches[name], prediction.bound):<{steps}}"
+        lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
+    legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
+    return [*lines, f"          {legend} {prediction.bound:g}"]
+
+
+def neighbour_lines(job: Job) -> list[str]:
+    """What the settings around the given ones would give, which have a star."""
+    heading, rows, columns = "other     speed-ups", neighbour_speedups(job), {"": {}}
+    if job.cache.speedup is None:
+        thresholds, lengths = neighbour_settings(job.cache.rule.thresh, job.cache.rule.K)
+        heading, rows = "other     thresh and K", {f"thresh {thresh:g}": {"thresh": thresh} for thresh in thresholds}
+        columns = {f"K {K}": {"K": K} for K in lengths}
+    cells = [[cell(job, changed(job.cache, row | column)) for column in columns.values()] for row in rows.values()]
+    width = max(len(text) for text in (*columns, *(text for row in cells for text in row))) + 2
+    first = max(map(len, rows)) + 3
+    table = [*([("", columns)] if any(columns) else []), *zip(rows, cells, strict=True)]
+    return [f"{heading}: calls computed, bound (* as asked)"] + [
+        " " * 10 + f"{label:<{first}}" + "".join(f"{text:<{width}}" for text in row) for label, row in table
+    ]
+
+
+def changed(cache: CacheSettings, settings: dict) -> CacheSettings:
+    """settings: a speedup, or some of the rule's."""
+    return replace(cache, **settings) if "speedup" in settings else replace(cache, rule=replace(cache.rule, **settings))
+
+
+def cell(job: Job, cache: CacheSettings) -> str:
+    schedule = make_schedule(job.sampling, cache, job.table)
+    return f"{schedule.computed}, {schedule.speedup_bound:.2f}x" + (" *" if cache == job.cache else "")
+
+
+def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:
+    """Thresholds and K around those of a run, rising; none below 0."""
+    return [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12], [max(K, 1) + i for i in (-1, 0, 1)]
+
+
+def neighbour_speedups(job: Job) -> dict[str, dict]:
+    """Settings of speed-ups around that of a run, rising, by label; none that a run would refuse."""
+    if job.cache.speedup is None:
+        return {}
+    around = {job.cache.speedup + difference for difference in (-0.5, 0.0, 0.5)}
+    most = float(job.sampling.sample_steps)
+    return {f"speedup {x:g}": {"speedup": x} for x in sorted({min(max(x, 1.0), most) for x in around})}

@@ -1,0 +1,81 @@
+"""What is said before the models are loaded, and after the videos are made."""
+
+import statistics
+import sys
+
+from magcache.app import plan, record
+from magcache.app.job import Job, Request
+
+
+def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
+    """Says before the models are loaded what is going to happen. shape: (frames, height, width). groups: of processes
+    that share the requests."""
+    schedule, calls = job.schedule, len(job.schedule.weights)
+    if not job.prompt_file:
+        print(f"prompt    {requests[0].prompt}")
+    for flag in job.sampling.input_flags if not requests[0].image else ():
+        if path := getattr(job.inputs, flag):
+            print(f"{flag:<9} {path}")
+    seed = job.base_seed if len(requests) == 1 else f"{job.base_seed} and up"
+    print(f"video     {job.describe_video(shape, seed)}")
+    if job.cache:
+        bound = f"at most {schedule.speedup_bound:.2f}x faster"
+        print(f"MagCache  {schedule.computed} of {calls} transformer calls computed, {bound}; {job.made_by}")
+        if schedule.computed == calls:
+            print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
+    else:
+        print(f"MagCache  off: all {calls} transformer calls computed")
+    if job.calibrates:
+        print(f"          their ratios are measured and written to {job.output.calibration_dir}/")
+    if len(requests) > 1:
+        folders = sorted({str(request.path.parent) for request in requests})
+        print(f"results   {len(requests)} files in {', '.join(folders)}")
+    else:
+        print(f"result    {requests[0].path}", flush=True)
+    if groups > len(requests):
+        print(f"note: {len(requests)} videos for {groups} groups of processes; the others have nothing to do")
+
+
+def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
+    """Says what happened, from what was seen of the calls and not from the plan. seconds: of what came before."""
+    seconds = dict(seconds)
+    for watch in watches:
+        for phase, value in watch.seconds.items():
+            phase = "denoise" if phase in ("computed", "reused", "sampler") else phase
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    print("time      " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    if job.cache and any(watch.calls for watch in watches):
+        tell_calls(job, watches)
+    if memory := record.peak_memory():
+        print(f"memory    at most {plan.number_of_bytes(memory['bytes'])} of {memory['of']}")
+    schedule = job.schedule
+    if job.cache and any(tuple(reused for reused, _ in watch.calls) != schedule.reuse for watch in watches):
+        print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)
+
+
+def tell_calls(job: Job, watches: list) -> None:
+    calls = [call for watch in watches for call in watch.calls]
+    times = {kind: [duration for reused, duration in calls if reused == kind] for kind in (False, True)}
+    cond, uncond = (sum(reused for w in watches for reused, _ in w.calls[branch::2]) for branch in (0, 1))
+    steps = job.schedule.steps * len(watches)
+    print(
+        f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {cond} of {steps} cond and "
+        f"{uncond} of {steps} uncond (bound {job.schedule.speedup_bound:.2f}x, {job.made_by})"
+    )
+    typical = statistics.fmean(times[False])
+    line = f"          computed {1000 * typical:.1f} ms a call"
+    if times[True]:
+        line += f", reused {1000 * statistics.fmean(times[True]):.1f} ms a call"
+    speedup = len(calls) * typical / sum(times[False] + times[True])
+    print(f"{line}; {speedup:.2f}x faster than computing every call")
+
+
+def tell_failures(failures: list[tuple[str, str]], count: int) -> None:
+    """failures: of `magcache.app.generate.make_all`, of `count` requests."""
+    remedies = {
+        "videos": "a rerun tries them again",
+        "comparisons": "their videos are finished, --overwrite makes both again",
+    }
+    for what, remedy in remedies.items():
+        if lines := [line for failed, line in failures if failed == what]:
+            print(f"{len(lines)} of {count} {what} failed, {remedy}:", *lines, sep="\n", file=sys.stderr)

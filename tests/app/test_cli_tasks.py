@@ -1,0 +1,111 @@
+"""Every task from the command line, with tiny random checkpoints: uncached, cached, calibrating."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from golden_data import GOLDEN, read_json, write_checkpoint
+from tiny_qwen import save_model
+
+import magcache
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+STEPS = 4
+CACHE = ["--use_magcache", "--magcache_thresh", "1", "--magcache_K", "2", "--retention_ratio", "0.2"]
+SOURCES = GOLDEN / "vace_source"
+# task -> kind of checkpoint, its folder, flags, shape of the result
+TASKS = {
+    "t2v-1.3B": ("t2v", "Wan2.1-T2V-1.3B", ["--size", "480*832", "--frame_num", "1"], (1, 832, 480, 3)),
+    "t2i-14B": ("t2v", "Wan2.1-T2V-14B", ["--size", "480*832"], (832, 480, 3)),
+    "i2v-14B": (
+        "i2v",
+        "Wan2.1-I2V-14B-480P",
+        ["--size", "832*480", "--frame_num", "1", "--image", EXAMPLES / "wan_i2v_2.png"],
+        (1, 464, 832, 3),
+    ),
+    "flf2v-14B": (
+        "flf2v",
+        "Wan2.1-FLF2V-14B-720P",
+        [
+            *("--size", "832*480", "--frame_num", "5", "--mag_ratios", "i2v-14B-720P"),
+            *("--first_frame", EXAMPLES / "flf2v_input_first_frame.png"),
+            *("--last_frame", EXAMPLES / "flf2v_input_last_frame.png"),
+        ],
+        (5, 464, 832, 3),
+    ),
+    "vace-1.3B": (
+        "vace",
+        "Wan2.1-VACE-1.3B",
+        [
+            *("--size", "832*480", "--src_video", SOURCES / "video_a.mp4", "--src_mask", SOURCES / "mask_a.mp4"),
+            *("--src_ref_images", f"{EXAMPLES / 'girl.png'},{EXAMPLES / 'snake.png'}"),
+        ],
+        (9, 48, 64, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(task, tmp_path):
+    kind, folder, flags, shape = TASKS[task]
+    checkpoint = write_checkpoint(kind, tmp_path / folder)
+    ending = ".png" if task == "t2i-14B" else ".mp4"
+    common = ["--task", task, "--ckpt_dir", checkpoint, "--sample_steps", STEPS, "--base_seed", 1, "--prompt", "a bird"]
+    plain_flags = [flag for flag in flags if flag not in ("--mag_ratios", "i2v-14B-720P")]
+    commands = [
+        [*common, *plain_flags, "--save_file", tmp_path / f"plain{ending}"],
+        [*common, *flags, *CACHE, "--save_file", tmp_path / f"cached{ending}"],
+        [
+            *(*common, *plain_flags, "--magcache_calibration", "--calibration_dir", tmp_path / "tables"),
+            *("--save_file", tmp_path / f"calibration{ending}"),
+        ],
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps([[str(flag) for flag in command] for command in commands]))
+    arguments = [TESTS / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
+    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+    table = {"t2i-14B": "t2v-14B", "i2v-14B": "i2v-14B-480P", "flf2v-14B": "i2v-14B-720P"}.get(task, task)
+    schedule = magcache.plan(magcache.load_ratios(table), STEPS, 1, 2, 0.2)
+    assert any(schedule.reuse)
+    model = read_json(f"pipelines/{kind}/config.json")
+    computed = (2 * STEPS, schedule.computed, 2 * STEPS)
+    for counts, calls in zip(json.loads((tmp_path / "counts.json").read_text()), computed, strict=True):
+        blocks = {"model.WanAttentionBlock": model["num_layers"]}
+        if kind == "vace":
+            blocks = {"vace_model.BaseWanAttentionBlock": model["num_layers"]}
+            blocks["vace_model.VaceWanAttentionBlock"] = len(model["vace_layers"])
+        for name, layers in blocks.items():
+            assert counts[f"wan.modules.{name}"] == calls * layers
+        assert counts["wan.modules.model.Head"] == 2 * STEPS
+
+    results = [iio.imread(tmp_path / f"{name}{ending}") for name in ("plain", "cached", "calibration")]
+    assert all(pixels.shape == shape for pixels in results)
+    assert np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
+    assert f"{schedule.computed} of {2 * STEPS} calls computed" in result.stdout
+    assert f"table {table}" in result.stdout
+    (measured,) = (tmp_path / "tables").glob(f"{task}_*.json")
+    magcache.plan(magcache.load_ratios(measured), STEPS, 0.1, 2)
+
+
+def test_prompt_extension(tmp_path):
+    save_model(tmp_path / "qwen", "qwen2_5_vl")
+    checkpoint = write_checkpoint("i2v", tmp_path / "Wan2.1-I2V-14B-480P")
+    flags = ["--task", "i2v-14B", "--size", "832*480", "--frame_num", "1", "--ckpt_dir", checkpoint]
+    flags += ["--sample_steps", "1", "--image", EXAMPLES / "wan_i2v.png", "--prompt", "a boat", "--base_seed", "1"]
+    flags += ["--use_prompt_extend", "--prompt_extend_model", tmp_path / "qwen", "--prompt_extend_target_lang", "en"]
+    command = [sys.executable, TESTS.parent / "magcache_generate.py", *flags, "--save_file", tmp_path / "film.mp4"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    given, extended = (line[10:] for line in result.stdout.splitlines() if line.startswith("prompt "))
+    assert given == "a boat"
+    assert set(extended) <= set("abcdefghijklmnop ")
+    assert len(extended) > 10
+    assert iio.imread(tmp_path / "film.mp4").shape == (1, 464, 832, 3)

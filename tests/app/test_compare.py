@@ -1,0 +1,323 @@
+"""Watching a run, its record, and the comparison with the uncached run."""
+
+import contextlib
+import fcntl
+import html
+import importlib.util
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import magcache
+import magcache_generate
+import wan
+from magcache.app import compare, progress, record
+from magcache.app.checks import make_job
+from magcache.app.flags import make_parser
+from magcache.app.job import Refused, Request
+from magcache.app.record import check_records, save_record
+from wan import pipeline as wan_pipeline
+from wan.configs import WAN_CONFIGS
+from wan.utils.utils import cache_video
+
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / "magcache_generate.py"
+DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROMPT = '-a "red" circle; moves $left on a <b>white</b> background'
+
+
+def demo(*flags, stderr=subprocess.PIPE, steps=6):
+    command = [sys.executable, REPO / "magcache_generate.py", "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir"]
+    command += [os.path.relpath(DEMO), "--sample_steps", steps, f"--prompt={PROMPT}", *flags]
+    return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A run with a drawn seed and a comparison."""
+    folder = tmp_path_factory.mktemp("compared")
+    cache = ("--use_magcache", "--magcache_thresh", 1, "--magcache_dtype", "bfloat16")
+    return folder, demo(*cache, "--compare", "--save_file", folder / "a film.mp4")
+
+
+def in_a_terminal(command, rows=30, columns=90):
+    """Runs a command with a terminal for stderr; returns what it wrote there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    seen = []
+
+    def read():
+        with contextlib.suppress(OSError):  # closed by the other end
+            while data := os.read(ours, 4096):
+                seen.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=300, cwd="/")
+    os.close(theirs)
+    reader.join(timeout=10)
+    os.close(ours)
+    assert result.returncode == 0
+    return b"".join(seen).decode()
+
+
+def test_the_record_repeats_the_run(compared):
+    """From another folder, with stderr on a terminal, where one bar shows what each step did."""
+    folder, result = compared
+    assert result.returncode == 0, result.stderr
+    found = json.loads((folder / "a film.json").read_text())
+    seen = in_a_terminal(found["command"])
+    assert (folder / "a film_again.mp4").read_bytes() == (folder / "a film.mp4").read_bytes()
+    again = json.loads((folder / "a film_again.json").read_text())
+    for key in ("prompt", "seed", "schedule", "table", "versions", "steps_by"):
+        assert again[key] == found[key]
+    assert re.search(r"denoise \[#\.\.#\.\.] 6/6 in 00:\d\d", seen)
+    assert "it/s" not in seen  # the package's own bar
+    assert "step/s" not in seen
+
+
+def test_record(compared):
+    folder, result = compared
+    found = json.loads((folder / "a film.json").read_text())
+    schedule = magcache.plan(magcache.load_ratios("t2v-tiny"), 6, 1, 2)
+    assert any(schedule.reuse)
+    assert found["schedule"]["weights"] == [w and list(w) for w in schedule.weights]
+    assert found["schedule"]["computed_steps"]["cond"] == [i for i, r in enumerate(schedule.reuse[::2]) if not r]
+    assert found["arguments"]["base_seed"] == found["seed"] >= 0
+    assert found["arguments"]["sample_shift"] == 5.0
+    assert found["prompt"] == PROMPT
+    assert found["table"]["ratios"] == list(magcache.load_ratios("t2v-tiny"))
+    assert found["table"]["measured_on"]["base_seed"] == 77
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["calls"] == {"computed": schedule.computed, "reused": sum(schedule.reuse)}
+    assert set(found["seconds"]) == {"load", "text", "inputs", "computed", "reused", "sampler", "decode", "save"}
+    assert all(found["seconds"][phase] > 0 for phase in ("load", "text", "computed", "reused", "decode", "save"))
+    assert found["peak_memory"]["bytes"] > 1e8
+    assert f"seed {found['seed']}" in result.stdout
+    assert len(result.stdout.split("now the same")[1].splitlines()) + 2 <= 10
+    assert len(result.stderr.splitlines()) == 4  # no terminal: first and last step of both runs
+
+
+def test_a_record_has_all_of_a_schedule():
+    found = record.describe_schedule(magcache.Schedule((None, (1.0,), None, (1.5, -0.5)), 1, "output"))
+    assert found["weights"] == [None, [1.0], None, [1.5, -0.5]]
+    assert found["target"] == "output"
+    assert found["computed_steps"] == {"cond": [0, 2]}
+
+
+def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert record.absolute("image", "cat, dog.png") == f"{tmp_path}/cat, dog.png"
+    assert record.absolute("src_ref_images", "a.png, b.png") == f"{tmp_path}/a.png,{tmp_path}/b.png"
+    assert record.absolute("image", None) is None
+    assert record.absolute("prompt", "a, b") == "a, b"
+
+
+def test_bytes_that_are_no_text_stop_no_record(tmp_path):
+    """They reach Python as lone surrogates, which no encoding of a file has."""
+    record.write_record(tmp_path / "film.json", {"prompt": "caf\udce9 ü"})
+    assert json.loads((tmp_path / "film.json").read_text(encoding="utf-8"))["prompt"] == "caf\udce9 ü"
+
+
+def test_no_record(tmp_path, capsys):
+    """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
+    (tmp_path / "film.json").write_text('{"mine": 1}')
+    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO))
+    on, off = (make_job(make_parser(SCRIPT).parse_args([*flags, "--magcache_record", word])) for word in ("on", "off"))
+    with pytest.raises(Refused, match=r"film.json exists and is no record of a video"):
+        check_records(on, [Request("a", 1, tmp_path / "film.mp4")])
+    check_records(off, [Request("a", 1, tmp_path / "film.mp4")])
+    assert not save_record(off, tmp_path / "film.mp4", {})
+    assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
+    assert not save_record(on, tmp_path / "gone" / "film.mp4", {})
+    assert "the record could not be written" in capsys.readouterr().err
+    assert save_record(on, tmp_path / "other.mp4", {})
+    check_records(on, [Request("a", 1, tmp_path / "other.mp4")])
+
+
+def test_comparison_files(compared):
+    folder, result = compared
+    names = {f"a film{end}" for end in (".mp4", ".json", "_uncached.mp4", "_compare.mp4", "_compare.html")}
+    assert {path.name for path in folder.iterdir() if "again" not in path.name} == names
+    cached, uncached, both = (iio.imread(folder / f"a film{end}.mp4") for end in ("", "_uncached", "_compare"))
+    assert not np.array_equal(cached, uncached)
+    height = both.shape[1] - 64
+    assert both.shape == (17, 64 + height, 3 * 64, 3)
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
+    found = json.loads((folder / "a film.json").read_text())
+    alone = pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=6, seed=found["seed"])
+    cache_video(alone[None], str(folder / "again alone.mp4"), fps=16, nrow=1)
+    assert np.array_equal(uncached, iio.imread(folder / "again alone.mp4"))
+    for part, expected in ((both[:, height:, :64], cached), (both[:, height:, 64:128], uncached)):
+        assert np.abs(part.astype(int) - expected).mean() < 4  # compressed apart
+    scores = found["comparison"]
+    assert f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}" in result.stdout
+    squares = [10 ** (-psnr / 10) for psnr in scores["psnr_by_frame"]]
+    assert scores["psnr"] == pytest.approx(-10 * math.log10(sum(squares) / 17))
+    assert scores["ssim"] == pytest.approx(sum(scores["ssim_by_frame"]) / 17)
+
+
+def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
+    """The others go on, with the cache."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "first_uncached.mp4").mkdir()
+    lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, SCRIPT, "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4]
+    command += ["--prompt_file", tmp_path / "prompts.jsonl", "--use_magcache", "--magcache_thresh", 1, "--compare"]
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "1 of 2 comparisons failed, their videos are finished, --overwrite makes both again:\n" in result.stderr
+    assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", result.stderr, re.MULTILINE)
+    assert "videos failed" not in result.stderr
+    assert (tmp_path / "second_compare.html").is_file()
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second")]
+    assert ["comparison" in found for found in records] == [False, True]
+    assert records[0]["calls"] == records[1]["calls"]
+    assert records[1]["calls"]["reused"] > 0
+
+
+def test_page_stands_alone(compared):
+    folder, _ = compared
+    page = (folder / "a film_compare.html").read_text()
+    assert html.escape(PROMPT) in page
+    assert "<b>white" not in page
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page) == ["a%20film_compare.mp4"]
+    assert "http" not in page
+    assert page.count("data:video/mp4") == 3
+    assert page.count('class="computed"') + page.count('class="reused"') == 12
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_page_in_a_browser(compared, tmp_path):
+    """The slider takes all videos to its frame. Playing them is no test: how far they get is chance."""
+    folder, _ = compared
+    said = "video.dataset.at = Math.floor(video.currentTime * FPS)"
+    move = f"videos.forEach(video => video.onseeked = () => {{ {said} }}); seek.value = 9; seek.oninput();"
+    page = (folder / "a film_compare.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{move}</script></body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000"]
+    url = (tmp_path / "page.html").as_uri()
+    result = subprocess.run([CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    assert "frame 9 of 17" in result.stdout
+    assert result.stdout.count('data-at="9"') == 3
+
+
+def test_scores():
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 256, (3, 32, 48, 3), np.uint8)
+    frames = reference.copy()
+    frames[1] ^= 1
+    frames[2] = 255 - frames[2]
+    scores = compare.score(frames, reference)
+    assert scores.psnr[0] is None
+    assert scores.ssim[0] == pytest.approx(1)
+    assert scores.psnr[1] == pytest.approx(20 * math.log10(255))
+    error = np.mean((frames.astype(float) - reference) ** 2)
+    assert scores.overall_psnr == pytest.approx(10 * math.log10(255**2 / error))
+    assert scores.ssim[2] < 0 < scores.ssim[1]
+    assert compare.score(frames[:1], reference[:1]).overall_psnr is None
+
+
+def test_difference():
+    reference = np.zeros((2, 16, 16, 3), np.uint8)
+    frames = reference.copy()
+    frames[0, 0] = 20
+    apart, factor = compare.difference(frames, reference)
+    assert factor == 8
+    assert np.array_equal(apart, 8 * frames)
+    assert compare.difference(frames, frames)[1] == 32
+
+
+def test_a_single_picture(tmp_path):
+    """Equal ones at that: nothing to draw or to divide by."""
+    picture = np.full((1, 32, 48, 3), 77, np.uint8)
+    seconds = dict.fromkeys(progress.PHASES, 0.1)
+    pair = compare.Comparison("a fox \udce9", "by", "t2i", "CPU", magcache.plan_steps((0,), 2), None, seconds, seconds)
+    scores, files = pair.write(tmp_path / "fox\udce9.png", picture, picture, 16)
+    assert [file.name for file in files] == ["fox\udce9_compare.png", "fox\udce9_compare.html"]
+    assert iio.imread(files[0]).shape[1] == 3 * 48
+    page = files[1].read_text()
+    assert page.count("data:image/png") == 3
+    assert "equal" in page
+    assert "<video" not in page
+    assert scores.overall_ssim == pytest.approx(1)
+
+
+@pytest.mark.parametrize("target", ["output", "residual", None])
+def test_watching_leaves_no_trace(target, capsys):
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
+    schedule, cache = magcache.Schedule((None,) * 8), None
+    if target:
+        schedule = magcache.plan_steps((0, 2), 4, "reuse", target=target)
+        cache = magcache.apply_magcache(pipeline.model, schedule)
+
+    def state():
+        return (
+            dict(vars(pipeline.vae)),
+            wan_pipeline.tqdm,
+            len(pipeline.model._forward_hooks),
+            vars(cache or state).keys(),
+        )
+
+    before = state()
+    with progress.watched(pipeline, schedule, cache) as watch:
+        pipeline.generate("a circle", (64, 64), 5, sampling_steps=4, seed=1)
+    assert state() == before
+    assert not pipeline.text_encoder.model._forward_hooks
+    assert [reused for reused, _ in watch.calls] == list(schedule.reuse)
+    assert sum(watch.seconds.values()) == pytest.approx(watch.clock - watch.start)
+    for kind, phase in ((False, "computed"), (True, "reused")):
+        assert watch.seconds[phase] == pytest.approx(sum(seconds for reused, seconds in watch.calls if reused == kind))
+    with pytest.raises(RuntimeError), progress.watched(pipeline, schedule, cache):
+        raise RuntimeError
+    assert state() == before
+
+
+def test_time_left():
+    schedule = magcache.plan_steps((0, 1, 4), 6)  # computed, computed, reused, reused, computed, reused
+    calls = [(False, 100.0)] * 2
+    assert progress.seconds_left(calls, schedule, 4.0) == 4 * 100.0 + 10 * 2.0  # a reused call is not known yet
+    calls += [(False, 10.0)] * 2 + [(True, 1.0)] * 2
+    assert progress.seconds_left(calls, schedule, 6.0) == 2 * 10 + 4 * 1 + 6 * 1.0
+    assert progress.seconds_left([*calls, *[(True, 1.0)] * 6], schedule, 12.0) == 0
+
+
+@pytest.mark.parametrize("package", ["skimage", "matplotlib"])
+def test_a_missing_package_is_said_first(package, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    flags = ["--use_magcache", "--compare"] if package == "skimage" else ["--magcache_plan", "plan.png"]
+    monkeypatch.setattr(sys, "argv", ["x", "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(DEMO), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.main()
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert f"pip install {'scikit-image' if package == 'skimage' else package}" in err
+    assert err.count("\n") == 1
+
+
+def test_command_line_of_values():
+    parser = make_parser(SCRIPT)
+    args = parser.parse_args(["--prompt=-rf 'a b'", "--use_magcache", "--magcache_K", "4", "--offload_model", "no"])
+    line = record.command_line(parser, vars(args), left_out=("task",))
+    assert "--task" not in line
+    again = parser.parse_args(line)
+    assert {k: v for k, v in vars(again).items() if k != "explicit"} == {
+        k: v for k, v in vars(args).items() if k != "explicit"
+    }

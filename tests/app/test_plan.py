@@ -1,0 +1,258 @@
+"""What is said before a run: against independent formulas, torch's FLOP counter, and the wan package's own numbers."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import magcache
+import magcache_generate
+from magcache.app import plan as report
+from magcache.app.flags import SIZES, TASKS
+from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceWanModel
+
+REPO = Path(__file__).parents[2]
+DEMO = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(REPO / "examples" / "Wan2.1-T2V-tiny"))
+README = (REPO / "README.md").read_text()
+CALIBRATION = (REPO / "calibration" / "README.md").read_text()
+# task, folder, size, steps, thresh, K; calls computed
+PUBLISHED = [
+    ("t2v-14B", "Wan2.1-T2V-14B", "1280*720", 50, 0.24, 6, 36),
+    ("t2v-1.3B", "Wan2.1-T2V-1.3B", "832*480", 50, 0.12, 2, 50),
+    ("t2v-1.3B", "Wan2.1-T2V-1.3B", "832*480", 50, 0.12, 4, 42),
+    ("i2v-14B", "Wan2.1-I2V-14B-720P", "1280*720", 40, 0.12, 4, 34),
+    ("i2v-14B", "Wan2.1-I2V-14B-720P", "1280*720", 40, 0.24, 6, 28),
+    ("i2v-14B", "Wan2.1-I2V-14B-480P", "832*480", 40, 0.12, 4, 34),
+    ("i2v-14B", "Wan2.1-I2V-14B-480P", "832*480", 40, 0.24, 6, 30),
+]
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    def lines(*flags):
+        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *map(str, flags), "--magcache_plan"])
+        magcache_generate.main()
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+@pytest.mark.parametrize(("task", "folder", "size", "steps", "thresh", "K", "computed"), PUBLISHED)
+def test_published_settings(plan, task, folder, size, steps, thresh, K, computed):
+    flags = ("--task", task, "--ckpt_dir", folder, "--size", size, "--magcache_thresh", thresh, "--magcache_K", K)
+    lines, bound = plan(*flags), 2 * steps / computed
+    assert lines[0] == f"{computed} of {2 * steps} DiT calls computed, at most {bound:.2f}x"
+    (cell,) = (cell for line in lines for cell in re.findall(r"(\d+, [\d.]+x) \*", line))
+    assert cell == f"{computed}, {bound:.2f}x"
+    maps = [line.split()[1] for line in lines if line.startswith(("cond", "uncond"))]
+    assert [len(row) for row in maps] == [steps, steps]
+    assert "".join(maps).count("#") == computed
+
+
+def test_the_plan_of_a_speedup(plan):
+    lines = plan("--task", "t2v-14B", "--magcache_speedup", 2.5)
+    assert lines[0] == "40 of 100 DiT calls computed, at most 2.50x"
+    assert not any(line.startswith(("origin", "error")) for line in lines)
+    assert "memory    77.4 MB on the GPU for 4 cached outputs" in lines
+    assert "FLOPs     60.0 % of the DiT's saved" in "\n".join(lines)
+    assert [re.findall(r"\d+, [\d.]+x", line) for line in lines if "speedup " in line] == [
+        ["50, 2.00x"], ["40, 2.50x"], ["32, 3.12x"]
+    ]  # fmt: skip
+
+
+def test_documentation_has_the_plans_of_the_published_settings():
+    rows = re.findall(r"^\| ([\w.-]+), (\d+), ([\d.]+), (\d) \|[^|]*\| (\d+)/\d+, ", CALIBRATION, re.MULTILINE)
+    names = {"i2v-14B": {"Wan2.1-I2V-14B-720P": "i2v-720P", "Wan2.1-I2V-14B-480P": "i2v-480P"}}
+    expected = [
+        (names.get(task, {}).get(folder, task), *map(str, (steps, thresh, K, computed)))
+        for task, folder, _, steps, thresh, K, computed in PUBLISHED
+    ]
+    assert rows == expected
+
+
+def test_documentation_has_the_plans_around_them():
+    rows = re.findall(r"^\| ([\w.-]+), (\d+) \| ([\d.]+) \| (.*) \|$", CALIBRATION, re.MULTILINE)
+    assert len(rows) == 15
+    for table, steps, thresh, cells in rows:
+        schedules = [magcache.plan(magcache.load_ratios(table), int(steps), float(thresh), K) for K in range(1, 7)]
+        assert cells == " | ".join(f"{s.computed}, {s.speedup_bound:.2f}x" for s in schedules)
+
+
+def test_readme_example_is_the_real_one(plan):
+    command = re.search(r"^python magcache_generate\.py (--task t2v-1.3B .* --magcache_plan)$", README, re.MULTILINE)
+    shown = README[command.end() :].split("```")[2].strip("\n").splitlines()
+    assert shown == plan(*command[1].removesuffix(" --magcache_plan").split())
+
+
+def test_plan_is_quick_and_needs_no_torch(tmp_path):
+    """No wan package either: in an upstream checkout importing it would take seconds."""
+    command = [sys.executable, "-X", "importtime", REPO / "magcache_generate.py", "--task", "t2v-1.3B"]
+    command += ["--size", "832*480", "--ckpt_dir", tmp_path / "nowhere", "--magcache_K", "4", "--magcache_plan"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("42 of 100 DiT calls computed, at most 2.38x\n")
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
+    assert "magcache" in imported
+    assert not imported & {"torch", "transformers", "diffusers", "numpy", "wan"}
+
+
+def test_plan_for_a_reader_that_leaves():
+    """As `| head` does."""
+    command = list(map(str, [sys.executable, REPO / "magcache_generate.py", *DEMO, "--magcache_plan"]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_size_length_and_step_count(task, plan, tmp_path):
+    ratios = ("--mag_ratios", "i2v-14B-720P") if task in ("i2v-14B", "flf2v-14B") else ()
+    lengths = (1,) if task == "t2i-14B" else (5, 81, 121)
+    for size, frames, steps in itertools.product(SIZES, lengths, (1, 7, 120)):
+        flags = ("--task", task, "--size", size, "--frame_num", frames, "--sample_steps", steps, *ratios)
+        lines = plan(*flags, "--ckpt_dir", tmp_path / "none", "--prompt", "a", "--ulysses_size", 2)
+        assert re.fullmatch(rf"\d+ of {2 * steps} DiT calls computed, at most [\d.]+x", lines[0])
+        width, height = map(int, size.split("*"))
+        tokens = ((frames - 1) // 4 + 1) * width * height // 256
+        assert lines[3].endswith(f"; {tokens} tokens a call")
+        assert any(f"does not run at {size}" in line for line in lines) == (size not in SUPPORTED_SIZES[task])
+
+
+def test_input_files_decide_on_the_shape_where_they_are_there(plan, tmp_path):
+    Image.new("RGB", (400, 800)).save(tmp_path / "tall.png")
+    flags = ("--task", "i2v-14B", "--size", "832*480", "--prompt", "a", "--image")
+    assert "i2v-14B, 432x880, 81 frames" in plan(*flags, tmp_path / "tall.png")[3]
+    lines = plan(*flags, tmp_path / "missing.png")
+    assert "i2v-14B, 832x480, 81 frames" in lines[3]
+    assert "missing.png, decides on the shape" in lines[-1]
+    two = plan("--task", "vace-14B", "--prompt", "a", "--src_ref_images", "a.png,b.png")
+    assert two[3].endswith(f"; {75600 // 21 * 23} tokens a call")
+
+
+def test_a_plan_refuses_what_the_run_refuses(monkeypatch, capsys):
+    for flags, message in (
+        (("--task", "flf2v-14B"), "no ratio table fits task flf2v-14B"),
+        (("--task", "t2v-14B", "--magcache_K", "-1"), "K must be a whole number >= 0"),
+        (("--task", "t2v-14B", "--magcache_calibration"), "exclude each other"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *flags, "--magcache_plan"])
+        with pytest.raises(SystemExit) as stopped:
+            magcache_generate.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_picture(monkeypatch, capsys, tmp_path):
+    for name, flags in (("ratios", ("--magcache_K", "4")), ("speedup", ("--magcache_speedup", "2.5"))):
+        picture = tmp_path / f"{name}.png"
+        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *DEMO, *flags, "--magcache_plan", str(picture)])
+        magcache_generate.main()
+        with Image.open(picture) as image:
+            assert image.format == "PNG"
+            assert image.width > 500
+        assert capsys.readouterr().out.endswith(f"picture   {picture}\n")
+
+
+def test_own_table_of_models_is_that_of_the_configs():
+    assert set(report.SHAPES) == set(report.SIZES) == set(WAN_CONFIGS)
+    for task, shape in report.SHAPES.items():
+        for key in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len"):
+            assert getattr(shape, key) == WAN_CONFIGS[task][key], (task, key)
+        assert set(report.SIZES[task]) == set(SUPPORTED_SIZES[task])
+    for task, folder in (("t2v-tiny", "Wan2.1-T2V-tiny"), ("i2v-tiny", "Wan2.1-I2V-tiny")):
+        config = json.loads((REPO / "examples" / folder / "config.json").read_text())
+        assert report.shape_of(task, REPO / "examples" / folder) == report.Shape(
+            **{key: config[key] for key in report.Shape.__dataclass_fields__ if key in config},
+            image_tokens=257 if task == "i2v-tiny" else 0,
+        )
+
+
+def test_a_config_file_comes_first(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 64, "num_layers": 6, "vace_layers": [0, 3]}))
+    shape = report.shape_of("vace-1.3B", tmp_path)
+    assert (shape.dim, shape.ffn_dim, shape.num_layers, shape.vace_blocks) == (64, 8960, 6, 2)
+    (tmp_path / "config.json").write_text("[")
+    assert report.shape_of("vace-1.3B", tmp_path) == report.SHAPES["vace-1.3B"]
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "vace"])
+def test_flops(kind):
+    """Of our own forward, a reused call included, which computes no block. torch does not count the CPU's fused
+    attention, so it is kept from it."""
+    sizes = {"dim": 48, "ffn_dim": 80, "num_layers": 3, "freq_dim": 32, "text_dim": 24, "text_len": 7}
+    latent, tokens, given_ = torch.zeros(16, 3, 6, 8), 36, {}
+    if kind == "vace":
+        model, extra = VaceWanModel([0, 2], 96, num_heads=2, **sizes), {"vace_blocks": 2}
+        given_ = {"vace_context": [torch.zeros(96, 3, 6, 8)]}
+    elif kind == "t2v":
+        model, extra = WanModel("t2v", num_heads=2, **sizes), {}
+    else:
+        images = 1 if kind == "i2v" else 2
+        positions = 514 if images == 2 else 0
+        model = WanModel(kind, num_heads=2, in_dim=36, clip_dim=20, clip_positions=positions, **sizes)
+        extra = {"in_dim": 36, "clip_dim": 20, "image_tokens": 257 * images}
+        given_ = {"y": [torch.zeros(20, 3, 6, 8)], "clip_fea": torch.zeros(images, 257, 20)}
+    magcache.apply_magcache(model, magcache.Schedule((None, None, (1.0,), (1.0,))))
+    counted = []
+    for call in range(4):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            t, context = torch.tensor([999 - call // 2]), [torch.zeros(5, 24)]
+            model([latent], t=t, context=context, seq_len=tokens, **given_)
+        counted.append(counter.get_total_flops())
+    computed, reused = report.call_flops(report.Shape(**sizes, **extra), tokens)
+    assert counted == [computed, computed, reused, reused]
+
+
+def test_memory_and_flops_of_a_run():
+    schedule = magcache.plan(magcache.load_ratios("t2v-14B"), 50, 0.24, 6)
+    shape = report.SHAPES["t2v-14B"]
+    assert report.cached_bytes(schedule, shape, 75600) == 2 * 75600 * 5120 * 4
+    assert report.cached_bytes(schedule, shape, 75600, "bfloat16") == 2 * 75600 * 5120 * 2
+    forecasts = magcache.plan_speedup(50, 2.5)
+    assert report.cached_bytes(forecasts, shape, 75600) == 4 * 16 * 21 * 90 * 160 * 4 < 80e6
+    nothing = magcache.Schedule((None, None))
+    assert report.cached_bytes(nothing, shape, 100) == 0
+
+
+RATIO = st.floats(0.5, 1.5)
+
+
+@given(st.lists(RATIO, min_size=2, max_size=30), st.floats(0, 1), st.integers(0, 6), st.floats(0, 1))
+def test_errors_of_the_rule(values, thresh, K, retention):
+    """Reused steps stay below thresh and within K; a computed one after them would not have."""
+    steps = len(values)
+    ratios = [v for value in (1.0, *values[1:]) for v in (value, value)]
+    schedule = magcache.plan(ratios, steps, thresh, K, retention)
+    errors = report.predict_by_ratios(schedule, ratios, thresh=thresh).rows["cond"]
+    for step, reused in enumerate(schedule.reuse[::2]):
+        start = max((s for s in range(step) if not schedule.reuse[2 * s]), default=0)
+        products = list(itertools.accumulate(ratios[::2][start + 1 : step + 1], lambda a, b: a * b))
+        error = sum(abs(1 - product) for product in products)
+        if reused:
+            assert errors[step] == pytest.approx(error)
+            assert error < thresh
+            assert step - start <= K
+        else:
+            assert errors[step] == 0
+            free = magcache.Settings(thresh, K, retention).first_free_step(steps)
+            if step >= free and start >= free - 1:
+                assert error >= thresh or step - start > K
+
+
+def test_step_map():
+    reuse = (False, False, True, True, True, False)
+    assert report.step_map(reuse) == "##...#"
+    assert report.step_map(reuse, 3) == "#.+"
+    assert report.step_map((False, None, None)) == "#  "

@@ -1,0 +1,111 @@
+"""Files of many prompts."""
+
+import json
+from itertools import chain
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magcache.app.prompts import Line, find_clash, is_finished, read_prompts, result_name, share, slug
+
+PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
+
+
+def write(folder, text, name="prompts.txt"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def test_one_prompt_a_line(tmp_path):
+    path = write(tmp_path, "\ufeffa cat\n\n  ein Hund im Schnee \r\n")
+    assert read_prompts(path, 7) == [Line(1, "a cat", 7), Line(2, "ein Hund im Schnee", 8)]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
+def test_json_lines(tmp_path, name):
+    lines = [
+        {"prompt": "a cat"},
+        {"prompt": "b", "seed": 3, "image": "b.png", "save_file": "b.mp4"},
+        {"prompt": "c\n\u2028d"},
+    ]
+    path = write(tmp_path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), name)
+    assert read_prompts(path, 5) == [Line(1, "a cat", 5), Line(2, "b", 3, "b.png", "b.mp4"), Line(3, "c\n\u2028d", 7)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat", "no JSON"),
+        ("[1]", "must be an object"),
+        ('{"seed": 1}', 'there is no "prompt"'),
+        ('{"prompt": "  "}', '"prompt" is empty'),
+        ('{"prompt": 1}', '"prompt" must be text, got 1'),
+        ('{"prompt": "a", "seed": true}', '"seed" must be a whole number, got True'),
+        ('{"prompt": "a", "seed": 1.5}', '"seed" must be a whole number, got 1.5'),
+        ('{"prompt": "a", "seed": -1}', "seed must be between 0"),
+        ('{"prompt": "a", "seed": 9223372036854775808}', "seed must be between 0"),
+        ('{"prompt": "a", "image": ""}', '"image" is empty'),
+        (r'{"prompt": "a \ud83d"}', '"prompt" is no valid text'),
+        ('{"prompt": "a", "steps": 3}', '"steps" is none of prompt, seed, image, save_file'),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = write(tmp_path, '{"prompt": "good"}\n\n' + line)
+    with pytest.raises(ValueError, match=r"prompts.txt, line 3: ") as fault:
+        read_prompts(path, 0)
+    assert message in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    write(tmp_path, " \n\n", "empty.txt")
+    for name, message in (("none.txt", "cannot read"), ("latin.txt", "cannot read"), ("empty.txt", "holds no prompt")):
+        with pytest.raises(ValueError, match=message):
+            read_prompts(tmp_path / name, 0)
+
+
+@given(st.lists(PROMPT.filter(lambda text: text.strip() == text), min_size=1))
+def test_texts_come_back(tmp_path_factory, prompts):
+    path = write(tmp_path_factory.getbasetemp(), "\n".join(json.dumps({"prompt": p}) for p in prompts), "a.jsonl")
+    assert [line.prompt for line in read_prompts(path, 0)] == prompts
+
+
+@given(PROMPT, st.integers(0, 2**63 - 1))
+def test_names_are_safe(prompt, seed):
+    name = result_name(Line(1, prompt, seed), {}, ".mp4")
+    assert len(name.encode()) < 200
+    assert not set(slug(prompt)) & set('/\\:*?"<>|\0\n. ')
+
+
+def test_names_change_with_what_decides_on_the_video():
+    lines = [
+        Line(1, "x" * 60, 1),
+        Line(1, "x" * 60 + "y", 1),  # beyond what the name shows
+        Line(1, "x" * 60, 2),
+        Line(1, "x" * 60, 1, image="a.png"),
+    ]
+    names = {result_name(line, settings, ".mp4") for line in lines for settings in ({}, {"steps": 3})}
+    assert len(names) == 8
+    assert result_name(lines[0], {"a": 1, "b": 2}, "") == result_name(lines[0], {"b": 2, "a": 1}, "")
+
+
+def test_clashes(tmp_path):
+    paths = [tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "." / "x" / ".." / "a.mp4"]
+    assert find_clash(paths) == (0, 2)
+    assert find_clash(paths[:2]) is None
+    assert find_clash([tmp_path / "a.mp4", tmp_path / "a.mkv"]) == (0, 1)  # both have the record a.json
+
+
+def test_finished(tmp_path):
+    for name, content in (("whole.mp4", b"x"), ("empty.mp4", b"")):
+        (tmp_path / name).write_bytes(content)
+    assert [is_finished(tmp_path / name) for name in ("whole.mp4", "empty.mp4", "none.mp4", "")] == [True, *[False] * 3]
+
+
+@given(st.lists(st.integers(), unique=True), st.integers(1, 9))
+def test_every_request_has_one_group(requests, count):
+    shares = [share(requests, index, count) for index in range(count)]
+    assert sorted(chain(*shares)) == sorted(requests)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

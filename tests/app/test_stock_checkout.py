@@ -1,0 +1,256 @@
+"""The script, copied into a folder that stands in for a stock Wan2.1 checkout, as users run it there."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+
+import magcache
+from magcache.app.inputs import check_sources
+from magcache.app.job import Inputs
+
+pytestmark = pytest.mark.slow
+REPO = Path(__file__).parents[2]
+IMAGE = REPO / "examples" / "girl.png"
+STEPS, LAYERS = 8, 3
+CACHE = ("--use_magcache", "--magcache_thresh", "0.3", "--magcache_K", "2")
+PLACEHOLDERS = (
+    "diffusion_pytorch_model.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "Wan2.1_VAE.pth",
+    "google/umt5-xxl/tokenizer.json",
+    "xlm-roberta-large/tokenizer.json",
+)
+
+
+def make_checkout(folder: Path, packages=("magcache",)) -> Path:
+    shutil.copytree(REPO / "tests" / "stock_checkout", folder)
+    shutil.copy(REPO / "magcache_generate.py", folder)
+    for name in packages:
+        shutil.copytree(REPO / name, folder / name)
+    for kind, channels in (("t2v", 16), ("i2v", 36), ("flf2v", 36), ("vace", 16)):
+        checkpoint = folder / kind
+        for name in PLACEHOLDERS:
+            (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkpoint / name).touch()
+        shape = {"model_type": kind, "in_dim": channels, "dim": 24, "num_layers": LAYERS, "num_heads": 2}
+        (checkpoint / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return make_checkout(tmp_path_factory.mktemp("stock") / "Wan2.1")
+
+
+def run(checkout, *flags, processes=1, env=None):
+    """Runs the copied script in its folder. Returns the finished process and what the pipelines recorded, by rank."""
+    for record in checkout.glob("record.*.pt"):
+        record.unlink()
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["magcache_generate.py", "--sample_steps", str(STEPS), "--size", "832*480", "--base_seed", "1"]
+    result = subprocess.run(
+        [*command, *map(str, flags)], cwd=checkout, env=env, capture_output=True, text=True, timeout=300
+    )
+    return result, [torch.load(path, weights_only=False) for path in sorted(checkout.glob("record.*.pt"))]
+
+
+def plan(table):
+    schedule = magcache.plan(magcache.load_ratios(table), STEPS, 0.3, 2)
+    assert any(schedule.reuse)
+    return schedule
+
+
+TEXT = ("--task", "t2v-1.3B", "--ckpt_dir", "t2v", "--frame_num", 5, "--prompt", "a fox", "--save_file", "a.mp4")
+SHARED = ("--ulysses_size", 2)
+SHARDED = ("--dit_fsdp", "--t5_fsdp")
+
+
+@pytest.fixture(scope="module")
+def in_one_process(checkout):
+    """Record of the cached run that all others must repeat."""
+    result, (record,) = run(checkout, *TEXT, *CACHE)
+    assert result.returncode == 0, result.stderr
+    return record
+
+
+def test_one_process(checkout, in_one_process):
+    result, (plain,) = run(checkout, *TEXT)
+    assert result.returncode == 0, result.stderr
+    assert "off: all 16 transformer calls computed" in result.stdout
+    assert "the wan package here is made for one" in result.stdout
+    assert plain["calls"] == [LAYERS] * 2 * STEPS
+    assert not torch.equal(plain["latent"], in_one_process["latent"])
+    assert in_one_process["calls"] == [0 if reuse else LAYERS for reuse in plan("t2v-1.3B").reuse]
+    assert in_one_process["offload_model"] is True
+    assert iio.imread(checkout / "a.mp4").shape == (5, 32, 32, 3)
+    assert not list(checkout.glob("*.part*"))
+
+
+@pytest.mark.parametrize("flags", [SHARED, SHARDED], ids=["own-forward", "fsdp1"])
+def test_two_processes(flags, checkout, in_one_process):
+    (checkout / "a.mp4").unlink(missing_ok=True)
+    result, records = run(checkout, *TEXT, *CACHE, *flags, processes=2)
+    assert result.returncode == 0, result.stderr
+    schedule = plan("t2v-1.3B")
+    for rank, record in enumerate(records):
+        assert (record["device_id"], record["rank"], record["use_usp"]) == (rank, rank, "--ulysses_size" in flags)
+        assert record["calls"] == in_one_process["calls"]
+        assert record["offload_model"] is False
+        torch.testing.assert_close(record["latent"], in_one_process["latent"], rtol=1e-4, atol=1e-5)
+        if "--ulysses_size" in flags:
+            started = [("init_distributed_environment", rank, 2), ("initialize_model_parallel", 2, 1, 2)]
+            assert record["xfuser"] == started
+    assert len(records) == 2
+    assert result.stdout.count("2 processes, ") == 1
+    assert result.stdout.count(f"{schedule.computed} of {2 * STEPS} calls computed") == 1
+    assert iio.imread(checkout / "a.mp4").shape == (5, 32, 32, 3)
+
+
+def test_forecasts_in_one_process_and_two(checkout):
+    schedule, latents = magcache.plan_speedup(STEPS, 2), []
+    for flags, processes in (((), 1), (SHARED, 2), (SHARDED, 2)):
+        result, records = run(checkout, *TEXT, "--use_magcache", "--magcache_speedup", 2, *flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert len(records) == processes
+        for record in records:
+            assert record["calls"] == [0 if reuse else LAYERS for reuse in schedule.reuse]
+            latents.append(record["latent"])
+    for latent in latents:
+        torch.testing.assert_close(latent, latents[0], rtol=1e-4, atol=1e-5)
+
+
+def test_vace(checkout):
+    film = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
+    flags = ("--task", "vace-1.3B", "--ckpt_dir", "vace", "--prompt", "a fox", "--save_file", "v.mp4")
+    result, (record,) = run(checkout, *flags, "--src_video", film, "--src_ref_images", f"{IMAGE}, {IMAGE}", *CACHE)
+    assert result.returncode == 0, result.stderr
+    # one block more than the main ones, for the hints, and none at all on reuse
+    assert record["calls"] == [0 if reuse else LAYERS + 1 for reuse in plan("vace-1.3B").reuse]
+    assert record["sources"] == ([str(film)], [None], [[str(IMAGE)] * 2], 81, (832, 480))
+    assert record["size"] == (832, 480)
+    assert "note: this wan package reads the source video after loading" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"src_mask": IMAGE}, "needs a source video"),
+        ({"src_video": "no.mp4"}, "cannot read no.mp4: no such file"),
+        ({"src_ref_images": f"{IMAGE},no.png"}, "cannot read no.png"),
+    ],
+)
+def test_vace_sources_are_checked(sources, message):
+    with pytest.raises(ValueError, match=message):
+        check_sources(Inputs(**sources))
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("i2v", ("image",)), ("flf2v", ("first_frame", "last_frame"))])
+def test_images(kind, inputs, checkout):
+    images = (argument for flag in inputs for argument in (f"--{flag}", IMAGE))
+    flags = ("--task", f"{kind}-14B", "--ckpt_dir", kind, "--prompt", "a fox", *images)
+    extension = ("--use_prompt_extend", "--prompt_extend_model", "qwen", "--prompt_extend_target_lang", "en")
+    table = "i2v-14B-480P"
+    result, (record,) = run(checkout, *flags, "--save_file", "i.mp4", *extension, *CACHE, "--mag_ratios", table)
+    assert result.returncode == 0, result.stderr
+    assert record["calls"] == [0 if reuse else LAYERS for reuse in plan(table).reuse]
+    assert record["max_area"] == 832 * 480
+    assert record["prompt"] == "a fox in en, at length"
+    assert "note: {" not in result.stdout
+
+
+def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
+    result, records = run(checkout, *TEXT, "--magcache_calibration", *SHARED, *SHARDED, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert [record["calls"] for record in records] == [[LAYERS] * 2 * STEPS] * 2
+    (path,) = (checkout / "calibration").glob("t2v-1.3B_*.json")
+    ratios = json.loads(path.read_text())["mag_ratio"]
+    assert json.loads((checkout / "calibration" / "wan2_1_mag_ratio.json").read_text()) == ratios
+    assert magcache.load_ratios(path) == (1.0, 1.0, *ratios)
+    assert len(set(ratios)) > STEPS
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--task", "t2v-tiny", "--ckpt_dir", "t2v"), "the wan package here has no task t2v-tiny"),
+        (("--task", "flf2v-14B", "--first_frame", IMAGE, "--last_frame", IMAGE), "81 frames only, --frame_num is 5"),
+        (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
+    ],
+)
+def test_what_is_refused(flags, message, checkout):
+    if not (checkout / "no_clip").exists():
+        shutil.copytree(checkout / "i2v", checkout / "no_clip")
+        shutil.rmtree(checkout / "no_clip" / "xlm-roberta-large")
+    result, records = run(checkout, *TEXT, *flags)
+    assert (result.returncode, records) == (2, [])
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_processes_that_were_started_differently(checkout):
+    """As on two machines where someone typed two commands."""
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "magcache_generate.py", *map(str, TEXT), "--size", "832*480", *CACHE]
+    processes = [
+        subprocess.Popen(
+            [*command, "--retention_ratio", ratio],
+            cwd=checkout,
+            env=shared | {"RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, ratio in (("0", "0.2"), ("1", "0.4"))
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "process 1 differs from process 0 in --retention_ratio, the plan" in err
+
+
+def test_without_magcache(tmp_path):
+    checkout = make_checkout(tmp_path / "Wan2.1", packages=())
+    command = [sys.executable, "-S", "magcache_generate.py"]  # -S: without what is installed
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "`pip install .`" in result.stderr
+    assert "copy its folder magcache/ beside magcache_generate.py" in result.stderr
+
+
+def test_installed(tmp_path):
+    """What the wheel holds; then the script alone is enough."""
+    shutil.copytree(REPO / "magcache", tmp_path / "source" / "magcache", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPO / name, tmp_path / "source")
+    (tmp_path / "source" / "wan").mkdir()
+    (tmp_path / "source" / "wan" / "__init__.py").touch()
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([*map(str, build), str(tmp_path / "source")], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("magcache-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        file.extractall(tmp_path / "installed")
+    files = {str(p.relative_to(REPO)) for p in (REPO / "magcache").rglob("*") if p.suffix in (".py", ".json", ".html")}
+    assert {name for name in names if ".dist-info/" not in name} == files
+
+    checkout = make_checkout(tmp_path / "Wan2.1", packages=())
+    result, (record,) = run(checkout, *TEXT, *CACHE, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")})
+    assert result.returncode == 0, result.stderr
+    assert record["calls"] == [0 if reuse else LAYERS for reuse in plan("t2v-1.3B").reuse]

@@ -1,0 +1,173 @@
+"""Image to video and first-last-frame to video, every stage against the reference implementation."""
+
+import pytest
+import torch
+from easydict import EasyDict
+from golden_data import read_json, write_checkpoint
+from PIL import Image
+from pipeline_stages import INPUTS, check_stages
+
+import magcache
+import wan
+from magcache.app.media import read_image, video_size
+from wan.configs import WAN_CONFIGS
+
+GEOMETRY = read_json("i2v_geometry/geometry.json")
+CLIP_HEADS = read_json("pipelines/common/hparams.json")["clip"]["vision_heads"]
+STAGES = {
+    "y": (lambda kwargs: kwargs["y"][0], 1e-4),
+    "clip_fea_every16th_token": (lambda kwargs: kwargs["clip_fea"][:, ::16], 1e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    def load(pipeline_class, kind):
+        folder = write_checkpoint(kind, tmp_path_factory.mktemp(kind))
+        return pipeline_class(EasyDict(WAN_CONFIGS[f"{kind}-14B"], clip_num_heads=CLIP_HEADS), folder)
+
+    return {"i2v": load(wan.WanI2V, "i2v"), "flf2v": load(wan.WanFLF2V, "flf2v")}
+
+
+def image(key: str) -> Image.Image:
+    return Image.fromarray(INPUTS[key].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("name", ["i2v_a", "i2v_b"])
+def test_every_stage_of_i2v(pipelines, name):
+    check_stages(pipelines["i2v"], name, image(f"{name}.image"), keys=("max_area", "frame_num"), extra=STAGES)
+
+
+def test_every_stage_of_flf2v(pipelines):
+    images = (image("flf2v_a.first"), image("flf2v_a.last"))
+    check_stages(pipelines["flf2v"], "flf2v_a", *images, keys=("max_area", "frame_num"), extra=STAGES)
+
+
+def flf2v_inputs(pipeline, first, last, frame_num):
+    """What the transformer gets, and the video."""
+    calls = []
+    hook = pipeline.model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    video = pipeline.generate("a bird", first, last, max_area=512, frame_num=frame_num, sampling_steps=1, seed=6)
+    hook.remove()
+    return calls[0], video
+
+
+@pytest.mark.parametrize("frame_num", [5, 9, 61])
+def test_flf2v_of_any_length(pipelines, frame_num):
+    """The reference knows 81 frames only."""
+    pipeline, first, last = pipelines["flf2v"], image("flf2v_a.first"), image("flf2v_a.last")
+    inputs, video = flf2v_inputs(pipeline, first, last, frame_num)
+    assert video.shape == (3, frame_num, 16, 16)
+    given = inputs["y"][0][:4]
+    expected = torch.zeros_like(given)
+    expected[:, 0], expected[3, -1] = 1, 1
+    assert torch.equal(given, expected)
+
+
+def test_flf2v_last_frame_of_another_size(pipelines):
+    """The reference crops it to a transposed size. Here it covers the first frame: what is seen is its middle."""
+    first = Image.new("RGB", (48, 32), "white")
+    last = Image.new("RGB", (60, 90), "red")
+    last.paste(Image.new("RGB", (60, 60), "blue"), (0, 15))
+    blue = Image.new("RGB", (48, 32), "blue")
+    seen, video = flf2v_inputs(pipelines["flf2v"], first, last, 5)
+    expected, _ = flf2v_inputs(pipelines["flf2v"], first, blue, 5)
+    assert video.shape == (3, 5, 16, 16)
+    torch.testing.assert_close(seen["y"][0], expected["y"][0])
+    torch.testing.assert_close(seen["clip_fea"], expected["clip_fea"])
+
+
+def test_bad_frame_counts(pipelines):
+    first = image("flf2v_a.first")
+    with pytest.raises(ValueError, match="frame_num 5 or more"):
+        pipelines["flf2v"].generate("a", first, first, max_area=256, frame_num=1)
+    with pytest.raises(ValueError, match=r"4n\+1"):
+        pipelines["i2v"].generate("a", first, max_area=256, frame_num=80)
+
+
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_cached(pipelines, kind):
+    """No block runs in reused calls, and without reuse nothing changes."""
+    pipeline, frame = pipelines[kind], image("flf2v_a.first")
+
+    def run():
+        frames = (frame, frame) if kind == "flf2v" else (frame,)
+        return pipeline.generate("a bird", *frames, max_area=256, frame_num=5, sampling_steps=6, seed=1)
+
+    plain, blocks = run(), []
+    hooks = [block.register_forward_hook(lambda *args: blocks.append(1)) for block in pipeline.model.blocks]
+    schedules = [magcache.plan(magcache.load_ratios("i2v-14B-480P"), 6, thresh, 2) for thresh in (0, 1)]
+    videos = []
+    for schedule in schedules:
+        blocks.clear()
+        magcache.apply_magcache(pipeline.model, schedule)
+        videos.append(run())
+        assert len(blocks) == schedule.computed * len(pipeline.model.blocks)
+    magcache.remove_magcache(pipeline.model)
+    for hook in hooks:
+        hook.remove()
+    assert schedules[1].computed < schedules[0].computed == 12
+    assert torch.equal(videos[0], plain)
+    assert not torch.equal(videos[1], plain)
+
+
+@pytest.mark.parametrize("case", GEOMETRY["i2v"] + GEOMETRY["flf2v"], ids=lambda c: f"{c['image_hw']}{c['max_area']}")
+def test_geometry(case, pipelines):
+    height, width = case["image_hw"]
+    size = video_size((width, height), case["max_area"])
+    assert list(size) == case["video_hw"][::-1]
+    shape = pipelines["i2v"].latent_shape(size, case["frame_num"])
+    assert list(shape) == case["noise_shape"]
+    assert pipelines["i2v"].token_count(shape) == case["max_seq_len"]
+
+
+def test_shapes_without_room_are_refused():
+    with pytest.raises(ValueError, match="no room"):
+        video_size((1000, 1), 64 * 64)
+
+
+def noise_image(width, height, mode="RGB"):
+    count = height * width * len(mode)
+    noise = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.frombytes(mode, (width, height), noise.numpy().tobytes())
+
+
+def test_readable_images(tmp_path):
+    picture = noise_image(40, 24)
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").tobytes() == picture.tobytes()
+    opaque = picture.copy()
+    opaque.putalpha(255)
+    opaque.save(tmp_path / "opaque.png")
+    assert read_image(tmp_path / "opaque.png").tobytes() == picture.tobytes()
+    noise_image(40, 24, "L").save(tmp_path / "gray.jpg")
+    assert read_image(tmp_path / "gray.jpg").mode == "RGB"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").size == (24, 40)
+
+
+def test_unusable_images(tmp_path):
+    picture = noise_image(40, 24)
+    picture.save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.png").write_text("hello")
+    noise_image(1, 400).save(tmp_path / "line.png")
+    noise_image(400, 24).save(tmp_path / "wide.png")
+    noise_image(40, 24, "RGBA").save(tmp_path / "alpha.png")
+    Image.new("I;16", (40, 24), 40000).save(tmp_path / "deep.png")
+    for name, message in (
+        ("none.png", "No such file"),
+        (".", "Is a directory"),
+        ("cut.png", "not a complete image"),
+        ("text.png", "not a complete image"),
+        ("line.png", "1x400 pixels, it needs at least 16"),
+        ("wide.png", "one side may be 5 times the other"),
+        ("alpha.png", "transparent"),
+        ("deep.png", "more than 8 bits"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            read_image(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,209 @@
+"""Two and four processes against one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import ranks
+import torch
+from diffusers.models.attention_dispatch import attention_backend as diffusers_backend
+from golden_data import write_checkpoint
+from PIL import Image
+
+import magcache
+import magcache_generate
+import wan
+from wan.configs import WAN_CONFIGS
+from wan.distributed.sequence import attention_backend
+from wan.utils.utils import cache_video
+
+pytestmark = pytest.mark.slow
+REPO = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
+REFERENCE = {}  # of one process
+
+
+def torchrun_command(processes: int, *arguments) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*command, *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    for kind in ("i2v", "vace"):
+        write_checkpoint(kind, folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    """What each of four processes saw."""
+    command = [sys.executable, ranks.__file__, str(folder)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+@pytest.mark.parametrize("name", ranks.PIPELINE_RUNS)
+def test_processes_make_the_same_video(seen, folder, name):
+    ulysses, flags, kind, (size, frame_num) = ranks.PIPELINE_RUNS[name]
+    if (kind, size) not in REFERENCE:
+        REFERENCE[kind, size] = ranks.pipeline_run(folder, kind, size, frame_num)
+    expected, schedule = REFERENCE[kind, size], ranks.schedule()
+    assert not torch.equal(expected["uncached"], expected["cached"])
+    results = [rank[name] for rank in seen if name in rank]
+    assert len(results) == (2 if ulysses == 2 else 4)
+    for result in results:
+        for key in ("uncached", "cached", "forecast"):
+            torch.testing.assert_close(result[key], expected[key], rtol=0, atol=1e-4)
+        assert result["reuse"] == schedule.reuse
+        for key, values in expected["lists"].items():
+            assert result["lists"][key] == pytest.approx(values, abs=1.5e-5)  # rounded to 5 decimals
+        # a reused call moves no weights and no attention, only the result
+        result_only = {"c10d.allgather_": 1} if "use_usp" in flags else {}
+        for counts, reused in zip(result["collectives"], schedule.reuse, strict=True):
+            if reused:
+                assert counts == result_only
+            else:
+                assert ("c10d._allgather_base_" in counts) == ("dit_fsdp" in flags)
+                assert any("all_to_all" in name for name in counts) == ("use_usp" in flags)
+        for counts, reused in zip(result["forecast collectives"], ranks.forecasts().reuse, strict=True):
+            assert (counts == {}) == reused  # a forecast moves nothing at all
+
+
+def test_sharded_weights_round_as_autocast_does(seen):
+    for rank in seen:
+        assert torch.equal(rank["autocast"]["sharded"], rank["autocast"]["plain"])
+        assert rank["autocast"]["dtypes"] == {torch.float32, torch.bfloat16}
+
+
+def test_a_group_goes_on_only_where_all_fail_alike(seen):
+    for rank in seen:
+        well, alike, alone = rank["agreed"]
+        assert (well, alike) == (None, "alike")
+        assert alone == "not all processes of a group made the video: [None, 1]"
+
+
+@pytest.mark.parametrize("name", ranks.MODEL_RUNS)
+def test_rings(seen, name):
+    ring, ulysses, grid = ranks.MODEL_RUNS[name]
+    expected, size = ranks.model_run(grid)["outputs"], ring * ulysses
+    for number, rank in enumerate(seen):
+        result = rank[name]
+        assert result["place"] == (number % size, size, number // size, 4 // size)
+        for u, v in zip(result["outputs"], expected, strict=True):
+            torch.testing.assert_close(u, v, rtol=0, atol=1e-5)
+        computed, reused = result["collectives"]
+        assert sum(computed.values()) > 2
+        assert reused == {"c10d.allgather_": 1}
+
+
+def test_attention_that_cannot_share_is_refused():
+    assert attention_backend("cuda", 1) is attention_backend("cpu", 1) is None
+    assert attention_backend("cuda", 2) == "_native_flash"
+    with pytest.raises(ValueError, match="ring_size must be 1 on the CPU"):
+        attention_backend("cpu", 2)
+    with diffusers_backend("_native_math"), pytest.raises(ValueError, match="_native_math cannot share sequences"):
+        attention_backend("cpu", 1)
+
+
+def test_two_processes_calibrate_once(seen, folder):
+    """One set of files, with the figures of one process to four decimals."""
+    (path,) = (folder / "dumps").glob("t2v-tiny_*.json")
+    assert len(list((folder / "dumps").iterdir())) == 5
+    assert iio.imread(folder / "film.mp4").shape == (5, 64, 64, 3)
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(ranks.DEMO))
+    calibration = magcache.apply_calibration(pipeline.model, 3)
+    pipeline.generate(ranks.PROMPT, (64, 64), 5, sampling_steps=3, seed=3)
+    for key, values in calibration.lists().items():
+        assert json.loads(path.read_text())[key] == pytest.approx(values, abs=5e-5)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+SCRIPT = REPO / "magcache_generate.py"
+IMAGE = REPO / "examples" / "i2v_tiny_input.png"
+I2V = ("--task", "i2v-tiny", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny", *ranks.T2V[4:-1], 2)
+
+
+def in_one_process(prompt: str, seed: int, path: Path):
+    """The frames of the same i2v request from the Python API."""
+    if "i2v-tiny" not in REFERENCE:
+        REFERENCE["i2v-tiny"] = wan.WanI2V(WAN_CONFIGS["i2v-tiny"], str(I2V[3]))
+    video = REFERENCE["i2v-tiny"].generate(prompt, Image.open(IMAGE), 64 * 64, 5, sampling_steps=2, seed=seed)
+    cache_video(video[None], str(path), fps=16, nrow=1)
+    return iio.imread(path)
+
+
+def worker(parent: int, rank: int) -> int:
+    """The id of torchrun's process with this rank."""
+    for children in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{children}/environ").read_bytes().split(b"\0"):
+            return int(children)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
+    """Two processes share them out, one is killed half way. The rerun makes each that is missing once, goes on after
+    one that fails, and touches none that is finished. Seeds are those of the lines."""
+    out, lines = tmp_path / "out", [{"prompt": f"a purple triangle moves right {i}"} for i in range(12)]
+    lines[3] |= {"seed": 99}
+    lines[7] |= {"save_file": str(tmp_path / "eighth.mp4")}
+    lines[11] |= {"image": str(tmp_path / "other.png")}
+    flipped = Image.open(IMAGE).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    flipped.save(tmp_path / "other.png")
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = (*I2V, "--image", IMAGE, "--prompt_file", tmp_path / "list.jsonl", "--save_file", out, "--base_seed", 5)
+
+    def made():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4") if ".part" not in path.name}
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
+    with subprocess.Popen(torchrun_command(2, SCRIPT, *flags), **pipes) as first:
+        while len(made()) < 4:
+            time.sleep(0.02)
+            assert first.poll() is None, first.stdout.read()
+        os.kill(worker(first.pid, 1), signal.SIGKILL)
+        said, _ = first.communicate(timeout=120)
+    assert first.returncode != 0
+    assert "rank      : 1" in said
+    assert "Signal 9 (SIGKILL)" in said
+    before = made()
+    assert 4 <= len(before) < 11
+
+    with subprocess.Popen(torchrun_command(2, SCRIPT, *flags), **pipes) as second:
+        for line in second.stdout:
+            if f"12 in {tmp_path / 'list.jsonl'}, {len(before)} of them finished" in line:
+                break
+        for line in second.stdout:
+            if line.startswith("device"):  # the images have been checked
+                (tmp_path / "other.png").unlink()
+                break
+        said, _ = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert f"1 of {12 - len(before)} videos failed, a rerun tries them again:" in said
+    assert f"{lines[11]['image']}: No such file" in said
+    after = made()
+    assert len(after) == 11
+    assert len(list(out.glob("*.mp4"))) == 10
+    assert not list(tmp_path.rglob("*.part*"))
+    assert {path: after[path] for path in before} == before
+    for i, seed in ((0, 5), (3, 99), (7, 12)):
+        (path,) = [tmp_path / "eighth.mp4"] if i == 7 else out.glob(f"{i + 1:05d}_*_{seed}_*.mp4")
+        assert np.array_equal(iio.imread(path), in_one_process(lines[i]["prompt"], seed, tmp_path / "api.mp4"))
+
+    flipped.save(tmp_path / "other.png")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+    for finished in (11, 12):  # by one process, which finds what two have made
+        magcache_generate.main()
+        assert f"{finished} of them finished" in capsys.readouterr().out
+        assert len(list(out.glob("*.mp4"))) == 11
+    assert {path: made()[path] for path in after} == after
