@@ -30,7 +30,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 import magcache
 from examples.train_tiny.check_prompts import generate, load_demo, psnr
 from examples.train_tiny.shapes import CAPTIONS, Caption
-from magcache.patch import CallCounter, attach, run_blocks, shadowed
+from magcache.patch import CallCounter, attach, blocks_hidden, run_blocks, shadowed
 from wan.modules.model import WanModel, stack_padded
 from wan.utils.samplers import sampling_sigmas
 
@@ -159,8 +159,9 @@ class TeaCache:
     def reset(self) -> None:
         self.residuals, self.before, self.error = [None, None], [None, None], [0.0, 0.0]
 
-    def skips(self, call: int) -> bool:
-        return False  # decided in `step`, where the modulation is known
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], object]) -> object:
+        with blocks_hidden(model, functools.partial(self.step, call)):
+            return forward()
 
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         step, branch = divmod(call, 2)
@@ -174,9 +175,6 @@ class TeaCache:
         out = run_blocks(blocks, x, kwargs)
         self.residuals[branch] = out - x
         return out
-
-    def watched(self, call: int, dit: torch.nn.Module) -> dict[str, Callable]:
-        return {}
 
     def done(self, call: int, seconds: float) -> None:
         if call == self.calls - 1:
