@@ -1,8 +1,8 @@
-"""What users would pick instead of this cache, on the demo model, each at a given number of computed calls.
+"""What users would pick instead of this cache, on the demo models, each at a given number of computed calls.
 
-python -m examples.peers [--only NAME ...] [--pairs 3]     PSNR and computed calls at the settings in SETTINGS
-python -m examples.peers --tune [--only NAME ...]          looks for such settings, minutes per peer
-python -m examples.peers --fit                             fits the polynomial of the TeaCache rule
+python -m examples.peers [--task i2v-tiny] [--only NAME ...]  PSNR and computed calls at the settings in SETTINGS
+python -m examples.peers --tune [--budgets 26 20]             looks for such settings, minutes per peer
+python -m examples.peers --fit                                fits the polynomial of the TeaCache rule
 
 Without a cache: fewer sampler steps. Written here after their papers: the TeaCache rule (arXiv 2411.19108), the
 EasyCache rule (arXiv 2507.02860). Somebody else's code on the same weights, in diffusers' `WanTransformer3DModel`:
@@ -26,9 +26,10 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 import magcache
-from examples.train_tiny.check_prompts import generate, load_demo, psnr
+from examples.train_tiny.check_prompts import DEMOS, generate, load_demo, psnr
 from examples.train_tiny.shapes import CAPTIONS, Caption
 from magcache.patch import CallCounter, attach, blocks_hidden, run_blocks, shadowed
 from wan.modules.model import WanModel, stack_padded
@@ -36,9 +37,13 @@ from wan.utils.samplers import sampling_sigmas
 
 STEPS = 50
 SHIFT = 5.0
-BUDGETS = (46, 38, 32)  # computed calls of 2 * STEPS
-TRAIN_STEPS = 1000  # of the noise level 1
+BUDGETS = (46, 38, 32, 26, 20)  # computed calls of 2 * STEPS
 Setting = dict[str, float]
+
+
+def task_of(model: WanModel) -> str:
+    """Of the demo model with this kind of input."""
+    return f"{model.config.model_type}-tiny"
 
 
 class Work:
@@ -97,9 +102,9 @@ class Peer:
     variants: Callable[[int], list[Setting]] = field(default=lambda budget: [{}])
     bounds: tuple[float, float] | None = None
 
-    def setting_for(self, budget: int) -> Setting:
-        """The tuned one for 46, 38 or 32 computed calls; KeyError for another."""
-        return SETTINGS[self.name][budget]
+    def setting_for(self, task: str, budget: int) -> Setting:
+        """The tuned one for a demo model and one of `BUDGETS`; KeyError for another."""
+        return SETTINGS[task][self.name][budget]
 
     @contextmanager
     def running(self, pipeline, setting: Setting) -> Iterator[Run]:
@@ -138,8 +143,11 @@ def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
     return ((now - before).abs().mean() / before.abs().mean()).item()
 
 
-# Relative change of the residual from that of the time modulation, highest power first; see `fit_teacache`
-TEACACHE_POLYNOMIAL = (-4530.38, 682.566, -22.6347, 1.50391, 0.0141019)
+# Relative change of the residual from that of the time modulation, highest power first: `fit_teacache` on four pairs
+TEACACHE_POLYNOMIALS = {
+    "t2v-tiny": (-4530.38, 682.566, -22.6347, 1.50391, 0.0141019),
+    "i2v-tiny": (5856.33, -1188.67, 83.5072, -0.549767, 0.01747),
+}
 TEACACHE_WARMUP = 5  # steps; that of the released TeaCache for Wan2.1 in its careful mode
 
 
@@ -151,8 +159,8 @@ class TeaCache:
     step stays below the threshold. The first `warmup` steps and the last one compute.
     """
 
-    def __init__(self, threshold: float, warmup: int, steps: int = STEPS):
-        self.threshold, self.warmup, self.steps = threshold, warmup, steps
+    def __init__(self, threshold: float, warmup: int, polynomial: tuple[float, ...], steps: int = STEPS):
+        self.threshold, self.warmup, self.polynomial, self.steps = threshold, warmup, polynomial, steps
         self.calls = 2 * steps
         self.reset()
 
@@ -167,7 +175,7 @@ class TeaCache:
         step, branch = divmod(call, 2)
         if step >= self.warmup:
             change = relative_change(kwargs["e"], self.before[branch])
-            self.error[branch] += max(0.0, float(np.polyval(TEACACHE_POLYNOMIAL, change)))
+            self.error[branch] += max(0.0, float(np.polyval(self.polynomial, change)))
         self.before[branch] = kwargs["e"]
         if self.warmup <= step < self.steps - 1 and self.error[branch] < self.threshold:
             return x + self.residuals[branch]
@@ -183,7 +191,7 @@ class TeaCache:
 
 @contextmanager
 def teacache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
-    attach(pipeline.model, TeaCache(threshold, int(warmup)))
+    attach(pipeline.model, TeaCache(threshold, int(warmup), TEACACHE_POLYNOMIALS[task_of(pipeline.model)]))
     try:
         yield
     finally:
@@ -195,7 +203,7 @@ class Changes(TeaCache):
 
     def __init__(self):
         self.points: list[tuple[float, float]] = []
-        super().__init__(threshold=0.0, warmup=STEPS)
+        super().__init__(threshold=0.0, warmup=STEPS, polynomial=())
 
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         branch = call % 2
@@ -285,8 +293,30 @@ def easycache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
 # Peers that live in diffusers
 
 
+class ImageAttention:
+    """A processor for diffusers' cross-attention. Its own one takes the last 512 tokens of the context for the text,
+    whatever there is; of the demo model they are 16, behind those of the image."""
+
+    def __init__(self, text_len: int):
+        self.text_len = text_len
+
+    def __call__(self, attn: torch.nn.Module, x: torch.Tensor, context: torch.Tensor, mask: None, rotations: None):
+        """x [B, L, dim], context [B, image tokens + text_len, dim] -> [B, L, dim]."""
+
+        def split_heads(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.unflatten(-1, (attn.heads, -1))
+
+        image, text = context[:, : -self.text_len], context[:, -self.text_len :]
+        query = split_heads(attn.norm_q(attn.to_q(x)))
+        key, value = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        out = dispatch_attention_fn(query, split_heads(key), split_heads(value))
+        key, value = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+        out = out + dispatch_attention_fn(query, split_heads(key), split_heads(value))
+        return attn.to_out[0](out.flatten(2))
+
+
 class DiffusersModel(torch.nn.Module):
-    """The weights of a text-to-video model in diffusers' transformer, called as the pipelines call their model.
+    """The weights of a text- or image-to-video model in diffusers' transformer, called as the pipelines call theirs.
 
     Its calls are cond, uncond, cond, ... of runs of `STEPS` steps. `restart` is called at the first one of each.
     """
@@ -294,6 +324,7 @@ class DiffusersModel(torch.nn.Module):
     def __init__(self, model: WanModel):
         super().__init__()
         config = model.config
+        image = config.model_type == "i2v"
         self.transformer = diffusers.WanTransformer3DModel(
             num_attention_heads=config.num_heads,
             attention_head_dim=config.dim // config.num_heads,
@@ -304,15 +335,30 @@ class DiffusersModel(torch.nn.Module):
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
             eps=config.eps,
+            image_dim=config.clip_dim if image else None,
+            added_kv_proj_dim=config.dim if image else None,
         )
         self.transformer.load_state_dict(convert_wan_transformer_to_diffusers(dict(model.state_dict())))
+        if image:
+            for block in self.transformer.blocks:
+                block.attn2.set_processor(ImageAttention(config.text_len))
         self.eval().requires_grad_(False)
         self.text_len = config.text_len
         self.counter = CallCounter(2 * STEPS)
         self.sigmas = sampling_sigmas("unipc", STEPS, SHIFT)
         self.restart: Callable[[], None] = self.transformer._reset_stateful_cache  # as diffusers' pipelines do
 
-    def forward(self, x: list[torch.Tensor], t: torch.Tensor, context: list[torch.Tensor], seq_len: int):
+    def forward(
+        self,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        context: list[torch.Tensor],
+        seq_len: int,
+        clip_fea: torch.Tensor | None = None,
+        y: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """As `WanModel.forward`, for one sample."""
+        latent = torch.cat([*x, *(y or [])])
         call = self.counter.next(float(t))
         if call == 0:
             self.restart()
@@ -320,7 +366,7 @@ class DiffusersModel(torch.nn.Module):
         where = {"step_index": step, "sigma": float(self.sigmas[step]), "num_inference_steps": STEPS}
         with self.transformer.cache_context(("cond", "uncond")[branch], **where):
             text = stack_padded(context, self.text_len)
-            return list(self.transformer(x[0][None], t, text, return_dict=False)[0])
+            return list(self.transformer(latent[None], t, text, clip_fea, return_dict=False)[0])
 
 
 @contextmanager
@@ -333,15 +379,19 @@ def in_diffusers(pipeline, make_config: Callable[..., object] | None = None, **s
     yield
 
 
-def magcache_config(threshold: float, K: int, retention_ratio: float):
-    """One list of ratios serves both branches: the demo table's of the cond branch."""
+def magcache_config(task: str, threshold: float, K: int, retention_ratio: float):
+    """One list of ratios serves both branches: of the cond branch in the table of the task."""
     return diffusers.MagCacheConfig(
         threshold=threshold,
         max_skip_steps=int(K),
         retention_ratio=retention_ratio,
         num_inference_steps=STEPS,
-        mag_ratios=list(magcache.load_ratios("t2v-tiny"))[::2],
+        mag_ratios=list(magcache.load_ratios(task))[::2],
     )
+
+
+def diffusers_magcache(pipeline, **setting: float) -> AbstractContextManager:
+    return in_diffusers(pipeline, functools.partial(magcache_config, task_of(pipeline.model)), **setting)
 
 
 def first_block_config(threshold: float):
@@ -371,18 +421,32 @@ def taylorseer_steps(interval: int, warmup: int, last: int) -> int:
 
 
 def taylorseer_variants(budget: int) -> list[Setting]:
-    """Every interval with the shortest warm-up, 2 steps to a quarter of all, that gives the budget."""
-    settings = []
-    for interval, last in itertools.product((3, 4, 5), (0, 1)):
-        fitting = [w for w in range(2, STEPS // 4) if 2 * taylorseer_steps(interval, w, last) == budget]
-        for warmup, order, lite in itertools.product(fitting[:1], (1, 2), (0, 1)):
-            settings.append({"interval": interval, "warmup": warmup, "order": order, "lite": lite, "last": last})
-    return settings
+    """The three shortest intervals that give the budget, with 1 to 4 or 6 steps computed at the end and the fewest
+    at the start, 2 to a quarter of all, for which they do."""
+    warmups: dict[tuple[int, int], int] = {}
+    for interval, last, warmup in itertools.product(range(3, 12), (1, 2, 3, 4, 6), range(2, STEPS // 4)):
+        if 2 * taylorseer_steps(interval, warmup, last) == budget:
+            warmups.setdefault((interval, last), warmup)
+    intervals = sorted({interval for interval, _ in warmups})[:3]
+    return [
+        {"interval": interval, "warmup": warmup, "order": order, "lite": lite, "last": last}
+        for (interval, last), warmup in warmups.items()
+        for order, lite in itertools.product((1, 2), (0, 1))
+        if interval in intervals
+    ]
 
 
-def sea_config(threshold: float, retention: int, most: int):
+def sea_config(threshold: float, retention: int, most: int, last: int):
+    def latents(transformer: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+        """What changes from step to step; in front of the channels of a given image, where diffusers does not look."""
+        return list(args[0][:, : transformer.config.out_channels])
+
     return diffusers.SeaCacheConfig(
-        threshold=threshold, retention_steps=int(retention), max_consecutive_cached=int(most)
+        threshold=threshold,
+        retention_steps=int(retention),
+        cache_end_steps=int(last),
+        max_consecutive_cached=int(most),
+        raw_vision_callback=latents,
     )
 
 
@@ -416,70 +480,176 @@ def grid(**choices: tuple) -> Callable[[int], list[Setting]]:
     return lambda budget: settings
 
 
+def below_32(few: Callable[[int], list[Setting]], more: Callable[[int], list[Setting]]):
+    """`few` for budgets so small that the variants of `more` cannot meet them."""
+    return lambda budget: (few if budget < 32 else more)(budget)
+
+
 def all_peers() -> dict[str, Peer]:
     """By name, those that can run here."""
 
     def diffusers_peer(make_config: Callable[..., object]) -> Callable[..., AbstractContextManager]:
         return functools.partial(in_diffusers, make_config=make_config)
 
+    magcache_variants = below_32(
+        grid(K=(6, 8, 10), retention_ratio=(0.1, 0.2)), grid(K=(2, 4, 6), retention_ratio=(0.2,))
+    )
+    sea_variants = below_32(
+        grid(retention=(1,), most=(4, 6, 8), last=(1, 4, 6)), grid(retention=(1,), most=(2, 4), last=(1, 4, 6))
+    )
+
+    def dbcache_variants(**choices: tuple) -> Callable[[int], list[Setting]]:
+        return below_32(grid(warmup=(2, 4), most=(-1,), **choices), grid(warmup=(4, 8), most=(-1, 3), **choices))
+
     peers = [
         Peer("fewer steps", no_cache, lambda budget: [{"steps": budget // 2}]),
         Peer("TeaCache rule", teacache, grid(warmup=(TEACACHE_WARMUP, 10)), (0.03, 1.0)),
         Peer("EasyCache rule", easycache, grid(warmup=(2, 5, 10)), (0.01, 1.0)),
-        Peer(
-            "diffusers MagCache", diffusers_peer(magcache_config), grid(K=(2, 4, 6), retention_ratio=(0.2,)), (0.01, 1)
-        ),
+        Peer("diffusers MagCache", diffusers_magcache, magcache_variants, (0.01, 1.0)),
         Peer("diffusers FirstBlockCache", diffusers_peer(first_block_config), bounds=(0.01, 1.0)),
         Peer("diffusers TaylorSeer", diffusers_peer(taylorseer_config), taylorseer_variants),
-        Peer("cache-dit DBCache", dbcache, grid(warmup=(4, 8), most=(-1, 3)), (0.01, 0.99)),
-        Peer("cache-dit DBCache + TaylorSeer", dbcache, grid(warmup=(4, 8), most=(-1, 3), order=(1,)), (0.01, 0.99)),
+        Peer("cache-dit DBCache", dbcache, dbcache_variants(), (0.01, 0.99)),
+        Peer("cache-dit DBCache + TaylorSeer", dbcache, dbcache_variants(order=(1,)), (0.01, 0.99)),
     ]
     if hasattr(diffusers, "SeaCacheConfig"):  # since 0.42
-        sea = Peer("diffusers SeaCache", diffusers_peer(sea_config), grid(retention=(1, 5), most=(2, 4)), (0.03, 10.0))
-        peers.insert(-2, sea)
+        peers.insert(-2, Peer("diffusers SeaCache", diffusers_peer(sea_config), sea_variants, (0.03, 10.0)))
     if importlib.util.find_spec("cache_dit") is None:
         peers = [peer for peer in peers if peer.attach is not dbcache]
     return {peer.name: peer for peer in peers}
 
 
-# Found by --tune, by computed calls of 100: TaylorSeer and SeaCache on six pairs, the others on two
-SETTINGS: dict[str, dict[int, Setting]] = {
-    "fewer steps": {46: {"steps": 23}, 38: {"steps": 19}, 32: {"steps": 16}},
-    "TeaCache rule": {
-        46: {"warmup": 10, "threshold": 0.116},
-        38: {"warmup": 5, "threshold": 0.1235},
-        32: {"warmup": 5, "threshold": 0.164},
+# Found by --tune, by demo model, method and computed calls of 100, on two to six pairs. Where a method works in whole
+# first blocks or steps it comes within two calls
+SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
+    "t2v-tiny": {
+        "fewer steps": {
+            46: {"steps": 23},
+            38: {"steps": 19},
+            32: {"steps": 16},
+            26: {"steps": 13},
+            20: {"steps": 10},
+        },
+        "TeaCache rule": {
+            46: {"warmup": 10, "threshold": 0.116},
+            38: {"warmup": 5, "threshold": 0.1235},
+            32: {"warmup": 5, "threshold": 0.164},
+            26: {"warmup": 5, "threshold": 0.2685},
+            20: {"warmup": 5, "threshold": 0.4162},
+        },
+        "EasyCache rule": {
+            46: {"warmup": 2, "threshold": 0.03398},
+            38: {"warmup": 5, "threshold": 0.05725},
+            32: {"warmup": 5, "threshold": 0.07499},
+            26: {"warmup": 2, "threshold": 0.08059},
+            20: {"warmup": 2, "threshold": 0.1333},
+        },
+        "diffusers MagCache": {
+            46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
+            38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1},
+            32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.24},
+            26: {"K": 6, "retention_ratio": 0.1, "threshold": 0.1333},
+            20: {"K": 10, "retention_ratio": 0.1, "threshold": 0.3162},
+        },
+        "diffusers FirstBlockCache": {
+            46: {"threshold": 0.1},
+            38: {"threshold": 0.1433},
+            32: {"threshold": 0.209},
+            26: {"threshold": 0.305},
+            20: {"threshold": 0.6732},
+        },
+        "diffusers TaylorSeer": {
+            46: {"interval": 3, "warmup": 5, "order": 2, "lite": 0, "last": 4},
+            38: {"interval": 4, "warmup": 5, "order": 2, "lite": 0, "last": 3},
+            32: {"interval": 5, "warmup": 5, "order": 1, "lite": 0, "last": 2},
+            26: {"interval": 6, "warmup": 3, "order": 1, "lite": 1, "last": 2},
+            20: {"interval": 8, "warmup": 2, "order": 1, "lite": 0, "last": 2},
+        },
+        "diffusers SeaCache": {
+            46: {"retention": 1, "most": 2, "last": 4, "threshold": 0.221},
+            38: {"retention": 1, "most": 2, "last": 1, "threshold": 0.3325},
+            32: {"retention": 1, "most": 4, "last": 1, "threshold": 0.2902},
+            26: {"retention": 1, "most": 6, "last": 4, "threshold": 0.5477},
+            20: {"retention": 1, "most": 8, "last": 4, "threshold": 2.34},
+        },
+        "cache-dit DBCache": {
+            46: {"warmup": 4, "most": -1, "threshold": 0.113},
+            38: {"warmup": 4, "most": -1, "threshold": 0.1603},
+            32: {"warmup": 4, "most": -1, "threshold": 0.2363},
+            26: {"warmup": 2, "most": -1, "threshold": 0.3496},
+            20: {"warmup": 2, "most": -1, "threshold": 0.8889},
+        },
+        "cache-dit DBCache + TaylorSeer": {
+            46: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.1108},
+            38: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.3224},
+            32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.2655},
+            26: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.5884},
+            20: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.9812},
+        },
     },
-    "EasyCache rule": {
-        46: {"warmup": 2, "threshold": 0.03398},
-        38: {"warmup": 5, "threshold": 0.05725},
-        32: {"warmup": 5, "threshold": 0.07499},
-    },
-    "diffusers MagCache": {
-        46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
-        38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1},
-        32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.24},  # 0.1778 has as many calls and 4 dB less
-    },
-    "diffusers FirstBlockCache": {46: {"threshold": 0.1}, 38: {"threshold": 0.1433}, 32: {"threshold": 0.209}},
-    "diffusers TaylorSeer": {
-        46: {"interval": 3, "warmup": 8, "order": 2, "lite": 0, "last": 1},
-        38: {"interval": 4, "warmup": 7, "order": 2, "lite": 0, "last": 1},
-        32: {"interval": 4, "warmup": 3, "order": 1, "lite": 0, "last": 1},
-    },
-    "diffusers SeaCache": {
-        46: {"retention": 1, "most": 2, "threshold": 0.1929},  # most 4 at 0.1683: 1.4 dB more, for two more calls
-        38: {"retention": 1, "most": 2, "threshold": 0.3325},
-        32: {"retention": 1, "most": 4, "threshold": 0.2902},
-    },
-    "cache-dit DBCache": {
-        46: {"warmup": 4, "most": -1, "threshold": 0.113},
-        38: {"warmup": 4, "most": -1, "threshold": 0.1603},
-        32: {"warmup": 4, "most": -1, "threshold": 0.2363},
-    },
-    "cache-dit DBCache + TaylorSeer": {
-        46: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.1108},
-        38: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.3224},
-        32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.2655},
+    "i2v-tiny": {
+        "fewer steps": {
+            46: {"steps": 23},
+            38: {"steps": 19},
+            32: {"steps": 16},
+            26: {"steps": 13},
+            20: {"steps": 10},
+        },
+        "TeaCache rule": {
+            46: {"warmup": 5, "threshold": 0.05789},
+            38: {"warmup": 5, "threshold": 0.08042},
+            32: {"warmup": 5, "threshold": 0.1057},
+            26: {"warmup": 5, "threshold": 0.1552},
+            20: {"warmup": 5, "threshold": 0.2685},
+        },
+        "EasyCache rule": {
+            46: {"warmup": 2, "threshold": 0.01911},
+            38: {"warmup": 2, "threshold": 0.02788},
+            32: {"warmup": 2, "threshold": 0.03718},
+            26: {"warmup": 2, "threshold": 0.05424},
+            20: {"warmup": 2, "threshold": 0.0866},
+        },
+        "diffusers MagCache": {
+            46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
+            38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1},
+            32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.3162},
+            26: {"K": 8, "retention_ratio": 0.1, "threshold": 0.154},
+            20: {"K": 8, "retention_ratio": 0.1, "threshold": 0.5623},
+        },
+        "diffusers FirstBlockCache": {
+            46: {"threshold": 0.05233},
+            38: {"threshold": 0.07234},
+            32: {"threshold": 0.1075},
+            26: {"threshold": 0.1778},
+            20: {"threshold": 0.4372},
+        },
+        "diffusers TaylorSeer": {
+            46: {"interval": 3, "warmup": 3, "order": 2, "lite": 0, "last": 6},
+            38: {"interval": 4, "warmup": 2, "order": 2, "lite": 0, "last": 6},
+            32: {"interval": 4, "warmup": 2, "order": 2, "lite": 1, "last": 2},
+            26: {"interval": 5, "warmup": 2, "order": 1, "lite": 1, "last": 1},
+            20: {"interval": 8, "warmup": 2, "order": 1, "lite": 0, "last": 2},
+        },
+        "diffusers SeaCache": {
+            46: {"retention": 1, "most": 2, "last": 6, "threshold": 0.242},
+            38: {"retention": 1, "most": 4, "last": 6, "threshold": 0.265},
+            32: {"retention": 1, "most": 4, "last": 6, "threshold": 0.5477},
+            26: {"retention": 1, "most": 6, "last": 1, "threshold": 0.3479},
+            20: {"retention": 1, "most": 6, "last": 1, "threshold": 0.5477},
+        },
+        "cache-dit DBCache": {
+            46: {"warmup": 4, "most": 3, "threshold": 0.06825},
+            38: {"warmup": 4, "most": -1, "threshold": 0.0995},
+            32: {"warmup": 4, "most": -1, "threshold": 0.1531},
+            26: {"warmup": 2, "most": -1, "threshold": 0.2192},
+            20: {"warmup": 2, "most": -1, "threshold": 0.6671},
+        },
+        "cache-dit DBCache + TaylorSeer": {
+            46: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.06949},
+            38: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.09261},
+            32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.163},
+            26: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.204},
+            20: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.6915},
+        },
     },
 }
 
@@ -551,12 +721,14 @@ class Tuner:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=tuple(DEMOS), default="t2v-tiny")
     parser.add_argument("--only", nargs="+", choices=tuple(all_peers()), default=tuple(all_peers()))
+    parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--fit", action="store_true")
     args = parser.parse_args()
-    pipeline = load_demo("t2v-tiny")
+    pipeline = load_demo(args.task)
     pairs = own_pairs(args.pairs, 9000 if args.tune or args.fit else 9100)
     if args.fit:
         print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, pairs)))
@@ -565,11 +737,11 @@ def main():
     for name in args.only:
         peer = all_peers()[name]
         tuner = Tuner(peer, pipeline, pairs, references)
-        for budget in BUDGETS:
+        for budget in args.budgets:
             if args.tune:
                 print(f"{name!r}, {budget}: {tuner.tune(budget)}", flush=True)
                 continue
-            psnrs, computed = score(peer, pipeline, peer.setting_for(budget), pairs, references)
+            psnrs, computed = score(peer, pipeline, peer.setting_for(args.task, budget), pairs, references)
             print(
                 f"{name}, {budget} of {2 * STEPS} calls: {statistics.mean(psnrs):.1f} dB "
                 f"({', '.join(f'{value:.1f}' for value in psnrs)}), computed {', '.join(f'{c:.1f}' for c in computed)}",

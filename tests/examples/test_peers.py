@@ -1,4 +1,4 @@
-"""The peers of the benchmark, on a tiny random model: what they compute, and that nothing stays behind."""
+"""The peers of the benchmark, on tiny random models of both tasks: what they compute, and that nothing stays behind."""
 
 import types
 
@@ -6,6 +6,7 @@ import pytest
 import sampling
 import torch
 
+import magcache
 from examples import peers
 from wan.modules.model import WanModel
 
@@ -13,36 +14,46 @@ PEERS = peers.all_peers()
 BY_THRESHOLD = [name for name, peer in PEERS.items() if peer.bounds]
 
 
-def make_pipeline():
+def make_pipeline(task="t2v-tiny"):
     torch.manual_seed(0)
     sizes = {"dim": 24, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 6, "num_heads": 2, "num_layers": 2}
-    return types.SimpleNamespace(model=WanModel(**sizes).eval().requires_grad_(False))
+    if task == "i2v-tiny":
+        sizes |= {"model_type": "i2v", "in_dim": 20, "clip_dim": 4}
+    return types.SimpleNamespace(model=WanModel(**sizes).eval().requires_grad_(False), image=task == "i2v-tiny")
 
 
 def denoise(pipeline, steps=peers.STEPS):
     generator = torch.Generator().manual_seed(0)
-    latent, *contexts = (torch.randn(shape, generator=generator) for shape in ((16, 2, 4, 4), (5, 8), (3, 8)))
-    cond, uncond = ({"context": [context], "seq_len": 8} for context in contexts)
-    return sampling.denoise(pipeline.model, latent, cond, uncond, steps)
+    shapes = ((16, 2, 4, 4), (5, 8), (3, 8), (1, 3, 4), (4, 2, 4, 4))
+    latent, text, no_text, clip_fea, y = (torch.randn(shape, generator=generator) for shape in shapes)
+    given = {"seq_len": 8}
+    if pipeline.image:
+        given |= {"clip_fea": clip_fea, "y": [y]}
+    return sampling.denoise(pipeline.model, latent, {"context": [text]} | given, {"context": [no_text]} | given, steps)
+
+
+@pytest.fixture(scope="module", params=tuple(peers.SETTINGS))
+def task(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return denoise(make_pipeline())
+def plain(task):
+    return denoise(make_pipeline(task))
 
 
-def test_diffusers_computes_the_same(plain):
-    pipeline = make_pipeline()
+def test_diffusers_computes_the_same(task, plain):
+    pipeline = make_pipeline(task)
     with peers.Peer("uncached", peers.in_diffusers).running(pipeline, {}) as run:
         torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
         assert run.work.computed == 100
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_every_run_starts_afresh_and_nothing_stays(name, plain):
-    peer, pipeline = PEERS[name], make_pipeline()
+def test_every_run_starts_afresh_and_nothing_stays(name, task, plain):
+    peer, pipeline = PEERS[name], make_pipeline(task)
     model = pipeline.model
-    setting = peer.setting_for(38) | ({"threshold": 0.9} if peer.bounds else {})
+    setting = peer.setting_for(task, 38) | ({"threshold": 0.9} if peer.bounds else {})
     with peer.running(pipeline, setting) as run:
         first, computed = denoise(pipeline, run.steps), run.work.computed
         assert 2 <= computed < 100
@@ -53,22 +64,22 @@ def test_every_run_starts_afresh_and_nothing_stays(name, plain):
 
 
 @pytest.mark.parametrize("name", BY_THRESHOLD)
-def test_the_threshold_decides(name, plain):
-    peer, pipeline = PEERS[name], make_pipeline()
-    setting = peer.setting_for(38)
+def test_the_threshold_decides(name, task, plain):
+    peer, pipeline = PEERS[name], make_pipeline(task)
+    setting = peer.setting_for(task, 38)
     with peer.running(pipeline, setting | {"threshold": 0.0}) as run:
         torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
         assert run.work.computed == 100
     with peer.running(pipeline, setting | {"threshold": 0.99}) as run:
-        assert not torch.allclose(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
+        assert not torch.equal(denoise(pipeline), plain)
         assert run.work.computed < 70
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_settings(name):
+def test_settings(name, task):
     """One for every budget, of a variant that the tuning looks at."""
     for budget in peers.BUDGETS:
-        setting = dict(PEERS[name].setting_for(budget))
+        setting = dict(PEERS[name].setting_for(task, budget))
         assert ("threshold" in setting) == (PEERS[name].bounds is not None)
         setting.pop("threshold", None)
         assert setting in PEERS[name].variants(budget)
@@ -94,6 +105,35 @@ def test_taylorseer_variants_meet_the_budget(budget):
                 assert run.work.computed == budget
 
 
+def test_magcache_follows_the_ratios_of_the_task(task):
+    pipeline = make_pipeline(task)
+    schedules = {name: magcache.plan(magcache.load_ratios(name), 50, 0.04, 6, 0.2) for name in peers.SETTINGS}
+    computed = {name: 2 * schedule.reuse[::2].count(False) for name, schedule in schedules.items()}
+    assert len(set(computed.values())) == 2
+    setting = {"threshold": 0.04, "K": 6, "retention_ratio": 0.2}
+    with PEERS["diffusers MagCache"].running(pipeline, setting) as run:
+        denoise(pipeline)
+        assert run.work.computed == computed[task]
+
+
+def test_teacache_takes_the_polynomial_of_the_task(task, monkeypatch):
+    """One that predicts a change of 1 in every step, where that of the other task predicts none."""
+    monkeypatch.setattr(peers, "TEACACHE_POLYNOMIALS", dict.fromkeys(peers.SETTINGS, (0.0,)) | {task: (1.0,)})
+    pipeline = make_pipeline(task)
+    with PEERS["TeaCache rule"].running(pipeline, {"threshold": 0.5, "warmup": 5}) as run:
+        denoise(pipeline)
+        assert run.work.computed == 100
+
+
+@pytest.mark.skipif("diffusers SeaCache" not in PEERS, reason="since diffusers 0.42")
+def test_seacache_looks_at_the_latent_alone(task):
+    """Not at the channels of the image behind it, which do not change."""
+    model = peers.DiffusersModel(make_pipeline(task).model).transformer
+    x = torch.randn(1, model.config.in_channels, 2, 4, 4)
+    (seen,) = peers.sea_config(0.3, 1, 4, 1).raw_vision_callback(model, (x,), {})
+    assert torch.equal(seen, x[0, :16])
+
+
 class Recorder:
     """Stands in for the blocks of a model: the residual is 1, 2, 3, ... by the calls computed."""
 
@@ -105,10 +145,10 @@ class Recorder:
         return iter([lambda x, e: x + self.count])
 
 
-def test_teacache_rule(monkeypatch):
+def test_teacache_rule():
     """The modulation changes by 1 / step; the polynomial doubles that."""
-    monkeypatch.setattr(peers, "TEACACHE_POLYNOMIAL", (2.0, 0.0))
-    cache, blocks, x = peers.TeaCache(threshold=1.0, warmup=2, steps=9), Recorder(), torch.zeros(1)
+    cache = peers.TeaCache(threshold=1.0, warmup=2, polynomial=(2.0, 0.0), steps=9)
+    blocks, x = Recorder(), torch.zeros(1)
     residuals = [cache.step(2 * step, blocks, x, e=torch.tensor([step + 1.0])).item() for step in range(9)]
     # steps 2 to 8 add 1, 2/3, 1/2, 2/5, 1/3, 2/7, 1/4; the last one computes in any case
     assert residuals == [1, 2, 3, 3, 4, 4, 4, 5, 6]
