@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/python magcache_generate.py \
     --task t2v-tiny --size '64*64' --ckpt_dir examples/Wan2.1-T2V-tiny \
     --prompt "${1:-a red circle moves right on a white background}" --base_seed 1 \
-    --use_magcache --magcache_thresh 0.12 --magcache_K 4 --retention_ratio 0.2 \
+    --use_magcache --magcache_speedup 2.5 \
     --save_file examples/quickstart.mp4

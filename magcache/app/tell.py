@@ -65,7 +65,7 @@ def tell_calls(job: Job, watches: list) -> None:
     typical = statistics.fmean(times[False])
     line = f"          computed {1000 * typical:.1f} ms a call"
     if times[True]:
-        line += f", reused {1000 * statistics.fmean(times[True]):.1f} ms a call"
+        line += f", reused {1000 * statistics.fmean(times[True]):.2g} ms a call"
     speedup = len(calls) * typical / sum(times[False] + times[True])
     print(f"{line}; {speedup:.2f}x faster than computing every call")
 
