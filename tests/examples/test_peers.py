@@ -64,16 +64,17 @@ def test_every_run_starts_afresh_and_nothing_stays(name, task, plain):
 
 
 @pytest.mark.parametrize("name", BY_THRESHOLD)
-def test_the_threshold_decides(name, task, plain):
+def test_the_threshold_decides(name, task, plain, monkeypatch):
+    # a random model's modulation changes by more than the polynomials were fitted to
+    monkeypatch.setattr(peers, "TEACACHE_POLYNOMIALS", {task: (1.0, 0.0)})
     peer, pipeline = PEERS[name], make_pipeline(task)
     setting = peer.setting_for(task, 38)
-    # the polynomial was fitted on a trained model, whose changes are smaller
-    high = 1e9 if name == "TeaCache rule" else 0.99
     with peer.running(pipeline, setting | {"threshold": 0.0}) as run:
-        torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
+        uncached = denoise(pipeline)
+        torch.testing.assert_close(uncached, plain, rtol=1e-3, atol=1e-4)
         assert run.work.computed == 100
-    with peer.running(pipeline, setting | {"threshold": high}) as run:
-        assert not torch.equal(denoise(pipeline), plain)
+    with peer.running(pipeline, setting | {"threshold": 0.99}) as run:
+        assert not torch.equal(denoise(pipeline), uncached)
         assert run.work.computed < 70
 
 
@@ -101,7 +102,7 @@ def test_taylorseer_variants_meet_the_budget(budget):
     variants = peer.variants(budget)
     assert len(variants) >= 8
     for setting in variants:
-        if setting["order"] == 1 and (budget == 38 or setting["lite"]):
+        if setting["order"] == 1 and (budget == 20 or setting["lite"]):
             with peer.running(pipeline, setting) as run:
                 denoise(pipeline)
                 assert run.work.computed == budget
@@ -132,7 +133,7 @@ def test_seacache_looks_at_the_latent_alone(task):
     """Not at the channels of the image behind it, which do not change."""
     model = peers.DiffusersModel(make_pipeline(task).model).transformer
     x = torch.randn(1, model.config.in_channels, 2, 4, 4)
-    (seen,) = peers.sea_config(0.3, 1, 4, 1).raw_vision_callback(model, (x,), {})
+    (seen,) = peers.sea_config(0.3, most=4, last=1).raw_vision_callback(model, (x,), {})
     assert torch.equal(seen, x[0, :16])
 
 
