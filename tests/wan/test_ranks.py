@@ -138,7 +138,10 @@ def in_one_process(prompt: str, seed: int, path: Path):
     """The frames of the same i2v request from the Python API."""
     if "i2v-tiny" not in REFERENCE:
         REFERENCE["i2v-tiny"] = wan.WanI2V(WAN_CONFIGS["i2v-tiny"], str(I2V[3]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes have: the number decides on the last bits, and a codec on more
     video = REFERENCE["i2v-tiny"].generate(prompt, Image.open(IMAGE), 64 * 64, 5, sampling_steps=2, seed=seed)
+    torch.set_num_threads(threads)
     cache_video(video[None], str(path), fps=16, nrow=1)
     return iio.imread(path)
 
