@@ -37,7 +37,7 @@ from examples.train_tiny.shapes import CAPTIONS, Caption
 from magcache import speedup
 from magcache.app.compare import score
 from magcache.app.media import to_frames
-from magcache.schedule import Schedule
+from magcache.schedule import Schedule, join_branches
 
 STEPS, SHIFT = peers.STEPS, peers.SHIFT
 BUDGETS = peers.BUDGETS  # computed calls of 2 * STEPS
@@ -144,7 +144,7 @@ def variants(steps: int, shift: float) -> dict[tuple, Run]:
     def schedule(count, floor=speedup.FLOOR, decay=speedup.DECAY, forecast="linear"):
         chosen = speedup.choose_steps(sigmas, count, floor)
         weights = speedup.forecast_weights(chosen, sigmas, forecast, decay)
-        return Schedule(tuple(w for w in weights for _ in range(2)), target="output")
+        return Schedule(join_branches([weights] * 2), target="output")
 
     changes = {OURS: {}, "reuse": {"forecast": "reuse"}}
     changes |= {f"floor {x:g}": {"floor": x} for x in (0.002, 0.004, 0.012, 0.018)}

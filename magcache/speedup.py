@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from magcache.noise_levels import log_snr, noise_levels
-from magcache.schedule import CALLS_PER_STEP, Schedule, Weights
+from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
 # both chosen on development pairs of two small models, see examples/README.md
@@ -99,7 +99,7 @@ def plan_steps(
     if 0 not in computed or not computed <= set(range(steps)):
         raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(computed)}")
     weights = forecast_weights(computed, sigmas, forecast)
-    return Schedule(tuple(w for w in weights for _ in range(calls_per_step)), calls_per_step, target)
+    return Schedule(join_branches([weights] * calls_per_step), calls_per_step, target)
 
 
 def plan_speedup(

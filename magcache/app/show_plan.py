@@ -108,8 +108,10 @@ def map_lines(job: Job) -> list[str]:
 
 def neighbour_lines(job: Job) -> list[str]:
     """What the settings around the given ones would give, which have a star."""
-    heading, rows, columns = "other     speed-ups", neighbour_speedups(job), {"": {}}
-    if job.cache.speedup is None:
+    if job.cache.speedup is not None:
+        heading, columns = "other     speed-ups", {"": {}}
+        rows = {f"speedup {x:g}": {"speedup": x} for x in neighbour_speedups(job.cache.speedup, job.schedule.steps)}
+    else:
         thresholds, lengths = neighbour_settings(job.cache.rule.thresh, job.cache.rule.K)
         heading, rows = "other     thresh and K", {f"thresh {thresh:g}": {"thresh": thresh} for thresh in thresholds}
         columns = {f"K {K}": {"K": K} for K in lengths}
@@ -137,10 +139,6 @@ def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:
     return [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12], [max(K, 1) + i for i in (-1, 0, 1)]
 
 
-def neighbour_speedups(job: Job) -> dict[str, dict]:
-    """Settings of speed-ups around that of a run, rising, by label; none that a run would refuse."""
-    if job.cache.speedup is None:
-        return {}
-    around = {job.cache.speedup + difference for difference in (-0.5, 0.0, 0.5)}
-    most = float(job.sampling.sample_steps)
-    return {f"speedup {x:g}": {"speedup": x} for x in sorted({min(max(x, 1.0), most) for x in around})}
+def neighbour_speedups(speedup: float, steps: int) -> list[float]:
+    """Speed-ups around that of a run, rising; none that a run would refuse."""
+    return sorted({min(max(speedup + difference, 1.0), float(steps)) for difference in (-0.5, 0.0, 0.5)})
