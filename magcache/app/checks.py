@@ -160,7 +160,7 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
 
 def make_output(args: Namespace, sampling: Sampling) -> Output:
     refuse_if(args.overwrite and not args.prompt_file, "--overwrite needs --prompt_file: a single video is always made")
-    for package in ("skimage", "imageio_ffmpeg", "PIL") if args.compare else ():
+    for package in ("skimage", "matplotlib", "imageio_ffmpeg", "PIL") if args.compare else ():
         need_package(package, "--compare")
     if args.magcache_calibration:
         too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"

@@ -1,19 +1,18 @@
 """Compares a cached with an uncached video of the same prompt and seed: scores, a video of both and their difference,
-and a page that shows all of it. Needs scikit-image, imageio-ffmpeg and Pillow.
+and a page that shows all of it. Needs scikit-image, matplotlib, imageio-ffmpeg and
+Pillow.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from magcache.app import page
+from magcache.app.job import Job, Request
 from magcache.app.media import write_image, write_video
-from magcache.app.plan import Prediction
 from magcache.files import written_whole
-from magcache.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -72,38 +71,31 @@ def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate([header, np.concatenate(row, axis=1)])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A pair of runs, and the page about it.
+def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
+    """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video, each of them whole or
+    not at all. Returns what a record holds of it, with the paths of both.
 
-    video, device, made_by (of the schedule): in words. cached, uncached: seconds by phase.
+    cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. Raises OSError where a file cannot be written.
     """
-
-    prompt: str
-    made_by: str
-    video: str
-    device: str
-    schedule: Schedule
-    prediction: Prediction | None
-    cached: dict[str, float]
-    uncached: dict[str, float]
-
-    def write(self, path: Path, frames: np.ndarray, reference: np.ndarray, fps: int) -> tuple[Scores, list[Path]]:
-        """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video `path`, each of them
-        whole or not at all. frames: cached, reference: uncached, uint8 [F, H, W, 3].
-
-        Returns the scores and the paths. Raises OSError where a file cannot be written.
-        """
-        scores = score(frames, reference)
-        apart, factor = difference(frames, reference)
-        parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
-        both = path.with_name(f"{path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
-        if len(frames) == 1:
-            write_image(both, next(side_by_side(parts)))
-        else:
-            write_video(both, side_by_side(parts), fps)
-        about = path.with_name(f"{path.stem}_compare.html")
-        text = page.render(self, scores, parts, factor, fps, path.name, both.name)
-        with written_whole(about) as part:
-            part.write_text(text, encoding="utf-8", errors="replace")
-        return scores, [both, about]
+    (frames, _), (reference, seconds) = cached, uncached
+    scores = score(frames, reference)
+    apart, factor = difference(frames, reference)
+    parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
+    path = request.path
+    both = path.with_name(f"{path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
+    if len(frames) == 1:
+        write_image(both, next(side_by_side(parts)))
+    else:
+        write_video(both, side_by_side(parts), fps)
+    about = path.with_name(f"{path.stem}_compare.html")
+    text = page.render(job, request, scores, parts, fps, both.name, (cached[1], seconds))
+    with written_whole(about) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+    return {
+        "psnr": scores.overall_psnr,
+        "ssim": scores.overall_ssim,
+        "psnr_by_frame": scores.psnr,
+        "ssim_by_frame": scores.ssim,
+        "uncached_seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "files": [both, about],
+    }

@@ -25,7 +25,7 @@ from magcache.app.media import to_frames
 from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
 from magcache.app.record import make_record, record_path, save_record
-from magcache.app.results import save_calibration, save_result, write_comparison
+from magcache.app.results import compare_results, save_calibration, save_result
 from magcache.app.tell import summarise
 from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
 
@@ -239,7 +239,7 @@ class Making:
         try:
             plain, fault = tried(goes_on, functools.partial(self.run_uncached, request), self.own)
             if not fault and frames is not None:
-                write = functools.partial(write_comparison, self.job, request, fps, (frames, watch), plain)
+                write = functools.partial(compare_results, self.job, request, fps, (frames, watch), plain)
                 scores, fault = tried(goes_on, write)
         except BaseException:
             print(f"the comparison failed; the video with the cache is in {request.path}", file=sys.stderr)

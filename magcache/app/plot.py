@@ -1,29 +1,24 @@
-"""Pictures of ratio tables and calibrations; needs matplotlib.
+"""Pictures of calibrations, plans and comparisons; needs matplotlib."""
 
-python -m magcache.app.plot TABLE.json --out PICTURE.png             (all that a calibration measured)
-python -m magcache.app.plot NAME_OR_PATH NAME_OR_PATH ... --out PICTURE.png      (the ratios of several tables)
-"""
-
-import argparse
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from magcache.app.choose_schedule import predict
 from magcache.app.job import Job
-from magcache.app.plan import Prediction, reuse_by_branch
+from magcache.app.plan import reuse_by_branch
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
-from magcache.ratios import RatioTable, load_table, resample_nearest, split_branches
+from magcache.ratios import RatioTable, resample_nearest, split_branches
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
 
-def new_figure(rows: int, title: str, heights: Sequence[float] | None = None):
+def new_figure(rows: int, title: str | None, heights: Sequence[float] | None = None):
     from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
 
     figure = Figure(figsize=(9, 1.5 + 2.2 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure, figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
 
@@ -69,12 +64,12 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     save_figure(figure, path)
 
 
-def draw_plan(job: Job, title: str, prediction: Prediction | None, path: str | os.PathLike) -> None:
-    """Draws what decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted
-    error, or, where no table made the schedule, the noise levels (as log-SNR)."""
-    schedule, steps = job.schedule, job.schedule.steps
+def plan_figure(job: Job, title: str):
+    """What decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted error, or,
+    where no table made the schedule, the noise levels (as log-SNR)."""
+    schedule, steps, prediction = job.schedule, job.schedule.steps, predict(job)
     branches = reuse_by_branch(schedule)
-    if job.table is None:
+    if prediction is None:
         figure, (levels, skips) = new_figure(2, title, (4, 1))
         snr = [log_snr(sigma) for sigma in job.sampling.noise_levels]
         computed = [step for step, reused in enumerate(branches["cond"]) if not reused]
@@ -86,10 +81,9 @@ def draw_plan(job: Job, title: str, prediction: Prediction | None, path: str | o
         figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
         for (label, color), values in zip(BRANCHES, split_branches(job.table.ratios), strict=True):
             ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
+            error.step(range(steps), prediction.rows[label], where="mid", color=color, label=label)
         ratio.axhline(1, color="gray", linewidth=0.5)
         ratio.set_ylabel("magnitude ratio")
-        for label, values in prediction.rows.items():
-            error.step(range(steps), values, where="mid", color=dict(BRANCHES)[label], label=label)
         error.axhline(prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
         error.set_ylabel("predicted error")
         for axes in (ratio, error):
@@ -97,39 +91,15 @@ def draw_plan(job: Job, title: str, prediction: Prediction | None, path: str | o
     skips.imshow(list(branches.values()), aspect="auto", cmap="Blues_r", vmin=-0.3, vmax=1.3)
     skips.set_yticks(range(len(branches)), list(branches))
     skips.set_xlabel("sampling step (dark: computed, light: reused)")
-    save_figure(figure, path)
+    return figure
 
 
-def draw_tables(tables: list[RatioTable], path: str | os.PathLike) -> None:
-    """Draws the ratios of several tables over the share of their steps: cond solid, uncond dotted."""
-    figure, (axes,) = new_figure(1, "magnitude ratios |r_t| / |r_(t-1)|")
-    figure.set_size_inches(9, 5)
-    for i, table in enumerate(tables):
-        for values, style in zip(split_branches(table.ratios), ("-", ":"), strict=True):
-            at = [step / table.steps for step in range(1, table.steps)]
-            label = f"{table.name}, {table.steps} steps" if style == "-" else None
-            axes.plot(at, values[1:], style, color=f"C{i}", label=label)
-    axes.axhline(1, color="gray", linewidth=0.5)
-    axes.set_xlabel("share of the sampling steps (cond solid, uncond dotted)")
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", metavar="TABLE")
-    parser.add_argument("--out", required=True)
-    args = parser.parse_args()
-    try:
-        tables = [load_table(name) for name in args.tables]
-    except ValueError as fault:
-        parser.error(str(fault))
-    content = {} if len(tables) > 1 or tables[0].named else json.loads(Path(args.tables[0]).read_text())
-    if isinstance(content, dict) and "cos_dis" in content:
-        draw_calibration(content, args.out)
-    else:
-        draw_tables(tables, args.out)
-
-
-if __name__ == "__main__":
-    main()
+def score_figure(rows: dict[str, Sequence[float | None]]):
+    """Scores of every frame, a row of the figure for each name, with gaps where one is None."""
+    figure, all_axes = new_figure(len(rows), None)
+    for axes, (name, values) in zip(all_axes, rows.items(), strict=True):
+        axes.plot([float("nan") if value is None else value for value in values], marker=".")
+        axes.set_ylabel(name)
+        axes.set_xlim(0, len(values) - 1)
+    all_axes[-1].set_xlabel("frame")
+    return figure

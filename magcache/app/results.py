@@ -12,14 +12,13 @@ import torch
 import transformers
 
 import magcache
-from magcache.app.choose_schedule import predict, settings_of
-from magcache.app.compare import Comparison
+from magcache.app.choose_schedule import settings_of
+from magcache.app.compare import write_comparison
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.page import in_words
 from magcache.app.plot import draw_calibration
 from magcache.app.requests import IMAGE_ENDINGS
-from magcache.app.wan_package import device_name
 from magcache.files import written_whole
 
 FLAT_LISTS = {
@@ -48,38 +47,20 @@ def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
         raise
 
 
-def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
+def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
     """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
 
     cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same.
     """
     (frames, watch), (video, plain) = cached, uncached
-    path = request.path
-    uncached_path = path.with_stem(f"{path.stem}_uncached")
-    save_result(video, uncached_path, fps)
+    path = request.path.with_stem(f"{request.path.stem}_uncached")
+    save_result(video, path, fps)
     plain.lap("save")
-    comparison = Comparison(
-        prompt=request.prompt,
-        made_by=f"{job.made_by}, {job.cache}",
-        video=job.describe_video(frames.shape[:3], request.seed),
-        device=device_name(),
-        schedule=job.schedule,
-        prediction=predict(job),
-        cached=watch.seconds,
-        uncached=plain.seconds,
-    )
-    scores, files = comparison.write(path, frames, to_frames(video), fps)
-    print(f"compared  PSNR {in_words(scores.overall_psnr)}, SSIM {scores.overall_ssim:.4f}; {uncached_path.name}")
-    for file in files:
+    scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
+    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}; {path.name}")
+    for file in scores["files"]:
         print(f"          {file}", flush=True)
-    return {
-        "psnr": scores.overall_psnr,
-        "ssim": scores.overall_ssim,
-        "psnr_by_frame": scores.psnr,
-        "ssim_by_frame": scores.ssim,
-        "uncached_seconds": {name: round(value, 4) for name, value in plain.seconds.items()},
-        "files": [file.name for file in (uncached_path, *files)],
-    }
+    return scores | {"files": [file.name for file in (path, *scores["files"])]}
 
 
 def save_calibration(job: Job, runs: list[dict], done: list[Request]) -> None:
@@ -127,5 +108,5 @@ def write_calibration(folder: Path, table: dict, published: magcache.RatioTable 
     try:
         draw_calibration(table, path.with_suffix(".png"), published)
     except ImportError:
-        print(f"note: no picture without matplotlib; later: python -m magcache.app.plot {path} --out {path.stem}.png")
+        print("note: there is no picture of it without matplotlib")
     return path

@@ -36,9 +36,9 @@ def print_plan(args: Namespace) -> None:
             print(f"note: task {task} does not run at {size}, only at {', '.join(plan.SIZES[task])}")
     video = f"{task}, {width}x{height}, {frames} frames, {job.sampling.sample_steps} steps"
     if picture:  # before anything is printed, which may end it
-        from magcache.app.plot import draw_plan
+        from magcache.app.plot import plan_figure, save_figure
 
-        draw_plan(job, f"{headline(job)}\n{chosen_by(job)}; {video}", predict(job), picture)
+        save_figure(plan_figure(job, f"{headline(job)}\n{chosen_by(job)}; {video}"), picture)
     lines = [
         headline(job),
         f"schedule  {chosen_by(job)}",

@@ -200,7 +200,7 @@ def test_page_stands_alone(compared):
     assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page) == ["a%20film_compare.mp4"]
     assert "http" not in page
     assert page.count("data:video/mp4") == 3
-    assert page.count('class="computed"') + page.count('class="reused"') == 12
+    assert page.count("data:image/svg+xml") == 2
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
@@ -248,15 +248,20 @@ def test_a_single_picture(tmp_path):
     """Equal ones at that: nothing to draw or to divide by."""
     picture = np.full((1, 32, 48, 3), 77, np.uint8)
     seconds = dict.fromkeys(progress.PHASES, 0.1)
-    pair = compare.Comparison("a fox \udce9", "by", "t2i", "CPU", magcache.plan_steps((0,), 2), None, seconds, seconds)
-    scores, files = pair.write(tmp_path / "fox\udce9.png", picture, picture, 16)
-    assert [file.name for file in files] == ["fox\udce9_compare.png", "fox\udce9_compare.html"]
-    assert iio.imread(files[0]).shape[1] == 3 * 48
-    page = files[1].read_text()
+    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_speedup", "2")
+    job = make_job(make_parser(SCRIPT).parse_args(flags))
+    request = Request("a fox \udce9", 1, tmp_path / "fox\udce9.png")
+    found = compare.write_comparison(job, request, 16, (picture, seconds), (picture, seconds))
+    both, about = found["files"]
+    assert (both.name, about.name) == ("fox\udce9_compare.png", "fox\udce9_compare.html")
+    assert iio.imread(both).shape[1] == 3 * 48
+    page = about.read_text()
     assert page.count("data:image/png") == 3
+    assert page.count("data:image/svg+xml") == 1
     assert "equal" in page
     assert "<video" not in page
-    assert scores.overall_ssim == pytest.approx(1)
+    assert found["ssim"] == pytest.approx(1)
+    assert found["psnr"] is None
 
 
 @pytest.mark.parametrize("target", ["output", "residual", None])
