@@ -10,9 +10,9 @@ from argparse import Namespace
 
 try:
     from magcache.app.checks import make_job  # nothing here imports torch until something runs
+    from magcache.app.errors import Failed, Refused
     from magcache.app.flags import is_first, make_parser
     from magcache.app.inputs import make_expander, read_inputs, video_shape
-    from magcache.app.job import Failed, Refused
     from magcache.app.processes import Processes, leaving_at_once
     from magcache.app.record import check_records
     from magcache.app.requests import choose_requests, make_requests

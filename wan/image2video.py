@@ -13,22 +13,10 @@ from wan.pipeline import Sampling, WanPipeline
 
 
 class ImagePipeline(WanPipeline):
-    """Adds the image encoder and the conditioning on given frames. `init_on_cpu` is upstream's and changes nothing: the
-    transformer is always loaded to the CPU."""
+    """Adds the image encoder and the conditioning on given frames."""
 
-    def __init__(
-        self,
-        config,
-        checkpoint_dir: str,
-        device_id: int = 0,
-        rank: int = 0,
-        t5_fsdp: bool = False,
-        dit_fsdp: bool = False,
-        use_usp: bool = False,
-        t5_cpu: bool = False,
-        init_on_cpu: bool = True,
-    ):
-        super().__init__(config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu)
+    def load_image_encoder(self, checkpoint_dir: str) -> None:
+        config = self.config
         # waits on the CPU as the text encoder does
         self.clip = CLIPModel(
             dtype=config.clip_dtype if self.device.type == "cuda" else torch.float32,

@@ -33,7 +33,8 @@ class WanPipeline:
     """Loads a checkpoint folder in the official layout.
 
     config: one of `wan.configs.WAN_CONFIGS`. checkpoint_dir: the folder. device_id: the CUDA device; without CUDA
-    everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`.
+    everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`. init_on_cpu
+    is upstream's and changes nothing: the transformer is always loaded to the CPU.
 
     Several processes make a video together after `wan.distributed.groups.start_groups`: rank: this one's in its group,
     of which the first decodes. use_usp: they share the tokens. dit_fsdp, t5_fsdp: they share the weights of transformer
@@ -53,6 +54,7 @@ class WanPipeline:
         dit_fsdp: bool = False,
         use_usp: bool = False,
         t5_cpu: bool = False,
+        init_on_cpu: bool = True,
     ):
         groups = current_groups()
         if (use_usp and not groups.sequence) or ((t5_fsdp or dit_fsdp) and not groups.mesh):
@@ -83,6 +85,10 @@ class WanPipeline:
             from wan.distributed.fsdp import shard_transformer
 
             shard_transformer(self.model, groups.mesh, self.param_dtype if cuda else None)
+        self.load_image_encoder(checkpoint_dir)
+
+    def load_image_encoder(self, checkpoint_dir: str) -> None:
+        """Does nothing for tasks without images."""
 
     def encode_text(self, prompt: str, n_prompt: str, offload_model: bool) -> tuple[list, list]:
         """Returns features of prompt and negative prompt, each a list of one [tokens, text_dim], on the device. An

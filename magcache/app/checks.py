@@ -11,21 +11,9 @@ from pathlib import Path
 import magcache
 from magcache.app import prompts
 from magcache.app.choose_schedule import choose_table, make_schedule
+from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.inputs import choose_inputs
-from magcache.app.job import (
-    INPUTS,
-    CacheSettings,
-    Extension,
-    Inputs,
-    Job,
-    Machine,
-    Output,
-    Refused,
-    Sampling,
-    refuse_if,
-    refusing,
-    task_kind,
-)
+from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling, task_kind
 from magcache.app.processes import Processes
 
 

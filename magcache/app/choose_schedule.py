@@ -9,7 +9,8 @@ from pathlib import Path
 import magcache
 from magcache import RatioTable, Schedule
 from magcache.app import plan
-from magcache.app.job import CacheSettings, Job, Refused, Sampling
+from magcache.app.errors import Refused
+from magcache.app.job import CacheSettings, Job, Sampling
 
 HOW_TO_CALIBRATE = (
     "measure one by the same command with --magcache_calibration in place of --use_magcache, "

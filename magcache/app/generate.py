@@ -19,8 +19,9 @@ import wan
 from magcache import patch
 from magcache.app import prompts
 from magcache.app.choose_schedule import all_computed
+from magcache.app.errors import Failed
 from magcache.app.inputs import extend_prompt, inputs_of
-from magcache.app.job import Failed, Job, Request
+from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
 from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched

@@ -5,7 +5,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from magcache.app.job import Extension, Inputs, Job, Refused, Request, Sampling, refusing
+from magcache.app.errors import Refused, refusing
+from magcache.app.job import Extension, Inputs, Job, Request, Sampling
 from magcache.app.wan_package import is_stock_wan
 
 # what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part

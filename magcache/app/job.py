@@ -3,8 +3,6 @@
 Fields that stand for a flag have its name. A request that makes no sense is `Refused` before anything is loaded.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,28 +19,6 @@ INPUTS = {  # by the kind of task: flags of the files that it looks at
 def task_kind(task: str) -> str:
     """The first part of a task."""
     return task.split("-")[0]
-
-
-class Refused(Exception):
-    """The request makes no sense. The text is the one line to say; the script says it and ends with exit code 2."""
-
-
-class Failed(Exception):
-    """The run cannot go on, for a reason that the user can do something about: the one line to say."""
-
-
-def refuse_if(wrong: bool, line: str) -> None:
-    if wrong:
-        raise Refused(line)
-
-
-@contextmanager
-def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Errors of the block whose first line says what is wrong with the request become `Refused`."""
-    try:
-        yield
-    except errors as fault:
-        raise Refused(str(fault).splitlines()[0]) from fault
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,6 @@ class Watch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
         return passed
 
-    def after_text(self, *_) -> None:
-        self.lap("text")
-
     def before_call(self, *_) -> None:
         self.lap("sampler" if self.calls else "inputs")
 
@@ -58,6 +55,19 @@ class Watch:
         per_step = self.schedule.calls_per_step
         if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
             self.tell()
+
+    def timed(self, function: Callable, before: str | None = None, after: str | None = None) -> Callable:
+        """The function, with a lap of these phases before and after it."""
+
+        def run(*args, **kwargs):
+            if before:
+                self.lap(before)
+            out = function(*args, **kwargs)
+            if after:
+                self.lap(after)
+            return out
+
+        return run
 
     def timed_run(self, cache: Cache) -> Callable:
         """What stands in for `cache.run`; hooks of the model would not see the calls that it answers alone."""
@@ -70,21 +80,6 @@ class Watch:
             return out
 
         return timed
-
-    def timed(self, vae) -> dict[str, Callable]:
-        """What stands in for the VAE's methods."""
-        encode, decode = vae.encode, vae.decode
-
-        def timed_encode(*args, **kwargs):
-            out = encode(*args, **kwargs)
-            self.lap("inputs")
-            return out
-
-        def timed_decode(*args, **kwargs):
-            self.lap("sampler")
-            return decode(*args, **kwargs)
-
-        return {"encode": timed_encode, "decode": timed_decode}
 
     def tell(self) -> None:
         """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
@@ -101,13 +96,9 @@ class Watch:
             if self.bar is None:
                 self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
             room = max(10, (self.bar.ncols or 80) - len(f"denoise [] {steps}/{steps} half reused, about 0:00:00 left "))
-            row = [
-                all(reused for reused, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)
-            ]
-            self.bar.set_description_str(
-                f"denoise [{step_map([*row, *[None] * (steps - done)], min(room, steps))}] {text}",
-                refresh=done == steps,
-            )
+            row = [all(r for r, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)]
+            steps_so_far = step_map([*row, *[None] * (steps - done)], min(room, steps))
+            self.bar.set_description_str(f"denoise [{steps_so_far}] {text}", refresh=done == steps)
             self.bar.update()
         elif time.perf_counter() - self.logged >= LOG_SECONDS or done == steps:
             self.logged = time.perf_counter()
@@ -137,20 +128,18 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
     """
     watch = Watch(schedule, show)
     with contextlib.ExitStack() as stack:
-        hooks = []
         if cache:
             stack.enter_context(shadowed(cache, {"run": watch.timed_run(cache)}))
         else:
-            hooks.append(pipeline.model.register_forward_pre_hook(watch.before_call))
-            hooks.append(pipeline.model.register_forward_hook(watch.after_call))
+            stack.callback(pipeline.model.register_forward_pre_hook(watch.before_call).remove)
+            stack.callback(pipeline.model.register_forward_hook(watch.after_call).remove)
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):
-            hooks.append(encoder.register_forward_hook(watch.after_text))
+            stack.enter_context(shadowed(encoder, {"forward": watch.timed(encoder.forward, after="text")}))
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            stack.enter_context(shadowed(vae, watch.timed(vae)))
-        for hook in hooks:
-            stack.callback(hook.remove)
+            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.timed(vae.decode, "sampler")}
+            stack.enter_context(shadowed(vae, timed))
         for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
             if "tqdm" in vars(module):
                 stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))

@@ -8,7 +8,8 @@ from pathlib import Path
 from magcache.app import prompts
 from magcache.app.checks import check_writable
 from magcache.app.choose_schedule import settings_of
-from magcache.app.job import INPUTS, Job, Refused, Request, refuse_if, refusing
+from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.job import INPUTS, Job, Request
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 

@@ -13,10 +13,9 @@ import transformers
 
 import magcache
 from magcache.app.choose_schedule import settings_of
-from magcache.app.compare import write_comparison
+from magcache.app.compare import in_words, write_comparison
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
-from magcache.app.page import in_words
 from magcache.app.plot import draw_calibration
 from magcache.app.requests import IMAGE_ENDINGS
 from magcache.files import written_whole

@@ -108,37 +108,29 @@ def map_lines(job: Job) -> list[str]:
 
 def neighbour_lines(job: Job) -> list[str]:
     """What the settings around the given ones would give, which have a star."""
-    if job.cache.speedup is not None:
-        heading, columns = "other     speed-ups", {"": {}}
-        rows = {f"speedup {x:g}": {"speedup": x} for x in neighbour_speedups(job.cache.speedup, job.schedule.steps)}
+    cache, rule, columns = job.cache, job.cache.rule, ()
+    if cache.speedup is not None:
+        heading, most = "other     speed-ups", float(job.schedule.steps)
+        speedups = sorted({min(max(cache.speedup + difference, 1.0), most) for difference in (-0.5, 0.0, 0.5)})
+        rows = {f"speedup {speedup:g}": [replace(cache, speedup=speedup)] for speedup in speedups}
     else:
-        thresholds, lengths = neighbour_settings(job.cache.rule.thresh, job.cache.rule.K)
-        heading, rows = "other     thresh and K", {f"thresh {thresh:g}": {"thresh": thresh} for thresh in thresholds}
-        columns = {f"K {K}": {"K": K} for K in lengths}
-    cells = [[cell(job, changed(job.cache, row | column)) for column in columns.values()] for row in rows.values()]
+        heading = "other     thresh and K"
+        thresholds = (rule.thresh / 2, rule.thresh, 2 * rule.thresh) if rule.thresh else (0.0, 0.06, 0.12)
+        lengths = [max(rule.K, 1) + difference for difference in (-1, 0, 1)]
+        columns = [f"K {K}" for K in lengths]
+        rows = {
+            f"thresh {thresh:g}": [replace(cache, rule=replace(rule, thresh=thresh, K=K)) for K in lengths]
+            for thresh in thresholds
+        }
+    cells = [[cell(job, settings) for settings in row] for row in rows.values()]
     width = max(len(text) for text in (*columns, *(text for row in cells for text in row))) + 2
     first = max(map(len, rows)) + 3
-    table = [*([("", columns)] if any(columns) else []), *zip(rows, cells, strict=True)]
+    table = [*([("", columns)] if columns else []), *zip(rows, cells, strict=True)]
     return [f"{heading}: calls computed, bound (* as asked)"] + [
         " " * 10 + f"{label:<{first}}" + "".join(f"{text:<{width}}" for text in row) for label, row in table
     ]
 
 
-def changed(cache: CacheSettings, settings: dict) -> CacheSettings:
-    """settings: a speedup, or some of the rule's."""
-    return replace(cache, **settings) if "speedup" in settings else replace(cache, rule=replace(cache.rule, **settings))
-
-
 def cell(job: Job, cache: CacheSettings) -> str:
     schedule = make_schedule(job.sampling, cache, job.table)
     return f"{schedule.computed}, {schedule.speedup_bound:.2f}x" + (" *" if cache == job.cache else "")
-
-
-def neighbour_settings(thresh: float, K: int) -> tuple[list[float], list[int]]:
-    """Thresholds and K around those of a run, rising; none below 0."""
-    return [thresh / 2, thresh, 2 * thresh] if thresh else [0.0, 0.06, 0.12], [max(K, 1) + i for i in (-1, 0, 1)]
-
-
-def neighbour_speedups(speedup: float, steps: int) -> list[float]:
-    """Speed-ups around that of a run, rising; none that a run would refuse."""
-    return sorted({min(max(speedup + difference, 1.0), float(steps)) for difference in (-0.5, 0.0, 0.5)})

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from magcache.app.job import Job, Machine, Refused, Sampling, refuse_if, refusing
+from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.job import Job, Machine, Sampling
 from magcache.app.processes import Processes
 
 # in `wan`, by the kind of task
@@ -78,17 +79,6 @@ def read_model(folder: Path) -> tuple[dict, list[str]]:
     return model, weights
 
 
-@dataclass(frozen=True)
-class OneGroup:
-    """What upstream's `wan` makes of several processes: all of them work on the same video."""
-
-    rank: int
-    size: int
-    index: int = 0
-    count: int = 1
-    sequence = None
-
-
 def start_processes(processes: Processes, job: Job):
     """Connects the processes of torchrun and starts the sequence parallelism of the `wan` here. Every process decides
     on its own what to reuse, so flags and plan must be the same everywhere.
@@ -118,8 +108,8 @@ def start_processes(processes: Processes, job: Job):
     return group
 
 
-def start_xfuser(processes: Processes, machine: Machine) -> OneGroup:
-    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made."""
+def start_xfuser(processes: Processes, machine: Machine) -> SimpleNamespace:
+    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group."""
     if machine.shards > 1:
         if machine.shards != processes.world:
             raise Refused(
@@ -137,7 +127,7 @@ def start_xfuser(processes: Processes, machine: Machine) -> OneGroup:
             ring_degree=machine.ring_size,
             ulysses_degree=machine.ulysses_size,
         )
-    return OneGroup(processes.rank, processes.world)
+    return SimpleNamespace(rank=processes.rank, size=processes.world, index=0, count=1, sequence=None)
 
 
 def sharing_group(machine: Machine, group):

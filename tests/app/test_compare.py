@@ -27,8 +27,9 @@ import magcache_generate
 import wan
 from magcache.app import compare, progress, record
 from magcache.app.checks import make_job
+from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
-from magcache.app.job import Refused, Request
+from magcache.app.job import Request
 from magcache.app.record import check_records, save_record
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS

@@ -74,32 +74,14 @@ WAN_CONFIGS = {
     "i2v-tiny": _config("Wan I2V tiny", _TINY, _CLIP, num_layers=7, clip_num_heads=4),
 }
 
-SIZE_CONFIGS = {  # (width, height)
-    "720*1280": (720, 1280),
-    "1280*720": (1280, 720),
-    "480*832": (480, 832),
-    "832*480": (832, 480),
-    "1024*1024": (1024, 1024),
-    "64*64": (64, 64),
-}
-
-MAX_AREA_CONFIGS = {
-    "720*1280": 720 * 1280,
-    "1280*720": 1280 * 720,
-    "480*832": 480 * 832,
-    "832*480": 832 * 480,
-    "64*64": 64 * 64,
-}
+_SIZES = ((720, 1280), (1280, 720), (480, 832), (832, 480), (1024, 1024), (64, 64))
+SIZE_CONFIGS = {f"{width}*{height}": (width, height) for width, height in _SIZES}
+MAX_AREA_CONFIGS = {name: width * height for name, (width, height) in SIZE_CONFIGS.items() if name != "1024*1024"}
 
 _VIDEO_SIZES = ("720*1280", "1280*720", "480*832", "832*480")
 SUPPORTED_SIZES = {
-    "t2v-14B": _VIDEO_SIZES,
-    "t2v-1.3B": ("480*832", "832*480"),
-    "i2v-14B": _VIDEO_SIZES,
-    "flf2v-14B": _VIDEO_SIZES,
+    **dict.fromkeys(("t2v-14B", "i2v-14B", "flf2v-14B", "vace-14B"), _VIDEO_SIZES),
+    **dict.fromkeys(("t2v-1.3B", "vace-1.3B"), ("480*832", "832*480")),
     "t2i-14B": (*_VIDEO_SIZES, "1024*1024"),
-    "vace-1.3B": ("480*832", "832*480"),
-    "vace-14B": _VIDEO_SIZES,
-    "t2v-tiny": ("64*64",),
-    "i2v-tiny": ("64*64",),
+    **dict.fromkeys(("t2v-tiny", "i2v-tiny"), ("64*64",)),
 }

@@ -95,10 +95,8 @@ def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
 def _load_picture(picture: Picture, max_area: int) -> Image.Image:
     """As RGB, made smaller where it has more than max_area pixels."""
     image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
-    scale = math.sqrt(max_area / (image.width * image.height))
-    if scale < 1:
-        image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    return image
+    scale = min(1, math.sqrt(max_area / (image.width * image.height)))
+    return image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
 class _PromptExpander(abc.ABC):
