@@ -27,20 +27,14 @@ class WanVace(WanPipeline):
             prepare_source(video, mask, refs, num_frames, image_size, device)
             for video, mask, refs in zip(src_video, src_mask, src_ref_images, strict=True)
         ]
-        videos, masks, refs = (list(column) for column in zip(*sources, strict=True))
-        return videos, masks, refs
+        return tuple(list(column) for column in zip(*sources, strict=True))
 
     def vace_encode_frames(
-        self,
-        frames: list[torch.Tensor],
-        ref_images: list[list[torch.Tensor] | None] | None,
-        masks: list[torch.Tensor],
+        self, frames: list[torch.Tensor], ref_images: list[list[torch.Tensor] | None] | None, masks: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Latents of what the mask keeps and of what it covers, one [32, references + f, H / 8, W / 8] per video.
-
-        frames [3, F, H, W] in [-1, 1]; ref_images [3, 1, H, W] each, which the mask never covers; masks
-        [1 or 3, F, H, W], covering where they are over 0.5.
-        """
+        frames [3, F, H, W] in [-1, 1]; ref_images [3, 1, H, W] each, which the mask never covers; masks [1 or 3, F, H,
+        W], covering where they are over 0.5."""
         latents = []
         for video, refs, mask in zip(frames, ref_images or [None] * len(frames), masks, strict=True):
             covered = mask > 0.5
@@ -52,10 +46,8 @@ class WanVace(WanPipeline):
     def vace_encode_masks(
         self, masks: list[torch.Tensor], ref_images: list[list[torch.Tensor] | None] | None = None
     ) -> list[torch.Tensor]:
-        """Masks [1 or 3, F, H, W] of the latents' size, one [64, references + (F + 3) // 4, H / 8, W / 8] per video.
-
-        A channel holds one pixel of every 8 x 8 block; the mask's first channel counts. It is 0 for the references.
-        """
+        """Masks [1 or 3, F, H, W] of the latents' size, one [64, references + (F + 3) // 4, H / 8, W / 8] per video. A
+        channel holds one pixel of every 8 x 8 block; the mask's first channel counts. It is 0 for the references."""
         time, rows, columns = self.config.vae_stride
         encoded = []
         for mask, refs in zip(masks, ref_images or [None] * len(masks), strict=True):
@@ -96,19 +88,12 @@ class WanVace(WanPipeline):
         Returns float32 [3, F, H, W] in [-1, 1]; frames beyond 4 n + 1 are dropped. Raises ValueError for shapes that
         do not fit, a bad size, frame count or solver.
         """
-        frames, mask, refs = (
-            self.single(entries, name)
-            for entries, name in (
-                (input_frames, "input_frames"),
-                (input_masks, "input_masks"),
-                (input_ref_images, "input_ref_images"),
-            )
-        )
+        frames, mask = self.single(input_frames, "input_frames"), self.single(input_masks, "input_masks")
+        refs = self.single(input_ref_images, "input_ref_images") or []
         if frames is None:
             self.latent_shape(size, frame_num)  # raises for what cannot be tiled
             frames = torch.zeros(3, frame_num, size[1], size[0])
         mask = torch.ones_like(frames[:1]) if mask is None else mask
-        refs = refs or []
         self.check_shapes(frames, mask, refs)
         frames, mask, *refs = (u.to(self.device) for u in (frames, mask, *refs))
 

@@ -13,7 +13,7 @@ from magcache.app import prompts
 from magcache.app.choose_schedule import choose_table, make_schedule
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.inputs import choose_inputs
-from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling, task_kind
+from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
 
 
@@ -33,12 +33,8 @@ def make_job(args: Namespace) -> Job:
     folder = Path(args.script).parent / "examples"
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
-    table, made_by = None, None
-    if cache:
-        table, made_by = choose_table(sampling, cache, machine.ckpt_dir)
-    extension = None
-    if args.use_prompt_extend:
-        extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
+    table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
+    extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
     return Job(
         sampling=sampling,
         inputs=inputs,
@@ -47,7 +43,7 @@ def make_job(args: Namespace) -> Job:
         lines=lines or (prompts.Line(1, prompt, base_seed),),
         base_seed=base_seed,
         prompt_file=args.prompt_file,
-        extension=extension,
+        extension=extension if args.use_prompt_extend else None,
         cache=cache,
         schedule=make_schedule(sampling, cache, table),
         made_by=made_by,
@@ -66,10 +62,8 @@ def make_machine(args: Namespace) -> Machine:
         world = Processes.from_environment().world
     size = args.ulysses_size * args.ring_size
     ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
-    refuse_if(
-        min(args.ulysses_size, args.ring_size) < 1,
-        f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}",
-    )
+    least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
+    refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
     if world == 1:
         for flag in ("t5_fsdp", "dit_fsdp"):
             shards = f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N"
@@ -85,7 +79,7 @@ def make_machine(args: Namespace) -> Machine:
 
 def make_sampling(args: Namespace) -> Sampling:
     """Fills in the task's defaults."""
-    kind = task_kind(args.task)
+    kind = args.task.split("-")[0]
     frames, steps, shift = args.frame_num, args.sample_steps, args.sample_shift
     if frames is None:
         frames = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
@@ -128,10 +122,8 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     with refusing(ValueError):
         rule = magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
     wanted = args.use_magcache or bool(args.magcache_plan)
-    refuse_if(
-        wanted and args.magcache_calibration,
-        "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table",
-    )
+    both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
+    refuse_if(wanted and args.magcache_calibration, both)
     for flag in ("mag_ratios", "magcache_speedup", "compare"):
         refuse_if(bool(getattr(args, flag)) and not wanted, f"--{flag} needs --use_magcache")
     speedup, most = args.magcache_speedup, sampling.sample_steps
@@ -154,13 +146,8 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
         refuse_if(sampling.sample_steps < 2, too_few)
         check_writable(Path(args.calibration_dir))
-    return Output(
-        args.save_file,
-        args.overwrite,
-        record=args.magcache_record == "on",
-        compare=args.compare,
-        calibration_dir=args.calibration_dir if args.magcache_calibration else None,
-    )
+    calibration_dir = args.calibration_dir if args.magcache_calibration else None
+    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir)
 
 
 def check_writable(folder: Path) -> None:

@@ -41,33 +41,13 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     parser.set_defaults(script=os.path.abspath(script))
     add = parser.add_argument_group("what to generate").add_argument
     add("--task", default="t2v-14B", choices=TASKS)
-    add(
-        "--size",
-        default="1280*720",
-        choices=SIZES,
-        help="width*height of the video; i2v, flf2v and vace with a source video keep that file's shape, at this area",
-    )
+    add("--size", default="1280*720", choices=SIZES, help="width*height; the area where an input file has the shape")
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
-    add(
-        "--prompt_file",
-        metavar="FILE",
-        help="make a video of every line: a prompt, or JSON with prompt and, where wanted, seed, image, save_file; a "
-        "rerun makes those that are missing",
-    )
+    add("--prompt_file", metavar="FILE", help="a video of every line, a prompt or JSON; a rerun makes the missing ones")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
-    add(
-        "--base_seed",
-        type=int,
-        default=-1,
-        help="seed of the noise; negative: random (default: -1). The i-th prompt of a --prompt_file, from 0, has seed "
-        "base_seed + i unless its line says another (default there: 0)",
-    )
-    add(
-        "--save_file",
-        help="path of the result (default: a name made of the settings, here); with --prompt_file the folder of the "
-        "results (default: the file's name without its ending)",
-    )
+    add("--base_seed", type=int, default=-1, help="of the noise; negative: random, or 0 with --prompt_file, +1 a line")
+    add("--save_file", help="of the result; with --prompt_file the folder (default: a name made of the settings)")
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -83,11 +63,8 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
 
     add = parser.add_argument_group("model and machine").add_argument
     add("--ckpt_dir", help="checkpoint folder in the official layout")
-    add(
-        "--offload_model",
-        type=truth_value,
-        help="transformer and text encoder on the GPU only while they work (default: True; False on several GPUs)",
-    )
+    offload = "models on the GPU only while they work (default: True; False on several GPUs)"
+    add("--offload_model", type=truth_value, help=offload)
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
     add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
@@ -96,71 +73,30 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
 
     add = parser.add_argument_group("prompt extension").add_argument
     add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
-    add(
-        "--prompt_extend_method",
-        default="local_qwen",
-        choices=("dashscope", "local_qwen"),
-        help="a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY",
-    )
-    add(
-        "--prompt_extend_model",
-        help="local_qwen: folder or cached hub name of a Qwen2.5 (VL) instruct model; dashscope: name of a model",
-    )
+    methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
+    add("--prompt_extend_method", default="local_qwen", choices=("dashscope", "local_qwen"), help=methods)
+    add("--prompt_extend_model", help="folder or cached hub name of a Qwen2.5 (VL) model; or one of the service")
     add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"), help="language of the prompt (default: zh)")
 
     add = parser.add_argument_group("MagCache").add_argument
     add("--use_magcache", action="store_true", help="skip transformer calls where the schedule says so")
-    add(
-        "--magcache_thresh",
-        type=float,
-        default=0.12,
-        action=Explicit,
-        help="bound on the error of reused steps in a row (default: 0.12)",
-    )
+    thresh = "bound on the error of reused steps in a row (default: 0.12)"
+    add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
     add("--magcache_K", type=int, default=2, action=Explicit, help="most reused steps in a row (default: 2)")
-    add(
-        "--retention_ratio",
-        type=float,
-        default=0.2,
-        action=Explicit,
-        help="share of the steps, from the start, in full (default: 0.2)",
-    )
-    add(
-        "--magcache_speedup",
-        type=float,
-        metavar="X",
-        help="compute the steps that this speed-up of the transformer leaves, spread by their noise levels, and "
-        "forecast its output in the others; in place of thresh, K and retention, needs no ratio table",
-    )
-    add(
-        "--magcache_calibration",
-        action="store_true",
-        help="measure the ratio table of this model in a run without skips",
-    )
+    retention = "share of the steps, from the start, in full (default: 0.2)"
+    add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
+    speedup = "compute the steps that this speed-up leaves, spread by their noise levels, and forecast the output of "
+    speedup += "the others; in place of thresh, K and retention, needs no ratio table"
+    add("--magcache_speedup", type=float, metavar="X", help=speedup)
+    add("--magcache_calibration", action="store_true", help="measure this model's ratio table in a run without skips")
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
-    add(
-        "--magcache_dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of what is cached (default: as computed)",
-    )
+    add("--magcache_dtype", choices=("float32", "bfloat16", "float16"), help="of what is cached (default: as computed)")
     add("--magcache_offload", action="store_true", help="what is cached waits in CPU memory")
-    add(
-        "--magcache_plan",
-        nargs="?",
-        const=True,
-        metavar="PNG",
-        help="only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are",
-    )
-    add(
-        "--magcache_record",
-        default="on",
-        choices=("on", "off"),
-        help="write a JSON beside the video with all it takes to make it again (default: on)",
-    )
-    add(
-        "--compare",
-        action="store_true",
-        help="also generate without the cache, and write both and their difference as a video and a page, with scores",
-    )
+    plan = "only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are"
+    add("--magcache_plan", nargs="?", const=True, metavar="PNG", help=plan)
+    record = "write a JSON beside the video with all it takes to make it again (default: on)"
+    add("--magcache_record", default="on", choices=("on", "off"), help=record)
+    compare = "also generate without the cache; both and their difference as a video and a page, with scores"
+    add("--compare", action="store_true", help=compare)
     add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
     return parser

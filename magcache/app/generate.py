@@ -96,9 +96,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def tried(goes_on: bool, function: Callable, group=None) -> tuple:
     """What the function returns, and None; or None, and what went wrong, if its failure stops nothing else (`goes_on`).
-
-    group: processes, of `Processes.patient_group`, that call it together.
-    """
+    group: processes, of `Processes.patient_group`, that call it together."""
     result = fault = None
     try:
         result = function()
@@ -119,23 +117,14 @@ def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
     if not torch.cuda.is_available() and not sampling.task.endswith("-tiny"):
         slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
         print(f"note: there is no CUDA device; {slow}", flush=True)
-    return getattr(wan, PIPELINES[sampling.kind])(
-        config=config,
-        checkpoint_dir=machine.ckpt_dir,
-        device_id=processes.local_rank,
-        rank=group.rank,
-        t5_fsdp=machine.t5_fsdp,
-        dit_fsdp=machine.dit_fsdp,
-        use_usp=machine.shards > 1,
-        t5_cpu=machine.t5_cpu,
-    )
+    spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
+    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1}
+    return getattr(wan, PIPELINES[sampling.kind])(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
 
 
 class Making:
-    """A loaded pipeline with the job's cache or calibration on it, and what came of the requests so far.
-
-    own: the processes of this group, of `Processes.patient_group`. seconds: of what came before.
-    """
+    """A loaded pipeline with the job's cache or calibration on it, and what came of the requests so far. own: the
+    processes of this group, of `Processes.patient_group`. seconds: of what came before."""
 
     def __init__(self, job: Job, pipeline, processes: Processes, group, own, inputs: list | None, seconds: dict):
         self.job, self.pipeline, self.group, self.own, self.seconds = job, pipeline, group, own, seconds
@@ -231,10 +220,8 @@ class Making:
         return record
 
     def compare(self, request: Request, frames: np.ndarray | None, watch: Watch, record: dict) -> None:
-        """Generates the same video without the cache, and writes the comparison, also into the record.
-
-        frames: with the cache, uint8 [F, H, W, 3], None where this process got no video.
-        """
+        """Generates the same video without the cache, and writes the comparison, also into the record. frames: with the
+        cache, uint8 [F, H, W, 3], None where this process got no video."""
         print("now the same without the cache, to compare", flush=True)
         goes_on, fps, scores = self.job.goes_on, self.pipeline.config.sample_fps, None
         try:
@@ -252,8 +239,5 @@ class Making:
 
     def tell_stopped_calibration(self, count: int) -> None:
         left = "only the prompts before count" if self.runs else "nothing is written"
-        print(
-            f"the calibration stopped in prompt {len(self.runs) + 1} of {count}, after {self.calibration.reached} of "
-            f"{self.calibration.calls} calls; {left}",
-            file=sys.stderr,
-        )
+        reached = f"after {self.calibration.reached} of {self.calibration.calls} calls; {left}"
+        print(f"the calibration stopped in prompt {len(self.runs) + 1} of {count}, {reached}", file=sys.stderr)

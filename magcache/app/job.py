@@ -16,11 +16,6 @@ INPUTS = {  # by the kind of task: flags of the files that it looks at
 }
 
 
-def task_kind(task: str) -> str:
-    """The first part of a task."""
-    return task.split("-")[0]
-
-
 @dataclass(frozen=True)
 class Sampling:
     """What is generated, but for prompt, seed and input files. size: "width*height"."""
@@ -35,7 +30,7 @@ class Sampling:
 
     @property
     def kind(self) -> str:
-        return task_kind(self.task)
+        return self.task.split("-")[0]
 
     @property
     def input_flags(self) -> tuple[str, ...]:
@@ -164,13 +159,9 @@ class Job:
 
     def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
         """shape: (frames, height, width)."""
-        frames, height, width = shape
-        sampling = self.sampling
-        return (
-            f"{sampling.task}, {width}x{height}, {frames} frames, {sampling.sample_steps} steps, "
-            f"{sampling.sample_solver}, shift {sampling.sample_shift:g}, guidance {sampling.sample_guide_scale:g}, "
-            f"seed {seed}"
-        )
+        (frames, height, width), how = shape, self.sampling
+        sampled = f"{how.sample_solver}, shift {how.sample_shift:g}, guidance {how.sample_guide_scale:g}"
+        return f"{how.task}, {width}x{height}, {frames} frames, {how.sample_steps} steps, {sampled}, seed {seed}"
 
 
 @dataclass(frozen=True)

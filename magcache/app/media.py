@@ -22,11 +22,8 @@ TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 
 
 def read_image(path: str) -> Image.Image:
-    """Returns an upright RGB image.
-
-    Raises ValueError with one line for a file that is missing, damaged or no image, for transparency, more than 8 bits
-    a channel, and for sides that are too small or too unequal.
-    """
+    """Returns an upright RGB image. Raises ValueError with one line for a file that is missing, damaged or no image,
+    for transparency, more than 8 bits a channel, and for sides that are too small or too unequal."""
     try:
         with Image.open(path) as file:
             file.load()
@@ -48,9 +45,7 @@ def read_image(path: str) -> Image.Image:
 
 def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
     """(width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole tokens.
-
-    image_size: (width, height) in pixels. Raises ValueError if not even one token fits.
-    """
+    image_size: (width, height) in pixels. Raises ValueError if not even one token fits."""
     aspect = image_size[1] / image_size[0]
     areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
     size = tuple(int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
@@ -80,9 +75,7 @@ def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int) -> None:
     """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) that browsers play, whole or not at all.
-
-    Raises OSError if frames are missing from the file.
-    """
+    Raises OSError if frames are missing from the file."""
     import imageio_ffmpeg
 
     frames = iter(frames)

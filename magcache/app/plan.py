@@ -20,10 +20,8 @@ BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}  # of a cached numb
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a Wan transformer decides on FLOPs and memory. The names are those of its config.json.
-
-    image_tokens: of the image encoder, 0 without. vace_blocks: of the side branch, 0 without.
-    """
+    """What of a Wan transformer decides on FLOPs and memory. The names are those of its config.json. image_tokens: of
+    the image encoder, 0 without. vace_blocks: of the side branch, 0 without."""
 
     dim: int
     ffn_dim: int
@@ -139,10 +137,8 @@ def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted error of every step, accumulated along a reused stretch by the ratios, one row a branch.
-
-    bound: what no entry reaches.
-    """
+    """The predicted error of every step, accumulated along a reused stretch by the ratios, one row a branch. bound:
+    what no entry reaches."""
 
     rows: dict[str, tuple[float, ...]]
     bound: float
@@ -150,9 +146,7 @@ class Prediction:
 
 def predict_by_ratios(schedule: Schedule, ratios: Sequence[float], thresh: float) -> Prediction:
     """By a ratio table in call order; one of another number of steps is resampled by nearest index, as by `plan`.
-
-    thresh: that of the rule.
-    """
+    thresh: that of the rule."""
     rows = {}
     for values, (name, reuse) in zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False):
         rows[name] = rule_errors(resample_nearest(values, schedule.steps), reuse)

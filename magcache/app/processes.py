@@ -32,10 +32,8 @@ class Processes:
         return cls(*(int(os.environ[name]) for name in names[:3]))
 
     def connect(self) -> None:
-        """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process.
-
-        Raises ValueError if this machine has GPUs but fewer than processes.
-        """
+        """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process. Raises
+        ValueError if this machine has GPUs but fewer than processes."""
         if self.world == 1:
             return
         import torch

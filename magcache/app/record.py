@@ -1,5 +1,6 @@
 """The record of a run, a JSON file beside the video: enough to repeat it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,11 +28,8 @@ OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_mode
 
 
 def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int], seconds: dict, calls: list) -> dict:
-    """All that it takes to make a video again.
-
-    group: the processes that made it. pixels: (frames, height, width). seconds: by phase. calls: those of the model, as
-    they were watched.
-    """
+    """All that it takes to make a video again. group: the processes that made it. pixels: (frames, height, width).
+    seconds: by phase. calls: those of the model, as they were watched."""
     import wan
 
     frames, height, width = pixels
@@ -112,16 +110,13 @@ def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) 
     switch that is off, or unknown to the parser has no flag."""
     command = []
     for action in parser._actions:
-        value = values.get(action.dest)
+        value, flag = values.get(action.dest), action.option_strings[0]
         if value is None or action.dest in left_out:
             continue
-        flag = action.option_strings[0]
         if action.nargs in (0, "?") and isinstance(value, bool):
             command += [flag] if value else []
-        elif str(value).startswith("-"):
-            command.append(f"{flag}={value}")
-        else:
-            command += [flag, str(value)]
+        else:  # an equals sign for values such as -1
+            command += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return command
 
 
@@ -139,10 +134,8 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "magcache": magcache.__version__}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -157,8 +150,8 @@ def device() -> dict:
     return described | {"system": platform.platform(), "environment": environment}
 
 
-def peak_memory() -> dict:
-    """Since the process started, in bytes, and of what."""
+def peak_memory() -> dict | None:
+    """Since the process started, in bytes, and of what; None where the system does not tell."""
     import torch
 
     if torch.cuda.is_available():
@@ -166,9 +159,8 @@ def peak_memory() -> dict:
     try:
         import resource
     except ImportError:  # Windows
-        return {"bytes": None, "of": "not known on this system"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"bytes": peak, "of": "CPU memory of the process (largest resident set)"}
 
 
@@ -185,14 +177,12 @@ def describe_table(table: magcache.RatioTable | None) -> dict | None:
 
 def describe_schedule(schedule: magcache.Schedule) -> dict:
     """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
-    steps = {
-        name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in reuse_by_branch(schedule).items()
-    }
+    branches = reuse_by_branch(schedule).items()
     return {
         "computed_calls": schedule.computed,
         "calls": len(schedule.weights),
         "speedup_bound": schedule.speedup_bound,
-        "computed_steps": steps,
+        "computed_steps": {name: [i for i, reused in enumerate(reuse) if not reused] for name, reuse in branches},
         "target": schedule.target,
         "weights": [weights and list(weights) for weights in schedule.weights],
     }

@@ -20,11 +20,7 @@ from magcache.app.plot import draw_calibration
 from magcache.app.requests import IMAGE_ENDINGS
 from magcache.files import written_whole
 
-FLAT_LISTS = {
-    "mag_ratio": "wan2_1_mag_ratio.json",
-    "mag_std": "wan2_1_mag_std.json",
-    "cos_dis": "wan2_1_cos_dis.json",
-}
+FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
 
 def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
@@ -48,9 +44,7 @@ def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
 
 def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
     """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
-
-    cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same.
-    """
+    cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same."""
     (frames, watch), (video, plain) = cached, uncached
     path = request.path.with_stem(f"{request.path.stem}_uncached")
     save_result(video, path, fps)

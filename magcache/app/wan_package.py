@@ -101,10 +101,9 @@ def start_processes(processes: Processes, job: Job):
     with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
         group = start_groups(machine.ulysses_size, machine.ring_size, fsdp=machine.dit_fsdp or machine.t5_fsdp)
     if job.calibrates and group.count > 1:
-        raise Refused(
-            f"--magcache_calibration needs one group of processes, and {processes.world} processes with --ulysses_size "
-            f"{machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
-        )
+        shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
+        one = "--magcache_calibration needs one group of processes"
+        raise Refused(f"{one}, and {processes.world} processes with {shared}")
     return group
 
 

@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place: `rank` of `size` in its group, which is the `index`-th of `count`.
-
-    mesh: the group's ranks, one-dimensional; None for a single process. sequence: how they share token sequences; None
-    if every rank has all tokens.
-    """
+    """This rank's place: `rank` of `size` in its group, which is the `index`-th of `count`. mesh: the group's ranks,
+    one-dimensional; None for a single process. sequence: how they share token sequences; None if every rank has all
+    tokens."""
 
     rank: int = 0
     size: int = 1

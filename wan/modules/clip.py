@@ -54,9 +54,7 @@ def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
 
 def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionModel:
     """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the text half is not used.
-
-    Raises DamagedFile if the file is damaged or lacks tensors.
-    """
+    Raises DamagedFile if the file is damaged or lacks tensors."""
     tensors = load_pth(checkpoint_path)
     tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
     try:

@@ -32,10 +32,8 @@ def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
 
 def rope_rotations(grid: tuple[int, int, int], head_dim: int, device: torch.device | None = None) -> torch.Tensor:
     """Rotary position embedding of a (frames, rows, columns) grid as complex64 [frames * rows * columns, head_dim / 2].
-
-    The channel pairs of a head are split among the axes as (c - 2 * (c // 3), c // 3, c // 3), each with frequencies
-    of its own. Angles are float64: far positions would be off by 3e-5 in float32.
-    """
+    The channel pairs of a head are split among the axes as (c - 2 * (c // 3), c // 3, c // 3), each with frequencies of
+    its own. Angles are float64: far positions would be off by 3e-5 in float32."""
     pairs = head_dim // 2
     widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     parts = []
@@ -50,9 +48,7 @@ def rope_rotations(grid: tuple[int, int, int], head_dim: int, device: torch.devi
 
 def rope_apply(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Rotates adjacent channel pairs of x [B, L, heads, head_dim] by freqs complex64 [B or 1, L, head_dim / 2].
-
-    Computed and returned in float32.
-    """
+    Computed and returned in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * freqs[:, :, None]).flatten(-2)
 
@@ -169,13 +165,8 @@ class MLPProj(nn.Module):
 
     def __init__(self, clip_dim: int, dim: int, positions: int):
         super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(clip_dim),
-            nn.Linear(clip_dim, clip_dim),
-            nn.GELU(),
-            nn.Linear(clip_dim, dim),
-            nn.LayerNorm(dim),
-        )
+        mlp = nn.Linear(clip_dim, clip_dim), nn.GELU(), nn.Linear(clip_dim, dim)
+        self.proj = nn.Sequential(nn.LayerNorm(clip_dim), *mlp, nn.LayerNorm(dim))
         if positions:
             self.emb_pos = nn.Parameter(torch.zeros(1, positions, clip_dim))
 
@@ -186,10 +177,8 @@ class MLPProj(nn.Module):
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files.
-
-    Raises DamagedFile if one is damaged.
-    """
+    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files. Raises
+    DamagedFile if one is damaged."""
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -201,11 +190,9 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class WanModel(ModelMixin, ConfigMixin):
-    """The Wan2.1 DiT; see `forward`.
-
-    model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and clip_dim are the widths of the text
-    and image features; official config files do not hold them, `from_pretrained` reads them from the tensors.
-    """
+    """The Wan2.1 DiT; see `forward`. model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and
+    clip_dim are the widths of the text and image features; official config files do not hold them, `from_pretrained`
+    reads them from the tensors."""
 
     @register_to_config
     def __init__(
@@ -256,10 +243,8 @@ class WanModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded.
-
-        Raises DamagedFile if a file is damaged, or tensors are missing or left over.
-        """
+        """Loads an official folder: `config.json` and `diffusion_pytorch_model*.safetensors`, single or sharded. Raises
+        DamagedFile if a file is damaged, or tensors are missing or left over."""
         folder = Path(pretrained_model_name_or_path)
         declared = json.loads((folder / "config.json").read_text())
         shapes = tensor_shapes(folder)
@@ -298,12 +283,8 @@ class WanModel(ModelMixin, ConfigMixin):
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
         e = self.embed_time(t)
-        kwargs = {
-            "e": self.project_time(e),
-            "seq_lens": seq_lens,
-            "freqs": freqs,
-            "context": self.embed_context(context, clip_fea),
-        }
+        kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
+        kwargs["context"] = self.embed_context(context, clip_fea)
         for block in self.blocks:
             tokens = block(tokens, **kwargs)
         return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
@@ -363,12 +344,9 @@ class WanModel(ModelMixin, ConfigMixin):
 
     def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         """x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel)."""
-        patch = dict(zip("pqr", PATCH_SIZE, strict=True))
-        return [
-            rearrange(
-                u[: math.prod(grid)],
-                "(f h w) (p q r c) -> c (f p) (h q) (w r)",
-                **patch | dict(zip("fhw", grid, strict=True)),
-            ).float()
-            for u, grid in zip(x, grids, strict=True)
-        ]
+        videos, patch = [], dict(zip("pqr", PATCH_SIZE, strict=True))
+        for u, grid in zip(x, grids, strict=True):
+            sizes = patch | dict(zip("fhw", grid, strict=True))
+            video = rearrange(u[: math.prod(grid)], "(f h w) (p q r c) -> c (f p) (h q) (w r)", **sizes)
+            videos.append(video.float())
+        return videos

@@ -71,10 +71,8 @@ def whitespace_clean(text: str) -> str:
 
 
 class T5EncoderModel:
-    """Turns prompts into text features.
-
-    text_len: longest text in tokens, </s> included. checkpoint_path: the official `.pth`. tokenizer_path: a folder.
-    """
+    """Turns prompts into text features. text_len: longest text in tokens, </s> included. checkpoint_path: the official
+    `.pth`. tokenizer_path: a folder."""
 
     def __init__(
         self,
@@ -93,13 +91,8 @@ class T5EncoderModel:
     def __call__(self, texts: list[str] | str, device: torch.device | str) -> list[torch.Tensor]:
         """Encodes every text on `device`. Returns one [tokens of the text incl. </s>, dim] each."""
         texts = [texts] if isinstance(texts, str) else texts
-        batch = self.tokenizer(
-            [whitespace_clean(text) for text in texts],
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            return_tensors="pt",
-        ).to(device)
+        settings = {"padding": "max_length", "truncation": True, "max_length": self.text_len, "return_tensors": "pt"}
+        batch = self.tokenizer([whitespace_clean(text) for text in texts], **settings).to(device)
         features = self.model(batch.input_ids, batch.attention_mask).last_hidden_state
         lengths = batch.attention_mask.sum(dim=1).tolist()
         return [u[:length] for u, length in zip(features, lengths, strict=True)]

@@ -118,12 +118,8 @@ class VaceWanModel(WanModel):
             raise ValueError(f"vace_context must have the latents' sizes {sizes}, got {control_sizes}")
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
         e = self.embed_time(t)
-        kwargs = {
-            "e": self.project_time(e),
-            "seq_lens": seq_lens,
-            "freqs": freqs,
-            "context": self.embed_context(context, None),
-        }
+        kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
+        kwargs["context"] = self.embed_context(context, None)
         hints = self.forward_vace(tokens, vace_context, seq_len, kwargs)
         kwargs |= {"hints": hints, "context_scale": vace_context_scale}
         for block in self.blocks:
@@ -133,10 +129,8 @@ class VaceWanModel(WanModel):
     def forward_vace(
         self, x: torch.Tensor, vace_context: list[torch.Tensor], seq_len: int, kwargs: dict
     ) -> list[torch.Tensor]:
-        """Runs the side branch. x: the embedded tokens [B, seq_len, dim]; kwargs: the blocks' other arguments.
-
-        Returns one hint [B, seq_len, dim] per entry of vace_layers.
-        """
+        """Runs the side branch. x: the embedded tokens [B, seq_len, dim]; kwargs: the blocks' other arguments. Returns
+        one hint [B, seq_len, dim] per entry of vace_layers."""
         embedded = [self.vace_patch_embedding(u[None])[0].flatten(1).T for u in vace_context]
         c = self.part(stack_padded(embedded, embedded[0].shape[0] if self.sequence else seq_len))
         hints = []

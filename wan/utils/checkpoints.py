@@ -11,10 +11,8 @@ class DamagedFile(RuntimeError):
 
 
 def load_pth(path: str) -> dict[str, torch.Tensor]:
-    """Loads a file of tensors to the CPU, mapped into memory where its format allows (all but torch's oldest).
-
-    Raises DamagedFile with one line if the file is damaged or holds more than tensors.
-    """
+    """Loads a file of tensors to the CPU, mapped into memory where its format allows (all but torch's oldest). Raises
+    DamagedFile with one line if the file is damaged or holds more than tensors."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

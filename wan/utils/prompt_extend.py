@@ -5,6 +5,7 @@ Importing this and making an expander loads neither torch nor weights, so that a
 
 import abc
 import base64
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -47,9 +48,7 @@ class PromptOutput:
 
 def default_system_prompt(tar_lang: str, pictures: int) -> str:
     """The instructions for a target language ("zh", "en") and a number of pictures (0, 1, 2: first and last frame).
-
-    Raises ValueError for others.
-    """
+    Raises ValueError for others."""
     if tar_lang not in _INSTRUCTIONS:
         raise ValueError(f"the target language must be zh or en, got {tar_lang!r}")
     if pictures > 2:
@@ -58,11 +57,9 @@ def default_system_prompt(tar_lang: str, pictures: int) -> str:
 
 
 def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
-    """The folder of a local model, and whether that model sees pictures; reads no weights.
-
-    model_name: a folder, a short name such as "Qwen2.5_7B", or a name on the Hugging Face hub, which is looked up in
-    the local cache only; None: the default for is_vl. Raises ValueError if nothing there can be used.
-    """
+    """The folder of a local model, and whether that model sees pictures; reads no weights. model_name: a folder, a
+    short name such as "Qwen2.5_7B", or a name on the Hugging Face hub, which is looked up in the local cache only;
+    None: the default for is_vl. Raises ValueError if nothing there can be used."""
     from huggingface_hub import snapshot_download
 
     name = model_name or ("QwenVL2.5_7B" if is_vl else "Qwen2.5_14B")
@@ -166,13 +163,11 @@ class DashScopePromptExpander(_PromptExpander):
             raise ValueError("prompt extension with DashScope needs an API key: set DASH_API_KEY in the environment")
 
     def _answer(self, prompt, system_prompt, pictures, seed):
-        for left in reversed(range(self.retry_times)):
-            try:
+        for _ in range(self.retry_times - 1):
+            with contextlib.suppress(OSError):  # all network errors are
                 return self._request(prompt, system_prompt, pictures, seed)
-            except OSError:  # all network errors are
-                if not left:
-                    raise
-                time.sleep(1)
+            time.sleep(1)
+        return self._request(prompt, system_prompt, pictures, seed)
 
     def _request(self, prompt: str, system_prompt: str, pictures: list[Image.Image], seed: int) -> str:
         """Asks once. Raises OSError where trying again may help, ValueError if the service refuses the request."""
@@ -250,12 +245,9 @@ class QwenPromptExpander(_PromptExpander):
         inputs = self._inputs(tokenizer, prompt, system_prompt, pictures)
         model_class = AutoModelForImageTextToText if self.is_vl else AutoModelForCausalLM
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            model = model_class.from_pretrained(
-                self.folder,
-                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                device_map={"": device},
-                local_files_only=True,
-            )
+            settings = {"device_map": {"": device}, "local_files_only": True}
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            model = model_class.from_pretrained(self.folder, dtype=dtype, **settings)
             torch.manual_seed(seed)
             tokens = model.generate(**inputs.to(device), max_new_tokens=512)
         return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

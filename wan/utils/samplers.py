@@ -18,22 +18,16 @@ def sampling_sigmas(sample_solver: str, steps: int, shift: float) -> np.ndarray:
 def make_sampler(
     sample_solver: str, steps: int, shift: float, device: torch.device | str = "cpu", num_train_timesteps: int = 1000
 ) -> SchedulerMixin:
-    """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`.
-
-    sample_solver: "unipc" or "dpm++". Raises ValueError for another, or for no steps.
-    """
+    """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`. sample_solver: "unipc" or
+    "dpm++". Raises ValueError for another, or for no steps."""
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
     if sample_solver not in SAMPLERS:
         raise ValueError(f"sample_solver must be one of {', '.join(SAMPLERS)}, got {sample_solver!r}")
-    settings = {
-        "num_train_timesteps": num_train_timesteps,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 1.0,  # the sigmas below are shifted already
-    }
+    # without a flow_shift: the sigmas below are shifted already
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     solver = UniPCMultistepScheduler if sample_solver == "unipc" else DPMSolverMultistepScheduler
-    sampler = solver(**settings)
+    sampler = solver(num_train_timesteps, **settings)
     sampler.set_timesteps(steps, device=device)
     sigmas = sampling_sigmas(sample_solver, steps, shift)
     sampler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))

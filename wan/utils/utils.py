@@ -36,9 +36,7 @@ def cache_video(
     value_range: tuple[float, float] = (-1, 1),
 ) -> str:
     """Writes videos [B, 3, F, H, W] side by side as H.264 (quality 8), whole or not at all. fps: frames per second.
-
-    Returns the path. Raises OSError if frames are missing from the file.
-    """
+    Returns the path. Raises OSError if frames are missing from the file."""
     frames = to_uint8(grid_rows(tensor, nrow), value_range if normalize else (0, 1))
     write_video(save_file, frames, fps)
     return save_file

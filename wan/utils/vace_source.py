@@ -101,10 +101,8 @@ def read_video(path: str, info: VideoInfo, frame_ids: list[int], height: int, wi
 
 
 def read_reference(path: str, height: int, width: int) -> torch.Tensor:
-    """Fits an image into the middle of a white canvas, float32 [3, 1, height, width] in [-1, 1].
-
-    Raises ValueError as `read_image` does.
-    """
+    """Fits an image into the middle of a white canvas, float32 [3, 1, height, width] in [-1, 1]. Raises ValueError as
+    `read_image` does."""
     image = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1).float() / 127.5 - 1
     scale = min(height / image.shape[1], width / image.shape[2])
     fitted = [int(side * scale) for side in image.shape[1:]]
