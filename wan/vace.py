@@ -103,11 +103,8 @@ class WanVace(WanPipeline):
         skipped = len(refs)
         del frames, mask, refs, z  # gigabytes that the transformer has better use for
         shape = (16, *vace_context[0].shape[1:])
-        control = {
-            "vace_context": vace_context,
-            "vace_context_scale": context_scale,
-            "seq_len": self.token_count(shape),
-        }
+        control = {"vace_context": vace_context, "vace_context_scale": context_scale}
+        control["seq_len"] = self.token_count(shape)
         how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, control, how)[:, skipped:])
 

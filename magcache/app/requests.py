@@ -42,10 +42,8 @@ def make_requests(job: Job) -> list[Request]:
         numbers = f"{clash[0] + 1} and {clash[1] + 1}"
         raise Refused(f"prompts {numbers} of {job.prompt_file} have the same {what} {second}")
     own = "image" in job.sampling.input_flags
-    return [
-        Request(line.prompt, line.seed, path, line.image if own else None)
-        for line, path in zip(job.lines, paths, strict=True)
-    ]
+    made = zip(job.lines, paths, strict=True)
+    return [Request(line.prompt, line.seed, path, line.image if own else None) for line, path in made]
 
 
 def decisive_settings(job: Job) -> dict:

@@ -111,21 +111,17 @@ def start_xfuser(processes: Processes, machine: Machine) -> SimpleNamespace:
     """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group."""
     if machine.shards > 1:
         if machine.shards != processes.world:
-            raise Refused(
-                f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size} must be the number of "
-                f"processes with the wan package here, there are {processes.world}"
-            )
+            sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
+            number = "must be the number of processes with the wan package here"
+            raise Refused(f"{sizes} {number}, there are {processes.world}")
         try:
             from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
         except ImportError as fault:
             needs = "--ulysses_size and --ring_size need the package xfuser with the wan package here"
             raise Refused(f"{needs}: {fault}") from fault
         init_distributed_environment(rank=processes.rank, world_size=processes.world)
-        initialize_model_parallel(
-            sequence_parallel_degree=processes.world,
-            ring_degree=machine.ring_size,
-            ulysses_degree=machine.ulysses_size,
-        )
+        degrees = {"ring_degree": machine.ring_size, "ulysses_degree": machine.ulysses_size}
+        initialize_model_parallel(sequence_parallel_degree=processes.world, **degrees)
     return SimpleNamespace(rank=processes.rank, size=processes.world, index=0, count=1, sequence=None)
 
 

@@ -70,20 +70,8 @@ class VaceWanModel(WanModel):
         if len(set(self.vace_layers) & set(range(num_layers))) != len(self.vace_layers):
             raise ValueError(f"vace_layers must be distinct layers below {num_layers}, got {self.vace_layers}")
         # undecorated, as it would register its own arguments over these; the main blocks are made below
-        WanModel.__init__.__wrapped__(
-            self,
-            model_type=model_type,
-            text_len=text_len,
-            in_dim=in_dim,
-            dim=dim,
-            ffn_dim=ffn_dim,
-            freq_dim=freq_dim,
-            text_dim=text_dim,
-            out_dim=out_dim,
-            num_heads=num_heads,
-            num_layers=0,
-            eps=eps,
-        )
+        sizes = (text_len, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim, num_heads)
+        WanModel.__init__.__wrapped__(self, model_type, *sizes, num_layers=0, eps=eps)
         arguments = (dim, ffn_dim, num_heads, text_len, False, eps)
         hint_ids = {layer: i for i, layer in enumerate(self.vace_layers)}
         self.blocks = nn.ModuleList(

@@ -22,13 +22,8 @@ from PIL import Image
 
 # for the model, by language: one text for every number of pictures that it sees, and what holds for all of them
 _INSTRUCTIONS = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))
-_SHORT_NAMES = {
-    "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "Qwen2.5_3B": "Qwen/Qwen2.5-3B-Instruct",
-    "Qwen2.5_7B": "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen2.5_14B": "Qwen/Qwen2.5-14B-Instruct",
-}
+_SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B")}
+_SHORT_NAMES |= {f"QwenVL2.5_{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")}
 _SEES_PICTURES = {"qwen2": False, "qwen2_vl": True, "qwen2_5_vl": True}  # by model_type
 _IMAGE_TOKEN = "<|image_pad|>"
 
@@ -69,10 +64,9 @@ def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
         except (ValueError, OSError):
-            raise ValueError(
-                f"prompt extension model {name} is neither a folder nor in the Hugging Face cache: "
-                "download it first (`hf download NAME`), or give the folder of a Qwen2.5 or Qwen2.5-VL model"
-            ) from None
+            remedy = "download it first (`hf download NAME`), or give the folder of a Qwen2.5 or Qwen2.5-VL model"
+            missing = f"prompt extension model {name} is neither a folder nor in the Hugging Face cache"
+            raise ValueError(f"{missing}: {remedy}") from None
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
         index = folder / "model.safetensors.index.json"
