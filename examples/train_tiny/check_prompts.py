@@ -1,4 +1,4 @@
-"""Does a demo model follow its prompts? Measures 24 generated videos, uncached and cached, and draws them.
+"""Does a demo model follow its prompts, and how well does it draw? Measures 48 videos, uncached and cached.
 
 python -m examples.train_tiny.check_prompts [--task i2v-tiny] [--ckpt_dir DIR] [--picture FILE.png]
 
@@ -11,8 +11,10 @@ import random
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import magcache
 import wan
@@ -41,12 +43,14 @@ SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4"
 
 
 def check_pairs() -> list[tuple[Caption, int]]:
-    """24 fixed (caption, seed) pairs: 12 captions held out of training, 12 not, all directions equally often."""
-    rng = random.Random(24)
+    """48 fixed (caption, seed) pairs, half of them held out of training, all directions equally often, none twice."""
     chosen = []
-    for pool in (sorted(HELD_OUT, key=str), sorted(TRAINABLE, key=str)):
-        for direction in DIRECTIONS:
-            chosen += rng.sample([caption for caption in pool if caption.direction == direction], 3)
+    for draw in (24, 48):
+        rng = random.Random(draw)
+        for pool in (sorted(HELD_OUT, key=str), sorted(TRAINABLE, key=str)):
+            left = [caption for caption in pool if caption not in chosen]
+            for direction in DIRECTIONS:
+                chosen += rng.sample([caption for caption in left if caption.direction == direction], 3)
     return [(caption, 1000 + i) for i, caption in enumerate(chosen)]
 
 
@@ -54,45 +58,57 @@ def nearest(color: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> st
     return min(palette, key=lambda name: (color - torch.tensor(palette[name]).float()).norm().item())
 
 
-def best_shape(mask: torch.Tensor) -> str:
-    """The shape whose outline, at equal area and centroid, overlaps the masks [F, 64, 64] most."""
-    axis = torch.arange(SIZE) + 0.5
-    scores = dict.fromkeys(SHAPES, 0.0)
-    for frame in mask.float():
+def overlap(shape: str, mask: np.ndarray) -> float:
+    """Of the masks [F, 64, 64], in the mean, with the shape of equal area and centre: intersection over union."""
+    axis, shares = torch.arange(SIZE) + 0.5, []
+    for frame in torch.from_numpy(mask):
         area = frame.sum()
-        if area < 1:
-            continue
         cx, cy = (frame.sum(0) * axis).sum() / area, (frame.sum(1) * axis).sum() / area
-        for shape in SHAPES:
-            best = 0.0
-            for radius in torch.arange(8, 16, 0.5):
-                centred = signed_distance(shape, axis[None] - 32, axis[:, None] - 32, radius) < 0
-                dx = (centred.sum(0) * axis).sum() / centred.sum() - 32  # a triangle's centroid is not its centre
-                dy = (centred.sum(1) * axis).sum() / centred.sum() - 32
-                template = signed_distance(shape, axis[None] - cx + dx, axis[:, None] - cy + dy, radius) < 0
-                overlap = (template & (frame > 0)).sum() / (template | (frame > 0)).sum()
-                best = max(best, overlap.item())
-            scores[shape] += best
-    return max(scores, key=scores.get)
+        radius = (area / unit_area(shape)).sqrt()
+        cy = cy - (0.18 * radius if shape == "triangle" else 0)  # its centre of mass lies below what it is drawn about
+        ideal = signed_distance(shape, axis[None] - cx, axis[:, None] - cy, radius) < 0
+        shares.append(((ideal & frame).sum() / (ideal | frame).sum()).item())
+    return statistics.fmean(shares)
+
+
+def unit_area(shape: str) -> float:
+    """Of a shape of `signed_distance` with radius 1."""
+    return {"circle": math.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.72**2}[shape]
+
+
+def is_whole(mask: np.ndarray) -> bool:
+    """Whether every frame of the masks [F, 64, 64] holds one connected shape without a hole; specks of fewer than 4
+    pixels do not count."""
+
+    def parts(frame):
+        labels, _ = ndimage.label(frame)
+        return (np.bincount(labels.ravel())[1:] >= 4).sum()
+
+    return all(parts(frame) == 1 == parts(~frame) for frame in mask)
+
+
+def find_shape(video: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """The pixels of a video [3, F, 64, 64] in [-1, 1] that are not background, [F, 64, 64]; the colours of both, of 0
+    to 255."""
+    pixels = (video.clamp(-1, 1) + 1) * 127.5
+    border = torch.cat([pixels[..., :2, :].flatten(1), pixels[..., -2:, :].flatten(1)], dim=1)
+    background = border.median(dim=1).values
+    distance = (pixels - background[:, None, None, None]).norm(dim=0)
+    mask = distance > 0.5 * distance.quantile(0.97)
+    return mask.numpy(), pixels[:, mask].median(dim=1).values, background
 
 
 def see(video: torch.Tensor) -> Caption:
     """Reads a caption off a video [3, F, 64, 64] in [-1, 1]; a direction of "none" means less than 5 pixels."""
-    pixels = (video.clamp(-1, 1) + 1) * 127.5
-    border = torch.cat([pixels[..., :2, :].flatten(1), pixels[..., -2:, :].flatten(1)], dim=1)
-    background = border.median(dim=1).values
-    distance = (pixels - background[:, None, None, None]).norm(dim=0)  # [F, 64, 64]
-    mask = distance > 0.5 * distance.quantile(0.97)
-    color = pixels[:, mask].median(dim=1).values
-    axis = torch.arange(SIZE).float()
-    weights = mask.float()
+    mask, color, background = find_shape(video)
+    axis, weights = torch.arange(SIZE).float(), torch.from_numpy(mask).float()
     x = (weights.sum(1) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
     y = (weights.sum(2) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
     moved = torch.stack([x[-3:].mean() - x[:3].mean(), y[-3:].mean() - y[:3].mean()])
     direction = max(DIRECTIONS, key=lambda name: (torch.tensor(DIRECTIONS[name]).float() @ moved).item())
     return Caption(
         nearest(color, COLORS),
-        best_shape(mask[::4]),
+        max(SHAPES, key=lambda shape: overlap(shape, mask[::4])),
         direction if moved.abs().max() >= 5 else "none",
         nearest(background, BACKGROUNDS),
     )
@@ -147,6 +163,10 @@ def main():
             for part in ("color", "background", "direction", "shape")
         }
         line = f"{name}: " + ", ".join(f"{part} {count}" for part, count in counts.items())
+        masks = [find_shape(video)[0] for video in videos]
+        shares = sorted(overlap(caption.shape, mask) for (caption, _), mask in zip(pairs, masks, strict=True))
+        line += f"; whole {sum(map(is_whole, masks))}; outline {statistics.fmean(shares):.3f}, least {shares[0]:.3f}"
+        line += f", {sum(share >= 0.85 for share in shares)} of at least 0.85"
         if args.task == "i2v-tiny":
             start = [psnr(video[:, 0], first_frame(c, seed)) for video, (c, seed) in zip(videos, pairs, strict=True)]
             line += f"; first frame against the image {statistics.mean(start):.1f} dB, least {min(start):.1f}"

@@ -4,8 +4,18 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 
-from examples.train_tiny.check_prompts import check_pairs, first_frame, generate, load_demo, psnr, see
-from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, TRAINABLE, render
+from examples.train_tiny.check_prompts import (
+    check_pairs,
+    find_shape,
+    first_frame,
+    generate,
+    is_whole,
+    load_demo,
+    overlap,
+    psnr,
+    see,
+)  # fmt: skip
+from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, TRAINABLE, Caption, render
 from examples.train_tiny.train_dit import normalise_latents
 from examples.train_tiny.train_vae import whole_clip_resample
 
@@ -15,14 +25,36 @@ def test_the_checker_reads_what_was_drawn():
     clips = render([caption for caption, _ in pairs], generator)
     noisy = clips + 0.1 * torch.randn(clips.shape, generator=generator)
     assert [see(clip) for clip in noisy] == [caption for caption, _ in pairs]
+    masks = [find_shape(clip)[0] for clip in clips]
+    assert all(map(is_whole, masks))
+    assert min(overlap(caption.shape, mask) for (caption, _), mask in zip(pairs, masks, strict=True)) > 0.95
+
+
+def test_the_checker_finds_faults():
+    """A second shape, a hole, and a dent of a fifth of the radius."""
+    caption = Caption("red", "square", "left", "white")
+    clip = render([caption], torch.Generator().manual_seed(1))[0]
+    mask = find_shape(clip)[0]
+    frame = torch.from_numpy(mask[8])
+    rows, columns = frame.any(1).nonzero().flatten().tolist(), frame.any(0).nonzero().flatten().tolist()
+    middle = rows[len(rows) // 2], columns[len(columns) // 2]
+    inside, outside = clip[:, 8, middle[0], middle[1]], clip[:, 0, 0, 0]
+    for place, color in ((middle, outside), ((2 if rows[0] > 8 else 60, 30), inside)):
+        spoilt = clip.clone()
+        spoilt[:, 8, place[0] : place[0] + 3, place[1] : place[1] + 3] = color[:, None, None]
+        assert not is_whole(find_shape(spoilt)[0])
+    dented = clip.clone()
+    dented[:, :, :, columns[-2] :] = outside[:, None, None, None]
+    assert overlap("square", find_shape(dented[:, 8:9])[0]) < overlap("square", mask[8:9])
+    assert overlap("circle", mask) < 0.9
 
 
 def test_the_check_is_fair():
     captions = [caption for caption, _ in check_pairs()]
-    assert len(set(captions)) == 24
-    assert sum(caption in HELD_OUT for caption in captions) == 12
+    assert len(set(captions)) == 48
+    assert sum(caption in HELD_OUT for caption in captions) == 24
     assert not HELD_OUT & set(TRAINABLE)
-    assert {d: sum(c.direction == d for c in captions) for d in DIRECTIONS} == dict.fromkeys(DIRECTIONS, 6)
+    assert {d: sum(c.direction == d for c in captions) for d in DIRECTIONS} == dict.fromkeys(DIRECTIONS, 12)
 
 
 def test_image_to_video_starts_with_its_image():
