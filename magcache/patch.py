@@ -245,11 +245,7 @@ def attach(model: torch.nn.Module, runner: Runner) -> None:
 
 
 def apply_magcache(
-    model: torch.nn.Module,
-    schedule: Schedule,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
+    model: torch.nn.Module, schedule: Schedule, *, dtype: torch.dtype | None = None, device: str | None = None
 ) -> Cache:
     """Makes this instance (not its class) follow the schedule from its next call on, which starts a run.
 

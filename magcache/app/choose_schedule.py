@@ -82,6 +82,7 @@ def all_computed(steps: int) -> Schedule:
     return Schedule((None, None) * steps)
 
 
-def predict(job: Job) -> plan.Prediction | None:
-    """The error to expect of the schedule by the ratio table that made it, None where none did."""
-    return job.table and plan.predict_by_ratios(job.schedule, job.table.ratios, job.cache.rule.thresh)
+def predict(job: Job) -> dict[str, tuple[float, ...]] | None:
+    """The error to expect of every step, a row a branch, by the ratio table that made the schedule; None where none
+    did. Thresh is what no error reaches."""
+    return job.table and plan.predict_by_ratios(job.schedule, job.table.ratios)

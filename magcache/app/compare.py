@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from magcache.app.job import Job, Request
 from magcache.app.media import write_image, write_video
@@ -76,8 +77,6 @@ def difference(frames: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, i
 
 def strip(label: str, width: int) -> np.ndarray:
     """Goes above a frame and says what it is, uint8 [height, width, 3]."""
-    from PIL import Image, ImageDraw, ImageFont
-
     size = max(8, min(32, width // 12))
     picture = Image.new("RGB", (width, 2 * size), "black")
     ImageDraw.Draw(picture).text((2, size // 3), label, "white", ImageFont.load_default(size))
@@ -122,16 +121,10 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
 
 
 def make_page(
-    job: Job,
-    request: Request,
-    scores: Scores,
-    parts: dict[str, np.ndarray],
-    fps: int,
-    both: str,
-    seconds: tuple[dict[str, float], dict[str, float]],
+    job: Job, request: Request, scores: Scores, parts: dict[str, np.ndarray], fps: int, both: str, seconds: tuple
 ) -> str:
     """parts: videos uint8 [F, H, W, 3] by label. both: name of the video of all of them, which is linked to. seconds:
-    by phase, with the cache and without."""
+    by phase, those with the cache and those without."""
     escape, count, schedule = html.escape, len(scores.ssim), job.schedule
     media = (f"<figure><figcaption>{label}</figcaption>{embedded(part, fps)}</figure>" for label, part in parts.items())
     video = job.describe_video(parts["MagCache"].shape[:3], request.seed)
@@ -176,8 +169,6 @@ def embedded(frames: np.ndarray, fps: int) -> str:
     """A video element, or an image element for a single frame, with all its data."""
     pixelated = ' class="small"' if frames.shape[2] < 256 else ""
     if len(frames) == 1:
-        from PIL import Image
-
         buffer = io.BytesIO()
         Image.fromarray(frames[0]).save(buffer, format="PNG")
         return f'<img{pixelated} alt="" src="{data_url("image/png", buffer.getvalue())}">'

@@ -34,20 +34,11 @@ Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to s
 
 
 def make_all(
-    job: Job,
-    config: Any,
-    processes: Processes,
-    group: Any,
-    inputs: list | None,
-    expander: Callable | None,
-    requests: list[Request],
+    job: Job, config: Any, processes: Processes, group: Any, inputs: list | None, expander: Any, requests: list[Request]
 ) -> Failures:
-    """Makes this group's share of the requests, and returns what failed in any group.
-
-    config: the model's, of the `wan` package. group: of processes, of `start_processes`. inputs: of `read_inputs`.
-    expander: of `make_expander`, where this process extends the prompts. Raises Failed where the user can do something
-    about a failure.
-    """
+    """Makes this group's share of the requests, and returns what failed in any group. config: the model's, of the `wan`
+    package. group: of processes, of `start_processes`. inputs: of `read_inputs`. expander: of `make_expander`, None
+    where this process extends no prompts. Raises Failed where the user can do something about a failure."""
     everyone, own = processes.patient_group(processes.world), processes.patient_group(group.size)
     seconds = {}
     with explained():

@@ -121,12 +121,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, complete and checked, as far as that can be without the `wan` package and the input files.
-
-    lines: what is to be made, one entry a video. prompt_file: where they come from, None for a single prompt.
-    extension, cache: None where they are not wanted. schedule: of every video; made_by: in words what chose it, table:
-    of ratios, if one did. script: path of the command. flags: all of them as they were given.
-    """
+    """A run, complete and checked, as far as that can be without the `wan` package and the input files. lines: what is
+    to be made, one entry a video. prompt_file: where they come from, None for a single prompt. extension, cache: None
+    where they are not wanted. schedule: of every video; made_by: in words what chose it, table: of ratios, if one did.
+    script: path of the command. flags: all of them as they were given."""
 
     sampling: Sampling
     inputs: Inputs

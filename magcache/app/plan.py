@@ -135,22 +135,11 @@ def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, 
     return tuple(errors)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted error of every step, accumulated along a reused stretch by the ratios, one row a branch. bound:
-    what no entry reaches."""
-
-    rows: dict[str, tuple[float, ...]]
-    bound: float
-
-
-def predict_by_ratios(schedule: Schedule, ratios: Sequence[float], thresh: float) -> Prediction:
-    """By a ratio table in call order; one of another number of steps is resampled by nearest index, as by `plan`.
-    thresh: that of the rule."""
-    rows = {}
-    for values, (name, reuse) in zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False):
-        rows[name] = rule_errors(resample_nearest(values, schedule.steps), reuse)
-    return Prediction(rows, thresh)
+def predict_by_ratios(schedule: Schedule, ratios: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """The `rule_errors` of every branch, by a ratio table in call order; one of another number of steps is resampled by
+    nearest index, as by `plan`."""
+    branches = zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False)
+    return {name: rule_errors(resample_nearest(values, schedule.steps), reuse) for values, (name, reuse) in branches}
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:

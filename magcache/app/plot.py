@@ -79,10 +79,10 @@ def plan_figure(job: Job, title: str):
         figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
         for (label, color), values in zip(BRANCHES, split_branches(job.table.ratios), strict=True):
             ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
-            error.step(range(steps), prediction.rows[label], where="mid", color=color, label=label)
+            error.step(range(steps), prediction[label], where="mid", color=color, label=label)
         ratio.axhline(1, color="gray", linewidth=0.5)
         ratio.set_ylabel("magnitude ratio")
-        error.axhline(prediction.bound, color="gray", linestyle="--", linewidth=0.8, label="thresh")
+        error.axhline(job.cache.rule.thresh, color="gray", linestyle="--", linewidth=0.8, label="thresh")
         error.set_ylabel("predicted error")
         for axes in (ratio, error):
             axes.legend(fontsize=8)

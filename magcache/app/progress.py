@@ -22,13 +22,9 @@ LOG_SECONDS = 30  # between two lines where a bar would flood a log
 
 
 class Watch:
-    """What happened in one generation. Every moment counts to one phase:
-
-    text: text encoder. inputs: encoding of images and videos, the transformer's way to the GPU. computed, reused:
-    calls of the transformer. sampler: the rest of the steps. decode: VAE, and what comes after it.
-
-    `calls` holds (whether it was reused, seconds) of every call so far.
-    """
+    """What happened in one generation. Every moment counts to one phase: text: text encoder. inputs: encoding of images
+    and videos, the transformer's way to the GPU. computed, reused: calls of the transformer. sampler: the rest of the
+    steps. decode: VAE, and what comes after it. `calls` holds (whether it was reused, seconds) of every call so far."""
 
     def __init__(self, schedule: Schedule, show: bool):
         self.schedule, self.show = schedule, show
@@ -120,12 +116,9 @@ def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, betwee
 
 @contextlib.contextmanager
 def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool = True) -> Iterator[Watch]:
-    """Watches `pipeline` while it generates one video in this block.
-
-    schedule: of the calls, all of them computed where nothing is cached. cache: what `magcache.apply_magcache`
-    returned, if it is applied. show: whether this process has the bar, on stderr; where that is no terminal, a line
-    every 30 seconds.
-    """
+    """Watches `pipeline` while it generates one video in this block. schedule: of the calls, all of them computed where
+    nothing is cached. cache: what `magcache.apply_magcache` returned, if it is applied. show: whether this process has
+    the bar, on stderr; where that is no terminal, a line every 30 seconds."""
     watch = Watch(schedule, show)
     with contextlib.ExitStack() as stack:
         if cache:

@@ -99,11 +99,11 @@ def map_lines(job: Job) -> list[str]:
         lines.append(f"{name:<9} {plan.step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
     if not prediction:
         return [*lines, "          # computed, . reused"]
-    for name, errors in prediction.rows.items():
-        shown = f"{plan.digits(errors, branches[name], prediction.bound):<{steps}}"
+    for name, errors in prediction.items():
+        shown = f"{plan.digits(errors, branches[name], job.cache.rule.thresh):<{steps}}"
         lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
     legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
-    return [*lines, f"          {legend} {prediction.bound:g}"]
+    return [*lines, f"          {legend} {job.cache.rule.thresh:g}"]
 
 
 def neighbour_lines(job: Job) -> list[str]:

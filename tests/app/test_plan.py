@@ -235,7 +235,7 @@ def test_errors_of_the_rule(values, thresh, K, retention):
     steps = len(values)
     ratios = [v for value in (1.0, *values[1:]) for v in (value, value)]
     schedule = magcache.plan(ratios, steps, thresh, K, retention)
-    errors = report.predict_by_ratios(schedule, ratios, thresh=thresh).rows["cond"]
+    errors = report.predict_by_ratios(schedule, ratios)["cond"]
     for step, reused in enumerate(schedule.reuse[::2]):
         start = max((s for s in range(step) if not schedule.reuse[2 * s]), default=0)
         products = list(itertools.accumulate(ratios[::2][start + 1 : step + 1], lambda a, b: a * b))

@@ -15,14 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 
 class SequenceParallel:
-    """Splits sequences over ring_size * ulysses_size ranks, in order.
-
-    Where a length does not divide evenly, the first ranks have one token more: nothing is padded, so nothing needs the
-    mask that most attention backends cannot take.
-
+    """Splits sequences over ring_size * ulysses_size ranks, in order. Where a length does not divide evenly, the first
+    ranks have one token more: nothing is padded, so nothing needs the mask that most attention backends cannot take.
     device: "cuda" or "cpu". groups: how many groups of this size there are. Raises ValueError if the attention backend
-    chosen in diffusers cannot do it.
-    """
+    chosen in diffusers cannot do it."""
 
     def __init__(self, device: str, groups: int, ring_size: int, ulysses_size: int):
         self.size, self.ulysses_size = ring_size * ulysses_size, ulysses_size

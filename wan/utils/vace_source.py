@@ -65,12 +65,10 @@ def read_frames(path: str, info: VideoInfo, frame_ids: list[int]) -> Iterator[to
 
 
 def plan_video(info: VideoInfo, size: tuple[int, int]) -> tuple[list[int], tuple[int, int]]:
-    """Chooses frames and output size of a video; `size` (width, height) gives only the area.
-
-    The video is never enlarged, except to multiples of 16 as it keeps its shape. 4 n + 1 frames are spread over the
-    whole of it, as many as it has unless there would be more tokens than in 81 frames of the full area. Returns the
-    frame ids and (height, width). Raises ValueError for videos of which no token would be left.
-    """
+    """Chooses frames and output size of a video; `size` (width, height) gives only the area. The video is never
+    enlarged, except to multiples of 16 as it keeps its shape. 4 n + 1 frames are spread over the whole of it, as many
+    as it has unless there would be more tokens than in 81 frames of the full area. Returns the frame ids and (height,
+    width). Raises ValueError for videos of which no token would be left."""
     full_area = size[0] * size[1] // TOKEN_PIXELS**2  # areas and sides are in tokens
     area = min(full_area, (info.height // TOKEN_PIXELS) * (info.width // TOKEN_PIXELS))
     rows = round((area * info.height / info.width) ** 0.5)
