@@ -28,3 +28,10 @@ class MuonAdamW:
             optimizer.zero_grad()
         for p in self.matrices:
             p.grad = None
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)

@@ -1,6 +1,7 @@
 """Trains the demo model's DiT together with its text encoder, on latents of the trained VAE.
 
 python -m examples.train_tiny.train_dit --out DIR      (the DIR that train_vae wrote to)
+python -m examples.train_tiny.train_dit --out DIR --resume examples/Wan2.1-T2V-tiny      (trains that model on)
 """
 
 import argparse
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -21,14 +23,15 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from examples.train_tiny.optim import MuonAdamW
 from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, render
 from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
+from magcache.files import written_whole
+from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
+from wan.modules.t5 import load_encoder
+from wan.modules.vae import load_vae
 
-CLIPS = 4096
-STEPS, BATCH = 3900, 32
-PEAK_LR, WARMUP = 1.5e-3, 100
+BATCH, WARMUP = 32, 100
 CAPTION_DROPOUT = 0.1
 LOGIT_STD, SHIFT = 1.1, 3.0  # noise levels: logit-normal, then shifted towards noise as the sampler's are
-EMA_DECAY = 0.995
 TEXT_LEN = 16
 
 
@@ -63,15 +66,14 @@ def make_dit() -> WanModel:
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     """Clips [B, 3, 17, 64, 64] -> latent means [B, 16, 5, 8, 8]."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d))).float()[:, :16]
+    return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d)))[:, :16]
 
 
-def make_latents(vae: AutoencoderKLWan, generator: torch.Generator, rng: random.Random):
-    """Draws and encodes CLIPS clips. Returns their captions and latent means."""
-    captions = [rng.choice(TRAINABLE) for _ in range(CLIPS)]
+def make_latents(vae: AutoencoderKLWan, clips: int, generator: torch.Generator, rng: random.Random):
+    """Draws and encodes that many clips. Returns their captions and latent means."""
+    captions = [rng.choice(TRAINABLE) for _ in range(clips)]
     vae.encoder.compile()
-    batches = tqdm(range(0, CLIPS, BATCH), desc="encode clips", mininterval=30)
+    batches = tqdm(range(0, clips, BATCH), desc="encode clips", mininterval=30)
     latents = [encode(vae, render(captions[start : start + BATCH], generator)) for start in batches]
     return [str(caption) for caption in captions], torch.cat(latents)
 
@@ -91,20 +93,50 @@ def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
     return (latents - mean[:, None, None, None]) / std[:, None, None, None]
 
 
+def save(content, path: Path) -> None:
+    with written_whole(path) as part:
+        torch.save(content, part)
+
+
+def made_once(path: Path, make: Callable[[], Any]) -> Any:
+    """What the file holds, made and written first if there is none."""
+    if not path.exists():
+        save(make(), path)
+    return torch.load(path)
+
+
+def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latent channels that Wan's pipelines expect, [16, 1, 1, 1]."""
+    config = vae.config
+    return torch.tensor(config.latents_mean).view(-1, 1, 1, 1), torch.tensor(config.latents_std).view(-1, 1, 1, 1)
+
+
+def make_parser(description: str, **defaults) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, help="to train on")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--peak_lr", type=float)
+    parser.add_argument("--ema_decay", type=float, help="of the moving average of the weights")
+    parser.add_argument("--seed", type=int)
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def fit(
     trained: torch.nn.ModuleDict,
     predict: Callable[[list[int], list[torch.Tensor], torch.Tensor, list[torch.Tensor]], list[torch.Tensor]],
     captions: list[str],
     latents: torch.Tensor,
-    steps: int,
-    peak_lr: float,
+    args: argparse.Namespace,
     generator: torch.Generator,
     rng: random.Random,
     out: Path,
 ) -> None:
-    """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`.
+    """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
+    beside it the state that a training goes on from after an interruption.
 
-    predict(indices of the clips, noisy latents, timesteps [B], text features) returns the velocities.
+    args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns velocities.
     """
     average = deepcopy(trained)
     for block in trained["dit"].blocks:
@@ -113,8 +145,16 @@ def fit(
     others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
     optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
     tokenizer, text_encoder = make_tokenizer(), trained["text_encoder"]
-    start, losses = time.time(), []
-    for step in range(steps):
+    start, losses, first, state_file = time.time(), [], 0, out.with_suffix(".state")
+    if state_file.exists():  # of a training that was interrupted
+        state = torch.load(state_file, weights_only=False)
+        first = state["step"]
+        trained.load_state_dict(state["trained"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        rng.setstate(state["rng"])
+    for step in range(first, args.steps):
         index = [rng.randrange(len(latents)) for _ in range(BATCH)]
         texts = ["" if rng.random() < CAPTION_DROPOUT else captions[i] for i in index]
         ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
@@ -122,54 +162,67 @@ def fit(
         sigma = torch.sigmoid(LOGIT_STD * torch.randn(BATCH, generator=generator))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         clean, s = latents[index], sigma[:, None, None, None, None]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
-            context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
-            velocity = torch.stack(predict(index, list((1 - s) * clean + s * noise), 1000 * sigma, context))
+        features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
+        context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
+        velocity = torch.stack(predict(index, list((1 - s) * clean + s * noise), 1000 * sigma, context))
         loss = (velocity - (noise - clean)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step(peak_lr * min((step + 1) / WARMUP, 1 - step / steps, 1))
+        optimizer.step(args.peak_lr * min((step + 1) / WARMUP, 1 - step / args.steps, 1))
         with torch.no_grad():
-            decay = min(EMA_DECAY, step / (step + 10))
+            decay = min(args.ema_decay, step / (step + 10))
             for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             recent = sum(losses[-50:]) / 50
-            print(f"{step + 1}/{steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+            print(f"{step + 1}/{args.steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
             assert math.isfinite(losses[-1]), "the training diverged"
-            part = out.with_suffix(".part")
-            torch.save(average.state_dict(), part)
-            part.replace(out)
+            save(average.state_dict(), out)
+            state = {
+                "step": step + 1,
+                "trained": trained.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "rng": rng.getstate(),
+            }
+            save(state, state_file)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = make_parser(__doc__, clips=4096, steps=3900, peak_lr=1.5e-3, ema_decay=0.995, seed=0)
+    parser.add_argument("--resume", type=Path, help="checkpoint folder of a demo model to train on; its VAE stays")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     torch.set_flush_denormal(True)
     WanResample.forward = whole_clip_resample
-    vae = AutoencoderKLWan(base_dim=BASE_DIM)
-    vae.load_state_dict(torch.load(args.out / "vae_training.pt", weights_only=True))
-    start = time.time()
-    captions, latents = make_latents(vae, generator, rng)
-    latents = normalise_latents(vae, latents)
+    if args.resume:
+        config = WAN_CONFIGS["t2v-tiny"]
+        vae = load_vae(args.resume / config.vae_checkpoint, torch.float32, "cpu")
+        dit = WanModel.from_pretrained(args.resume)
+        text_encoder = load_encoder(args.resume / config.t5_checkpoint, torch.float32, "cpu").requires_grad_(True)
+    else:
+        vae = AutoencoderKLWan(base_dim=BASE_DIM)
+        vae.load_state_dict(torch.load(args.out / "vae_training.pt", weights_only=True))
+        dit, text_encoder = make_dit(), make_text_encoder(len(make_tokenizer()))
+    captions, latents = made_once(args.out / "latents.pt", lambda: make_latents(vae, args.clips, generator, rng))
+    if args.resume:
+        mean, std = latent_statistics(vae)
+        latents = (latents - mean) / std
+    else:
+        latents = normalise_latents(vae, latents)
     torch.save(vae.state_dict(), args.out / "vae.pt")
-    print(f"{CLIPS} latents in {time.time() - start:.0f} s", flush=True)
-
-    dit, tokens = make_dit(), latents[0, 0].numel() // 4
-    trained = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(make_tokenizer())), "dit": dit})
+    trained, tokens = torch.nn.ModuleDict({"text_encoder": text_encoder, "dit": dit}), latents[0, 0].numel() // 4
 
     def predict(index, noisy, timesteps, context):
         return dit(noisy, timesteps, context, tokens)
 
-    fit(trained, predict, captions, latents, STEPS, PEAK_LR, generator, rng, args.out / "dit.pt")
+    fit(trained, predict, captions, latents, args, generator, rng, args.out / "dit.pt")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ The model starts as the text-to-video one with a block less, so that the image's
 file size; everything that is new starts at zero, so at first the image has no effect.
 """
 
-import argparse
 import random
-import time
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -23,7 +20,10 @@ from examples.train_tiny.train_dit import (
     TEXT_LEN,
     encode,
     fit,
+    latent_statistics,
+    made_once,
     make_dit,
+    make_parser,
     make_text_encoder,
     make_tokenizer,
 )
@@ -31,8 +31,6 @@ from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from wan.modules.clip import preprocess
 from wan.modules.model import WanModel
 
-CLIPS = 2048
-STEPS, PEAK_LR = 2000, 1e-3
 DROPPED_BLOCK = 4
 IMAGE_SIZE, CLIP_WIDTH = 32, 64
 
@@ -74,11 +72,28 @@ def continued(t2v: WanModel) -> WanModel:
     return i2v
 
 
+@torch.no_grad()
+def make_clips(vae: AutoencoderKLWan, count: int, generator: torch.Generator, rng: random.Random) -> tuple:
+    """Draws and encodes clips. Returns their captions, normalised latents, the transformer's `y` of their first frames,
+    and these frames as the image encoder sees them."""
+    captions = [rng.choice(TRAINABLE) for _ in range(count)]
+    vae.encoder.compile()
+    mean, std = latent_statistics(vae)
+    latents, conditions, pixels = [], [], []
+    for first in tqdm(range(0, count, BATCH), desc="encode clips", mininterval=30):
+        clips = render(captions[first : first + BATCH], generator)
+        latents.append((encode(vae, clips) - mean) / std)
+        pixels.append(preprocess(clips[:, :, 0], IMAGE_SIZE))
+        clips[:, :, 1:] = 0
+        conditions.append((encode(vae, clips) - mean) / std)
+    latents, conditions = torch.cat(latents), torch.cat(conditions)
+    known = torch.zeros(count, 4, *latents.shape[2:])
+    known[:, :, 0] = 1
+    return [str(c) for c in captions], latents, torch.cat([known, conditions], dim=1), torch.cat(pixels)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = make_parser(__doc__, clips=2048, steps=2000, peak_lr=1e-3, ema_decay=0.995, seed=1).parse_args()
 
     torch.manual_seed(args.seed)
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
@@ -86,24 +101,8 @@ def main():
     WanResample.forward = whole_clip_resample
     vae = AutoencoderKLWan(base_dim=BASE_DIM)
     vae.load_state_dict(torch.load(args.out / "vae.pt", weights_only=True))
-    vae.encoder.compile()
-    mean, std = (
-        torch.tensor(values)[:, None, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    start = time.time()
-    captions = [rng.choice(TRAINABLE) for _ in range(CLIPS)]
-    latents, conditions, pixels = [], [], []
-    for first in tqdm(range(0, CLIPS, BATCH), desc="encode clips", mininterval=30):
-        clips = render(captions[first : first + BATCH], generator)
-        latents.append((encode(vae, clips) - mean) / std)
-        pixels.append(preprocess(clips[:, :, 0], IMAGE_SIZE))
-        clips[:, :, 1:] = 0
-        conditions.append((encode(vae, clips) - mean) / std)
-    latents, conditions, pixels = torch.cat(latents), torch.cat(conditions), torch.cat(pixels)
-    known = torch.zeros(CLIPS, 4, *latents.shape[2:])
-    known[:, :, 0] = 1
-    conditions = torch.cat([known, conditions], dim=1)
-    print(f"{CLIPS} latents in {time.time() - start:.0f} s", flush=True)
+    made = made_once(args.out / "i2v_latents.pt", lambda: make_clips(vae, args.clips, generator, rng))
+    captions, latents, conditions, pixels = made
 
     t2v = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(make_tokenizer())), "dit": make_dit()})
     t2v.load_state_dict(torch.load(args.out / "dit.pt", weights_only=True))
@@ -114,7 +113,7 @@ def main():
         features = image_encoder(pixels[index]).last_hidden_state
         return dit(noisy, timesteps, context, tokens, clip_fea=features, y=list(conditions[index]))
 
-    fit(trained, predict, [str(c) for c in captions], latents, STEPS, PEAK_LR, generator, rng, args.out / "i2v.pt")
+    fit(trained, predict, captions, latents, args, generator, rng, args.out / "i2v.pt")
 
 
 if __name__ == "__main__":
