@@ -136,7 +136,8 @@ def fit(
     """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
     beside it the state that a training goes on from after an interruption.
 
-    args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns velocities.
+    args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
+    velocities.
     """
     average = deepcopy(trained)
     for block in trained["dit"].blocks:
