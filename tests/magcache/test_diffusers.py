@@ -5,8 +5,14 @@ The expected results are of a plain model and the rule written out by hand (`ByH
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -398,10 +404,6 @@ def fused_lora(model, folder):
     model.fuse_lora()
 
 
-def bfloat16(model, folder):
-    model.to(torch.bfloat16)
-
-
 TOGETHER = (group_offload, leaf_offload, layerwise_casting, compile_blocks, lora, fused_lora)
 
 
@@ -426,3 +428,173 @@ def test_together(change, order, target, model, tmp_path):
     alone = denoise(model)
     assert not torch.equal(alone, expected)
     assert torch.equal(alone, plain) == (change in (group_offload, leaf_offload, compile_blocks))
+
+
+def test_context_parallel(model, tmp_path):
+    """Two processes: forecasts are those of one, and a residual is refused, as its tokens are split in the blocks."""
+    repo, here = Path(__file__).parents[2], Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (repo, repo / "tests", here)))}
+    subprocess.run([sys.executable, here / "context_parallel.py", tmp_path], check=True, env=environment)
+    schedule = make_schedule("output")
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(seen["uncached"], denoise(model))
+        torch.testing.assert_close(seen["forecasts"][0], by_hand(model, schedule))
+        assert seen["forecasts"][1] == schedule.reuse
+        for name in ATTACHMENTS:
+            assert seen[name].startswith("no residual of blocks that turn [1, 8, 24] into [1, 4, 24]: use output fore")
+
+
+# What diffusers' own tests of its hooks look at: state, contexts, removal
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("stop_after", [1, 2, 6])
+def test_a_run_after_an_abandoned_one_starts_clean(target, stop_after, model):
+    magcache.apply_magcache(model, make_schedule(target))
+    fresh = denoise(model)
+    denoise(model, seed=1, stop_after=stop_after)
+    if stop_after == 1:  # the timestep of the next run does not rise
+        magcache.apply_magcache(model, make_schedule(target))
+    assert torch.equal(denoise(model), fresh)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cond_and_uncond_do_not_mix(target, model):
+    """Runs with either prompt only, alternating or on their own."""
+    (latent, *prompts), results = noise(0, (1, 16, 2, 4, 4), (1, 5, 8), (1, 5, 8)), []
+    timesteps = [torch.tensor([int(1000 * sigma)]) for sigma in magcache.noise_levels(STEPS, 5.0)]
+    for chosen in (prompts, prompts[:1], prompts[1:]):
+        magcache.apply_magcache(model, make_schedule(target, calls_per_step=len(chosen)))
+        answers = [model(latent, t, prompt, return_dict=False)[0] for t in timesteps for prompt in chosen]
+        results.append([answers[i :: len(chosen)] for i in range(len(chosen))])
+    for both, alone in zip(results[0], results[1] + results[2], strict=True):
+        torch.testing.assert_close(both, alone)
+    assert not torch.equal(results[0][0][-1], results[0][1][-1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_removal_restores_the_instance_exactly(target, offloaded, model, tmp_path):
+    if offloaded:
+        group_offload(model, tmp_path)
+    plain, before, own_class = denoise(model), dict(model.__dict__), type(model)
+    magcache.apply_magcache(model, make_schedule(target))
+    assert not torch.equal(denoise(model), plain)
+    assert isinstance(model, own_class)
+    magcache.remove_magcache(model)
+    assert model.__dict__ == before
+    assert type(model) is own_class
+    assert torch.equal(denoise(model), plain)
+
+
+def diffusers_magcache(model, thresh, K):
+    """diffusers' own hook, for the cond ratios; its contexts as its pipelines set them."""
+    config = diffusers.MagCacheConfig(thresh, K, 0.2, STEPS, list(RATIOS[::2]))
+    model.enable_cache(config)
+    branches = itertools.cycle(("cond", "uncond"))
+
+    def called(**kwargs):
+        with model.cache_context(next(branches)):
+            return model(**kwargs)
+
+    return called
+
+
+@pytest.mark.parametrize(("thresh", "K"), [(0.3, 3), (0.06, 1), (0.5, 6)])
+def test_magcache_is_that_of_diffusers(thresh, K, capsys):
+    ours, theirs = make_model(), make_model()
+    one_list = [ratio for ratio in RATIOS[::2] for _ in ("cond", "uncond")]
+    magcache.apply_magcache(ours, magcache.plan(one_list, STEPS, thresh, K, 0.2))
+    results = []
+    for model, run in ((ours, ours), (theirs, diffusers_magcache(theirs, thresh, K))):
+        calls, seconds = [], []
+        for block in model.blocks:  # its attention, as their hook may replace what a block does
+            block.attn1.register_forward_hook(lambda module, args, out, calls=calls: calls.append(module))
+        model.norm_out.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("head"))
+        for _ in range(5):
+            calls.clear()
+            start = time.perf_counter()
+            latents = denoise(run)
+            seconds.append((time.perf_counter() - start) / (2 * STEPS))
+        decisions = [len(list(group)) for is_head, group in itertools.groupby(calls, lambda c: c == "head")]
+        results.append((latents, decisions, min(seconds)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert max(results[0][1][1::2]) > 1  # heads in a row
+    with capsys.disabled():
+        print(f"\nper call: ours {1000 * results[0][2]:.3f} ms, diffusers {1000 * results[1][2]:.3f} ms")
+
+
+# Calibration
+
+
+def residuals_of(model):
+    """By call, [tokens of all samples, C]."""
+    ins, outs = [], []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
+    model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
+    plain = denoise(model)
+    return plain, [(out - x).flatten(0, 1).double().numpy() for x, out in zip(ins, outs, strict=True)]
+
+
+def test_calibration(model, tmp_path):
+    """All tokens count; the table is saved and loaded as that of any other model."""
+    plain, residuals = residuals_of(model)
+    calibration = magcache.apply_calibration(model, STEPS)
+    assert torch.equal(denoise(model), plain)
+    lists = calibration.lists()
+    for call in range(2, 2 * STEPS):
+        now, before = residuals[call], residuals[call - 2]
+        norms = np.linalg.norm(now, axis=1), np.linalg.norm(before, axis=1)
+        ratio, cosine = norms[0] / norms[1], (now * before).sum(axis=1) / norms[0] / norms[1]
+        expected = ratio.mean(), ratio.std(ddof=1), (1 - cosine).mean()
+        assert [lists[key][call - 2] for key in lists] == pytest.approx(expected, abs=1e-5)
+    magcache.save_table(tmp_path / "mine.json", magcache.make_table("mine", [lists], {"model": "diffusers"}))
+    ratios = magcache.load_ratios(tmp_path / "mine.json")
+    assert ratios == (1.0, 1.0, *lists["mag_ratio"])
+    magcache.apply_magcache(model, magcache.plan(ratios, STEPS, thresh=10.0, K=4))
+    assert not torch.equal(denoise(model), plain)
+
+
+# Noise levels of a scheduler
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(**FLOW),
+        diffusers.UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+        diffusers.DPMSolverMultistepScheduler(**FLOW),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 20])
+def test_noise_levels_of(scheduler, steps):
+    """Linear from 1 to about 0, shifted; none of them is a step's end."""
+    scheduler.set_timesteps(7)
+    sigmas = magcache.noise_levels_of(scheduler, steps)
+    assert len(scheduler.timesteps) == 7
+    scheduler.set_timesteps(steps)
+    assert list(sigmas) == scheduler.sigmas.tolist()[:steps]
+    assert 0.99 < sigmas[0] <= 1
+    assert [1000 * sigma for sigma in sigmas] == pytest.approx(scheduler.timesteps.tolist(), abs=1)
+    if steps > 1:
+        schedule = magcache.plan_speedup(steps, 2, sigmas=sigmas)
+        assert schedule.computed == steps
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.UniPCMultistepScheduler(), "got 9 from 157.4"),
+        (diffusers.EulerDiscreteScheduler(), "got 9 from 157.4"),
+        (diffusers.DDIMScheduler(), "got 0"),
+        (diffusers.FlowMatchHeunDiscreteScheduler(), "got 17 from"),
+    ],
+)
+def test_schedulers_without_flow_or_with_more_calls(scheduler, message):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} is no flow scheduler of one call a.*{message}"):
+        magcache.noise_levels_of(scheduler, 9)
