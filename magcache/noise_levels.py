@@ -29,8 +29,8 @@ def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
     levels = tuple(map(float, sigmas))
     falling = all(a > b for a, b in pairwise((math.nextafter(1, 2), *levels, 0.0)))
     if len(levels) != steps or not falling:
-        shown = f"{len(levels)}" + (f" from {levels[0]:.4g} to {levels[-1]:.4g}" if levels else "")
-        raise ValueError(f"sigmas must be {steps} noise levels, falling, above 0 and at most 1, got {shown}")
+        got = f"{len(levels)}, the largest {max(levels, default=math.nan):.4g}"
+        raise ValueError(f"sigmas must be {steps} noise levels, falling, above 0 and at most 1, got {got}")
     return levels
 
 

@@ -151,9 +151,7 @@ class OutputCache(Cache):
 class CallCounter:
     """Numbers the calls of a run. A run starts when the timestep rises, or when all calls are done and it is back at
     the first one. Steps are told apart by counting, since neighbouring steps may share an integer timestep.
-
-    `mismatch`: whether the run has shown that it makes other than `calls_per_step` calls a step.
-    """
+    `mismatch`: whether the run has shown that it makes other than `calls_per_step` calls a step."""
 
     def __init__(self, calls: int, calls_per_step: int = CALLS_PER_STEP):
         self.calls, self.calls_per_step = calls, calls_per_step
@@ -164,8 +162,8 @@ class CallCounter:
         self.fall, self.mismatch = 0.0, False
 
     def next(self, timestep: float, resolution: float = 1.0) -> int:
-        """The number of the call. resolution: neighbouring steps may share a timestep if they are less than this apart,
-        and then so are those before them, as a run's steps grow."""
+        """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
+        this, and those before them then are, too, as the steps of a run grow."""
         finished = self.call is not None and self.call + 1 >= self.calls
         if self.call is None or timestep > self.last or (finished and timestep >= self.first):
             self.reset()
@@ -205,8 +203,7 @@ def find_dit(model: torch.nn.Module) -> torch.nn.Module:
         if "blocks" in module._modules and module._compiled_call_impl is None:
             return module
         module = getattr(module, "module", None)
-    name = type(model).__name__
-    raise TypeError(f"{name} has no `blocks` to take a residual of, or is compiled as a whole: {FORECAST_INSTEAD}")
+    raise TypeError(f"{type(model).__name__} has no `blocks` with a residual, or is compiled: {FORECAST_INSTEAD}")
 
 
 @contextmanager
@@ -224,11 +221,8 @@ def shadowed(obj: object, attributes: dict) -> Iterator[None]:
 
 def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManager:
     """Lets `step(blocks, x, *args, **kwargs)`, which maps the embedded tokens x [B, L, C] to what the head gets, stand
-    in for the transformer's loop over its blocks; args and kwargs are the blocks' own.
-
-    A loop that does more than hand every block what the one before returned, and all the same arguments, raises
-    RuntimeError.
-    """
+    in for the transformer's loop over its blocks; args and kwargs are the blocks' own. A loop that does more than hand
+    every block what the one before returned, and all the same arguments, raises RuntimeError."""
     blocks, expected = dit.blocks, []
 
     def first(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -236,7 +230,7 @@ def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManage
         return expected[0]
 
     def other(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if any(a is not b for a, b in zip(expected, (x, *args, *kwargs.values()), strict=True)):
+        if [*map(id, expected)] != [*map(id, (x, *args, *kwargs.values()))]:
             raise RuntimeError(f"{type(dit).__name__} does not only chain its blocks: {FORECAST_INSTEAD}")
         return x
 
@@ -253,9 +247,9 @@ class Attachment:
 
     def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
-        rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        latest = float(timestep)  # waits for the device, so the clock below is right
-        call = self.counter.next(latest, max(1.0, rounding * latest))
+        rounding = timestep * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        # waits for the device, so the clock below is right
+        call = self.counter.next(float(timestep), max(1.0, float(rounding)))
         forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
         if call == 0:
             self.runner.reset()

@@ -251,7 +251,7 @@ def test_calibration(demo):
         assert lists[1][key] == pytest.approx(values, abs=2e-4)
 
 
-def test_the_lines_of_the_readme(t2v, tmp_path, monkeypatch):
+def test_the_lines_of_the_readme(t2v, tmp_path):
     """On the demo model, saved as a pipeline of diffusers, with fewer and smaller steps."""
     section = (REPO / "README.md").read_text().split("## In diffusers")[1].split("\n## ")[0]
     (code,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
@@ -270,9 +270,7 @@ def test_the_lines_of_the_readme(t2v, tmp_path, monkeypatch):
     for text, other in changes.items():
         assert text in code
         code = code.replace(text, other)
-    monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert (tmp_path / "video.mp4").stat().st_size > 0
     assert names["schedule"].computed == 2 * 3
     assert names["video"].shape == (5, 64, 64, 3)
