@@ -203,6 +203,7 @@ def test_a_timestep_for_every_token(target, model):
     magcache.apply_magcache(model, schedule)
     for _ in range(2):
         torch.testing.assert_close(denoise(model, as_timestep=by_token), expected)
+        denoise(model, seed=1, stop_after=3, as_timestep=by_token)
 
 
 class Identity(torch.nn.Module):
@@ -360,6 +361,12 @@ def compiled_in_place(model):
 def test_compiled_models_are_refused(attach, compile_it, model):
     with pytest.raises(TypeError, match=r"or is compiled: use output forecasts \(magcache.plan_speedup\)"):
         ATTACHMENTS[attach](compile_it(model))
+
+
+def test_compiling_in_place_later_is_refused(model):
+    ATTACHMENTS["residual"](model)
+    with pytest.raises(TypeError, match="or is compiled"):
+        denoise(compiled_in_place(model))
 
 
 @pytest.mark.parametrize("compile_it", [compiled, compiled_in_place])
