@@ -31,12 +31,11 @@ TASKS = ("t2v-tiny", "i2v-tiny")
 class WanSteps(diffusers.UniPCMultistepScheduler):
     """UniPC at Wan2.1's noise levels, which its own flow sigmas are not."""
 
-    def __init__(self, shift=SHIFT):
+    def __init__(self):
         super().__init__(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-        self.shift = shift
 
     def set_timesteps(self, steps, device=None):
-        super().set_timesteps(sigmas=sampling_sigmas("unipc", steps, self.shift).astype("float32"), device=device)
+        super().set_timesteps(sigmas=sampling_sigmas("unipc", steps, SHIFT).astype("float32"), device=device)
 
 
 class ImageToVideo(diffusers.WanImageToVideoPipeline):
