@@ -20,7 +20,7 @@ import magcache
 
 diffusers = pytest.importorskip("diffusers")
 
-STEPS = 10
+STEPS = 8
 SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
