@@ -161,7 +161,7 @@ class TeaCache:
 
     def __init__(self, threshold: float, warmup: int, polynomial: tuple[float, ...], steps: int = STEPS):
         self.threshold, self.warmup, self.polynomial, self.steps = threshold, warmup, polynomial, steps
-        self.calls = 2 * steps
+        self.calls, self.calls_per_step = 2 * steps, 2
         self.reset()
 
     def reset(self) -> None:
@@ -180,7 +180,7 @@ class TeaCache:
         if self.warmup <= step < self.steps - 1 and self.error[branch] < self.threshold:
             return x + self.residuals[branch]
         self.error[branch] = 0.0
-        out = run_blocks(blocks, x, kwargs)
+        out = run_blocks(blocks, x, **kwargs)
         self.residuals[branch] = out - x
         return out
 

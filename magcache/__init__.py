@@ -12,7 +12,7 @@ torch and numpy are imported with the first use of what needs them.
 
 import importlib
 
-from magcache.noise_levels import noise_levels
+from magcache.noise_levels import noise_levels, noise_levels_of
 from magcache.ratios import (
     RatioTable,
     UnknownTableError,
@@ -46,6 +46,7 @@ __all__ = [
     "load_ratios",
     "load_table",
     "noise_levels",
+    "noise_levels_of",
     "plan",
     "save_table",
     "table_names",

@@ -23,7 +23,7 @@ class Calibration:
     """
 
     def __init__(self, steps: int, group=None):
-        self.calls = CALLS_PER_STEP * steps
+        self.calls, self.calls_per_step = CALLS_PER_STEP * steps, CALLS_PER_STEP
         self.group = group
         self.reached = 0
         self.reset()
@@ -36,13 +36,14 @@ class Calibration:
         with blocks_hidden(find_dit(model), functools.partial(self.step, call)):
             return forward()
 
-    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
-        out = run_blocks(blocks, x, kwargs)
+    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        out = run_blocks(blocks, x, *args, **kwargs)
         residual = (out - x).float()
         positions = torch.arange(residual.shape[1])
         if self.group is not None:  # too low only for parts of unequal length, which hold no padding
             positions += torch.distributed.get_rank(self.group) * len(positions)
-        is_token = positions < kwargs["seq_lens"].cpu()[:, None]
+        lengths = kwargs.get("seq_lens", torch.full(residual.shape[:1], len(positions)))  # diffusers pads nothing
+        is_token = positions < lengths.cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         branch = call % CALLS_PER_STEP
         before, self.previous[branch] = self.previous[branch], residual

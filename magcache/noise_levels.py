@@ -1,6 +1,9 @@
-"""The noise levels of Wan2.1's sampling steps. Pure Python."""
+"""The noise levels of the sampling steps: Wan2.1's, or those of a scheduler of diffusers. Pure Python."""
 
+import copy
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 SOLVERS = {"unipc": 0.9990000128746033, "dpm++": 1.0}  # their first sigma before the shift; 0.999 is a float32
 
@@ -19,6 +22,30 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
         raise ValueError(f"shift must be a positive number, got {shift}")
     linear = (SOLVERS[solver] * (1 - step / steps) for step in range(steps))
     return tuple(shift * x / (1 + (shift - 1) * x) for x in linear)
+
+
+def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
+    """The sigmas; raises ValueError unless they are one a step, falling, in (0, 1]."""
+    levels = tuple(map(float, sigmas))
+    falling = all(a > b for a, b in pairwise((math.nextafter(1, 2), *levels, 0.0)))
+    if len(levels) != steps or not falling:
+        got = f"{len(levels)}, the largest {max(levels, default=math.nan):.4g}"
+        raise ValueError(f"sigmas must be {steps} noise levels, falling, above 0 and at most 1, got {got}")
+    return levels
+
+
+def noise_levels_of(scheduler, steps: int) -> tuple[float, ...]:
+    """Sigmas of the sampling steps, falling, without the final one, that a flow scheduler of diffusers has after
+    `set_timesteps(steps)`. The scheduler itself is left as it is.
+
+    Raises ValueError if it is not set to flow, or calls the model other than once a step.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    try:
+        return checked_levels(getattr(scheduler, "sigmas", ())[:-1], steps)
+    except ValueError as error:
+        raise ValueError(f"{type(scheduler).__name__} is no flow scheduler of one call a step: {error}") from None
 
 
 def log_snr(sigma: float) -> float:

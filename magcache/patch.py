@@ -2,12 +2,13 @@
 
 The instance gets a class of its own that hands every call to what is attached (`Attachment`) before anything of the
 model runs, hooks and FSDP's gathering included. Nothing of a forward is copied, so it may be any: this repo's,
-upstream's, a sequence-parallel one that the instance carries, one under FSDP.
+upstream's, diffusers', a sequence-parallel one that the instance carries, one under FSDP.
 
 Outputs: a call that does not compute returns a combination of what the model returned before; the model is not run.
 Residuals: a Wan forward embeds its inputs, loops over `self.blocks`, and applies the head. While it runs, the
-instance's own attribute `blocks` hides the block list behind a single step that either calls all blocks or adds the
-cached residual. On reuse no block is called at all, so no weights are gathered for it.
+instance's own attribute `blocks` hides the block list behind a first step that either calls all blocks or adds the
+cached residual, and others that only watch that the loop does nothing else. On reuse no block is called at all, so no
+weights are gathered for it.
 """
 
 import functools
@@ -20,16 +21,18 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from magcache.schedule import Schedule
+from magcache.schedule import CALLS_PER_STEP, Schedule
 
 # methods of a Wan transformer that make what only its blocks take: VACE's hints, text and time in this repo's models
 FOR_BLOCKS_ONLY = ("forward_vace", "embed_context", "project_time")
+FORECAST_INSTEAD = "use output forecasts (magcache.plan_speedup)"
 
 
 class Runner(Protocol):
     """What the calls of a model are handed to; see `ResidualCache`, `OutputCache`, `magcache.calibrate.Calibration`."""
 
     calls: int  # of a run
+    calls_per_step: int
 
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
@@ -51,19 +54,19 @@ class Cache:
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
-        self.calls = len(schedule.weights)
+        self.calls, self.calls_per_step = len(schedule.weights), schedule.calls_per_step
         self.log: list[tuple[int, bool, float]] = []
         self.reset()
 
     def reset(self) -> None:
-        self.kept = [[] for _ in range(self.schedule.calls_per_step)]  # per branch, newest first
+        self.kept = [[] for _ in range(self.calls_per_step)]  # per branch, newest first
 
     def skips(self, call: int) -> bool:
         """Whether the call does not compute."""
         return call < self.calls and self.schedule.weights[call] is not None
 
     def branch(self, call: int) -> list:
-        return self.kept[call % self.schedule.calls_per_step]
+        return self.kept[call % self.calls_per_step]
 
     def make_room(self, call: int) -> bool:
         """Frees, before a call computes, what no later call needs. Returns whether one needs what this call leaves."""
@@ -102,12 +105,12 @@ class ResidualCache(Cache):
         ):
             return forward()
 
-    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+    def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.skips(call):
             (residual,) = self.branch(call)
             return x + residual.to(x.device, self.compute_dtype)
         wanted = self.make_room(call)
-        out = run_blocks(blocks, x, kwargs)
+        out = run_blocks(blocks, x, *args, **kwargs)
         if wanted:
             residual = out.detach() - x.detach()
             self.compute_dtype = residual.dtype
@@ -147,37 +150,60 @@ class OutputCache(Cache):
 
 class CallCounter:
     """Numbers the calls of a run. A run starts when the timestep rises, or when all calls are done and it is back at
-    the first one. Steps are told apart by counting, since neighbouring steps may share an integer timestep."""
+    the first one. Steps are told apart by counting, since neighbouring steps may share an integer timestep.
+    `mismatch`: whether the run has shown that it makes other than `calls_per_step` calls a step."""
 
-    def __init__(self, calls: int):
-        self.calls = calls
+    def __init__(self, calls: int, calls_per_step: int = CALLS_PER_STEP):
+        self.calls, self.calls_per_step = calls, calls_per_step
         self.reset()
 
     def reset(self) -> None:
         self.call = self.first = self.last = None
+        self.fall, self.mismatch = 0.0, False
 
-    def next(self, timestep: float) -> int:
+    def next(self, timestep: float, resolution: float = 1.0) -> int:
+        """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
+        this, and those before them then are, too, as the steps of a run grow."""
         finished = self.call is not None and self.call + 1 >= self.calls
         if self.call is None or timestep > self.last or (finished and timestep >= self.first):
-            self.call, self.first = -1, timestep
-        self.call, self.last = self.call + 1, timestep
+            self.reset()
+            self.call, self.first, self.last = -1, timestep, timestep
+        self.call, fall = self.call + 1, self.last - timestep
+        if self.calls_per_step == 1:
+            self.mismatch |= fall == 0 and self.fall > resolution
+        else:
+            self.mismatch |= fall > 0 and self.call % self.calls_per_step != 0
+        self.last, self.fall = timestep, fall
         return self.call
 
 
-def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, kwargs: dict) -> torch.Tensor:
+def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    """Of a model's call: its argument `t` or `timestep`, or its second one. Raises TypeError without any."""
+    found = [*(kwargs[name] for name in ("t", "timestep") if name in kwargs), *args[1:2]]
+    if not found:
+        raise TypeError("the call has no timestep: pass it as `t`, as `timestep` or as second argument")
+    return torch.as_tensor(found[0])
+
+
+def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Raises RuntimeError if what comes out has not the shape of x [B, L, C]: there is no residual then."""
+    out = x
     for block in blocks:
-        x = block(x, **kwargs)
-    return x
+        out = block(out, *args, **kwargs)
+    if out.shape != x.shape:  # diffusers' context parallelism splits the tokens inside the first block
+        raise RuntimeError(f"no residual of blocks that turn {[*x.shape]} into {[*out.shape]}: {FORECAST_INSTEAD}")
+    return out
 
 
 def find_dit(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that owns `blocks`, below wrappers such as FSDP1 or DDP. Raises TypeError if there is none."""
+    """The module that owns `blocks`, below wrappers such as FSDP1 or DDP. Raises TypeError if there is none, or if it
+    is compiled: it would be again for every call of a run."""
     module = model
     while isinstance(module, torch.nn.Module):
-        if "blocks" in module._modules:
+        if "blocks" in module._modules and module._compiled_call_impl is None:
             return module
         module = getattr(module, "module", None)
-    raise TypeError(f"{type(model).__name__} is not a Wan transformer: it has no `blocks`")
+    raise TypeError(f"{type(model).__name__} has no `blocks` with a residual, or is compiled: {FORECAST_INSTEAD}")
 
 
 @contextmanager
@@ -194,9 +220,21 @@ def shadowed(obj: object, attributes: dict) -> Iterator[None]:
 
 
 def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManager:
-    """Lets `step(blocks, x, **kwargs)`, which maps the embedded tokens x [B, L, C] to what the head gets, stand in for
-    the transformer's loop over its blocks; kwargs are the blocks' own."""
-    return shadowed(dit, {"blocks": [functools.partial(step, dit.blocks)]})
+    """Lets `step(blocks, x, *args, **kwargs)`, which maps the embedded tokens x [B, L, C] to what the head gets, stand
+    in for the transformer's loop over its blocks; args and kwargs are the blocks' own. A loop that does more than hand
+    every block what the one before returned, and all the same arguments, raises RuntimeError."""
+    blocks, expected = dit.blocks, []
+
+    def first(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        expected[:] = step(blocks, x, *args, **kwargs), *args, *kwargs.values()
+        return expected[0]
+
+    def other(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if [*map(id, expected)] != [*map(id, (x, *args, *kwargs.values()))]:
+            raise RuntimeError(f"{type(dit).__name__} does not only chain its blocks: {FORECAST_INSTEAD}")
+        return x
+
+    return shadowed(dit, {"blocks": [first, *[other] * (len(blocks) - 1)]})
 
 
 class Attachment:
@@ -205,16 +243,28 @@ class Attachment:
     def __init__(self, runner: Runner, own_class: type):
         self.runner = runner
         self.own_class = own_class  # of the model
-        self.counter = CallCounter(runner.calls)
+        self.counter = CallCounter(runner.calls, runner.calls_per_step)
 
     def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-        timestep = kwargs["t"] if "t" in kwargs else args[1]
-        call = self.counter.next(float(timestep.flatten()[0]))  # waits for the device, so the clock below is right
+        timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
+        rounding = timestep * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        # waits for the device, so the clock below is right
+        call = self.counter.next(float(timestep), max(1.0, float(rounding)))
+        forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
         if call == 0:
             self.runner.reset()
+        if self.counter.mismatch:
+            if not known:
+                self.runner.reset()
+                warnings.warn(
+                    f"this run does not make {self.runner.calls_per_step} transformer calls a step, as planned, and is "
+                    f"computed in full from here: plan with calls_per_step={3 - self.runner.calls_per_step}",
+                    stacklevel=3,
+                )
+            return forward()
         start = time.perf_counter()
         try:
-            out = self.runner.run(call, model, functools.partial(self.own_class.__call__, model, *args, **kwargs))
+            out = self.runner.run(call, model, forward)
             if timestep.is_cuda:
                 torch.cuda.synchronize(timestep.device)
         except BaseException:
@@ -249,12 +299,14 @@ def apply_magcache(
 ) -> Cache:
     """Makes this instance (not its class) follow the schedule from its next call on, which starts a run.
 
-    model: what the pipeline calls once a branch and step: a Wan transformer, this repo's or upstream's, bare or wrapped
-    in FSDP; with the target "output" any module that is called so, with a timestep as `t` or as second argument.
+    model: what the pipeline calls once a branch and step: a Wan transformer, this repo's, upstream's or diffusers',
+    bare or wrapped in FSDP; with the target "output" any module that is called so, with a timestep as `t`, as
+    `timestep` or as second argument.
     dtype, device: of what is cached, see `Cache`, which is returned and holds the times of the calls.
 
     Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks` and the target
-    is "residual", RuntimeError if its class was changed since the last time (see `remove_magcache`).
+    is "residual", RuntimeError if its class was changed since the last time (see `remove_magcache`). The first call
+    raises RuntimeError if the target is "residual" and the model does not simply hand x [B, L, C] from block to block.
     """
     if schedule.target == "residual":
         find_dit(model)

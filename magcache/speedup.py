@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from magcache.noise_levels import log_snr, noise_levels
+from magcache.noise_levels import checked_levels, log_snr, noise_levels
 from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
@@ -83,17 +83,19 @@ def plan_steps(
     *,
     shift: float = 5.0,
     solver: str = "unipc",
+    sigmas: Sequence[float] | None = None,
     target: str = "output",
     calls_per_step: int = CALLS_PER_STEP,
 ) -> Schedule:
     """The schedule that computes the given steps, in all branches, and forecasts the others.
 
     forecast: see `forecast_weights`; for the target "residual" it is "reuse". shift, solver: of the run, see
-    `noise_levels`.
+    `noise_levels`; or sigmas: its noise levels themselves, one a step, falling, see `noise_levels_of`.
 
     Raises ValueError for steps outside 0 ... steps - 1, or without step 0, and for settings that make no sense.
     """
-    sigmas, computed = noise_levels(steps, shift, solver), set(computed)
+    sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
+    computed = set(computed)
     if forecast not in FORECASTS:
         raise ValueError(f"forecast must be one of {', '.join(FORECASTS)}, got {forecast!r}")
     if 0 not in computed or not computed <= set(range(steps)):
@@ -103,16 +105,22 @@ def plan_steps(
 
 
 def plan_speedup(
-    steps: int, speedup: float, shift: float = 5.0, solver: str = "unipc", calls_per_step: int = CALLS_PER_STEP
+    steps: int,
+    speedup: float,
+    shift: float = 5.0,
+    solver: str = "unipc",
+    calls_per_step: int = CALLS_PER_STEP,
+    *,
+    sigmas: Sequence[float] | None = None,
 ) -> Schedule:
     """The schedule for a speed-up of at least `speedup`, as far as the transformer decides on it.
 
-    steps, shift, solver: of the run, see `noise_levels`; steps / speedup of the steps compute, rounded down.
+    steps, shift, solver, sigmas: of the run, see `plan_steps`; steps / speedup of the steps compute, rounded down.
 
     Raises ValueError unless 1 <= speedup <= steps, and for settings that make no sense.
     """
-    sigmas = noise_levels(steps, shift, solver)
+    sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
     if not 1 <= speedup <= steps:
         raise ValueError(f"speedup must be between 1 and {steps}, the number of steps, got {speedup}")
     chosen = choose_steps(sigmas, int(steps / speedup + 1e-9))
-    return plan_steps(chosen, steps, shift=shift, solver=solver, calls_per_step=calls_per_step)
+    return plan_steps(chosen, steps, sigmas=sigmas, calls_per_step=calls_per_step)

@@ -110,6 +110,25 @@ def test_speedups_that_are_none(speedup):
         magcache.plan_speedup(50, speedup)
 
 
+@given(**RUNS, calls_per_step=st.integers(1, 2))
+def test_the_noise_levels_themselves(steps, shift, solver, calls_per_step):
+    sigmas = magcache.noise_levels(steps, shift, solver)
+    expected = magcache.plan_speedup(steps, min(steps, 2), shift, solver, calls_per_step)
+    given_levels = {"sigmas": sigmas, "calls_per_step": calls_per_step}
+    assert magcache.plan_speedup(steps, min(steps, 2), **given_levels) == expected
+    computed = [step for step in range(steps) if not expected.reuse[step * calls_per_step]]
+    assert magcache.plan_steps(computed, steps, **given_levels) == expected
+
+
+@pytest.mark.parametrize(
+    "sigmas", [(), (0.9, 0.5), (1.1, 0.5, 0.1), (0.9, 0.5, 0.0), (0.9, 0.5, 0.5), (0.9, math.nan, 0.1)]
+)
+def test_noise_levels_that_are_none(sigmas):
+    for plan in (magcache.plan_speedup, lambda steps, count, sigmas: magcache.plan_steps([0], steps, sigmas=sigmas)):
+        with pytest.raises(ValueError, match=f"sigmas must be 3 noise levels, falling, .*got {len(sigmas)}"):
+            plan(3, 2, sigmas=sigmas)
+
+
 def test_reuse_of_residuals_by_hand():
     schedule = magcache.plan_steps([0, 2], 4, "reuse", target="residual")
     assert schedule.reuse == (False, False, True, True) * 2

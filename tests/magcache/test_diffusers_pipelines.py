@@ -1,0 +1,275 @@
+"""diffusers' own pipelines, against this repository's: the demo models with the same weights, converted by diffusers'
+converter, prompt features, noise, noise levels and schedule give the same latents."""
+
+import copy
+import functools
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import magcache
+
+pytest.importorskip("wan")  # the magcache package is tested without this repository's, too
+import diffusers
+from PIL import Image
+
+from examples.peers import DiffusersModel
+from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
+from wan.pipeline import Sampling
+from wan.utils.samplers import sampling_sigmas
+from wan.utils.utils import to_uint8
+
+REPO = Path(__file__).parents[2]
+STEPS, SHIFT, FRAMES, SIZE = 12, 5.0, 5, 64
+CAPTION, SEED = check_pairs()[0]
+TASKS = ("t2v-tiny", "i2v-tiny")
+
+
+class WanSteps(diffusers.UniPCMultistepScheduler):
+    """UniPC at Wan2.1's noise levels, which its own flow sigmas are not."""
+
+    def __init__(self):
+        super().__init__(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+
+    def set_timesteps(self, steps, device=None):
+        super().set_timesteps(sigmas=sampling_sigmas("unipc", steps, SHIFT).astype("float32"), device=device)
+
+
+class ImageToVideo(diffusers.WanImageToVideoPipeline):
+    """Takes the image's features as it takes those of the prompt, which it otherwise refuses along with the image."""
+
+    features: torch.Tensor
+
+    def encode_image(self, image, device=None):
+        return self.features
+
+
+class Demo:
+    """A demo model in this repository's pipeline and, with the same weights, in diffusers'."""
+
+    def __init__(self, task):
+        self.own = load_demo(task)
+        image = task == "i2v-tiny"
+        parts = {
+            "tokenizer": None,
+            "text_encoder": None,
+            "vae": self.own.vae.model,
+            "scheduler": WanSteps(),
+            "transformer": DiffusersModel(self.own.model).transformer,
+        }
+        self.pipe = (ImageToVideo if image else diffusers.WanPipeline)(**parts)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.contexts = self.own.encode_text(str(CAPTION), "", False)
+        shape = self.own.latent_shape((SIZE, SIZE), FRAMES)
+        self.noise, self.given, self.call = self.own.noise(shape, SEED), {"seq_len": self.own.token_count(shape)}, {}
+        if image:
+            picture = Image.fromarray(to_uint8(first_frame(CAPTION, SEED).permute(1, 2, 0)))
+            pixels = torch.from_numpy(to_uint8(first_frame(CAPTION, SEED))).float() / 127.5 - 1
+            self.given["clip_fea"] = self.pipe.features = self.own.encode_images([pixels], False)
+            self.given["y"] = [self.own.condition([pixels], shape, FRAMES)]
+            self.call["image"] = picture
+
+    def latents(self, pipe=None, **how):
+        """Of diffusers' pipeline."""
+        features = [
+            torch.nn.functional.pad(context[0], (0, 0, 0, self.own.config.text_len - len(context[0])))[None]
+            for context in self.contexts
+        ]
+        settings = {
+            "prompt_embeds": features[0],
+            "negative_prompt_embeds": features[1],
+            "latents": self.noise[None].clone(),
+            "height": SIZE,
+            "width": SIZE,
+            "num_frames": FRAMES,
+            "num_inference_steps": STEPS,
+            "guidance_scale": 5.0,
+            "output_type": "latent",
+        }
+        return (pipe or self.pipe)(**settings | self.call | how).frames[0]
+
+    def own_latents(self):
+        how = Sampling("unipc", STEPS, SHIFT, 5.0, offload_model=False)
+        return self.own.denoise(self.noise, self.contexts, self.given, how)
+
+
+get_demo = functools.cache(Demo)
+
+
+@pytest.fixture(params=TASKS)
+def demo(request):
+    demo = get_demo(request.param)
+    yield demo
+    for model in (demo.own.model, demo.pipe.transformer):
+        magcache.remove_magcache(model)
+
+
+@pytest.fixture
+def t2v():
+    demo = get_demo("t2v-tiny")
+    yield demo
+    magcache.remove_magcache(demo.pipe.transformer)
+
+
+def schedules(demo, calls_per_step=2):
+    levels = magcache.noise_levels_of(demo.pipe.scheduler, STEPS)
+    return {
+        "uncached": magcache.Schedule((None,) * calls_per_step * STEPS, calls_per_step),
+        "thresh and K": magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, 0.3, 3, calls_per_step=calls_per_step),
+        "forecasts": magcache.plan_speedup(STEPS, 2.5, calls_per_step=calls_per_step, sigmas=levels),
+    }
+
+
+@pytest.mark.parametrize("kind", ["uncached", "thresh and K", "forecasts"])
+def test_the_latents_of_the_own_pipeline(demo, kind):
+    """Twice, so that the second run starts afresh."""
+    schedule, results = schedules(demo)[kind], []
+    plain = demo.own_latents()
+    caches = [magcache.apply_magcache(model, schedule) for model in (demo.own.model, demo.pipe.transformer)]
+    for _ in range(2):
+        results.append((demo.own_latents(), demo.latents()))
+    for own, theirs in results:
+        torch.testing.assert_close(theirs, own, rtol=0, atol=1e-3)
+        assert ((own - plain).abs().max() > 1e-2) == (kind != "uncached")
+    for cache in caches:
+        assert tuple(skipped for _, skipped, _ in cache.log) == 2 * schedule.reuse
+
+
+@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
+def test_without_guidance(t2v, kind):
+    plain = t2v.latents(guidance_scale=1.0)
+    cache = magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v, 1)[kind])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this run")
+        assert not torch.equal(t2v.latents(guidance_scale=1.0), plain)
+    assert tuple(skipped for _, skipped, _ in cache.log) == schedules(t2v, 1)[kind].reuse
+    magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
+    with pytest.warns(UserWarning, match="plan with calls_per_step=1"):
+        assert torch.equal(t2v.latents(guidance_scale=1.0), plain)
+
+
+@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
+def test_two_pipelines_share_a_transformer(t2v, kind):
+    cache = magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
+    other = diffusers.WanPipeline(**t2v.pipe.components)
+    expected = t2v.latents()
+    assert torch.equal(t2v.latents(other), expected)
+    assert torch.equal(t2v.latents(), expected)
+    assert tuple(skipped for _, skipped, _ in cache.log) == 3 * schedules(t2v)[kind].reuse
+
+
+@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
+def test_pipe_to(t2v, kind):
+    """To bfloat16, with the cache already there or not yet."""
+    results = []
+    for order in ("before", "after"):
+        parts = t2v.pipe.components | {
+            name: copy.deepcopy(t2v.pipe.components[name]) for name in ("transformer", "vae")
+        }
+        pipe = diffusers.WanPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        if order == "before":
+            pipe.to(torch.bfloat16)
+        cache = magcache.apply_magcache(pipe.transformer, schedules(t2v)[kind])
+        pipe.to("cpu", torch.bfloat16)
+        results.append(t2v.latents(pipe))
+        assert tuple(skipped for _, skipped, _ in cache.log) == schedules(t2v)[kind].reuse
+    assert torch.equal(*results)
+    magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
+    exact = t2v.latents()
+    assert 0 < (results[0] - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_two_transformers_in_turn(t2v):
+    """As in Wan2.2: one takes the noisy steps, the other the rest, each by a schedule of its own."""
+    parts = t2v.pipe.components | {"transformer_2": copy.deepcopy(t2v.pipe.transformer)}
+    pipe = diffusers.WanPipeline(**parts, boundary_ratio=0.8)
+    pipe.set_progress_bar_config(disable=True)
+    plain, caches, schedules = t2v.latents(pipe), [], []
+    levels = magcache.noise_levels_of(pipe.scheduler, STEPS)
+    timesteps = [int(1000 * level) for level in levels]
+    for model, noisy in ((pipe.transformer, True), (pipe.transformer_2, False)):
+        part = [level for level, t in zip(levels, timesteps, strict=True) if (t >= 800) == noisy]
+        schedules.append(magcache.plan_speedup(len(part), 1.5, sigmas=part))
+        caches.append(magcache.apply_magcache(model, schedules[-1]))
+    first, second = t2v.latents(pipe), t2v.latents(pipe)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, plain)
+    for cache, schedule in zip(caches, schedules, strict=True):
+        assert any(schedule.reuse)
+        assert tuple(skipped for _, skipped, _ in cache.log) == 2 * schedule.reuse
+
+
+def test_vace(t2v):
+    """A random one: computed calls give what the model itself gives, forecast calls the combination of these."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 64, "freq_dim": 16, "ffn_dim": 32}
+    model = diffusers.WanVACETransformer3DModel(**sizes, num_layers=3, vace_layers=[0, 2]).eval().requires_grad_(False)
+    pipe = diffusers.WanVACEPipeline(None, None, t2v.pipe.vae, WanSteps(), model)
+    pipe.set_progress_bar_config(disable=True)
+    frame = Image.fromarray(to_uint8(first_frame(CAPTION, SEED).permute(1, 2, 0)))
+    control = {"video": [frame] * FRAMES}
+    twin, plain = copy.deepcopy(model), t2v.latents(pipe, **control)
+    schedule, kept = schedules(t2v)["forecasts"], [[], []]
+    cache = magcache.apply_magcache(model, schedule)
+    follow, seen = cache.run, []
+
+    def compared(call, own, forward):
+        (out,) = follow(call, own, forward)
+        branch, weights = kept[call % 2], schedule.weights[call]
+        if weights is None:
+            branch.insert(0, twin(*forward.args[1:], **forward.keywords)[0])
+            assert torch.equal(out, branch[0])
+        else:
+            expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
+            torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+        seen.append(weights is not None)
+        return (out,)
+
+    cache.run = compared
+    assert not torch.equal(t2v.latents(pipe, **control), plain)
+    assert tuple(seen) == schedule.reuse
+    magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS, target="output"))
+    assert torch.equal(t2v.latents(pipe, **control), plain)
+    magcache.apply_magcache(model, schedules(t2v)["thresh and K"])
+    with pytest.raises(RuntimeError, match="use output forecasts"):
+        t2v.latents(pipe, **control)
+
+
+def test_calibration(demo):
+    """The ratios of the two pipelines agree: this repository's does not count padding, and here is none."""
+    lists = []
+    for model, run in ((demo.own.model, demo.own_latents), (demo.pipe.transformer, demo.latents)):
+        calibration = magcache.apply_calibration(model, STEPS)
+        run()
+        lists.append(calibration.lists())
+    for key, values in lists[0].items():
+        assert lists[1][key] == pytest.approx(values, abs=2e-4)
+
+
+def test_the_lines_of_the_readme(t2v, tmp_path):
+    """On the demo model, saved as a pipeline of diffusers, with fewer and smaller steps."""
+    section = (REPO / "README.md").read_text().split("## In diffusers")[1].split("\n## ")[0]
+    (code,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    parts = t2v.pipe.components | {
+        "tokenizer": t2v.own.text_encoder.tokenizer,
+        "text_encoder": t2v.own.text_encoder.model,
+        "scheduler": diffusers.UniPCMultistepScheduler(**t2v.pipe.scheduler.config),
+    }
+    diffusers.WanPipeline(**parts).save_pretrained(tmp_path / "demo")
+    changes = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(tmp_path / "demo"),
+        '"cuda"': '"cpu"',
+        "height=480, width=832": "height=64, width=64, num_frames=5",
+        "50": "8",
+    }
+    for text, other in changes.items():
+        assert text in code
+        code = code.replace(text, other)
+    names = {}
+    exec(code, names)
+    assert names["schedule"].computed == 2 * 3
+    assert names["video"].shape == (5, 64, 64, 3)
