@@ -2,12 +2,7 @@
 
 import importlib
 
-_PIPELINES = {
-    "WanT2V": "wan.text2video",
-    "WanI2V": "wan.image2video",
-    "WanFLF2V": "wan.image2video",
-    "WanVace": "wan.vace",
-}
+_PIPELINES = {"WanT2V": "text2video", "WanI2V": "image2video", "WanFLF2V": "image2video", "WanVace": "vace"}  # modules
 _PACKAGES = ("configs", "modules", "utils")
 
 __all__ = [*_PIPELINES, *_PACKAGES]
@@ -15,7 +10,7 @@ __all__ = [*_PIPELINES, *_PACKAGES]
 
 def __getattr__(name):
     if name in _PIPELINES:
-        return getattr(importlib.import_module(_PIPELINES[name]), name)
+        return getattr(importlib.import_module(f"wan.{_PIPELINES[name]}"), name)
     if name in _PACKAGES:
         return importlib.import_module(f"wan.{name}")
     raise AttributeError(f"module 'wan' has no attribute {name!r}")

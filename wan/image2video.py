@@ -18,13 +18,9 @@ class ImagePipeline(WanPipeline):
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         config = self.config
         # waits on the CPU as the text encoder does
-        self.clip = CLIPModel(
-            dtype=config.clip_dtype if self.device.type == "cuda" else torch.float32,
-            device="cpu",
-            checkpoint_path=os.path.join(checkpoint_dir, config.clip_checkpoint),
-            tokenizer_path=os.path.join(checkpoint_dir, config.clip_tokenizer),
-            num_heads=config.clip_num_heads,
-        )
+        dtype = config.clip_dtype if self.device.type == "cuda" else torch.float32
+        paths = [os.path.join(checkpoint_dir, name) for name in (config.clip_checkpoint, config.clip_tokenizer)]
+        self.clip = CLIPModel(dtype, "cpu", *paths, num_heads=config.clip_num_heads)
 
     def encode_images(self, images: list[torch.Tensor], offload_model: bool) -> torch.Tensor:
         """Images [3, H, W] in [-1, 1] -> features [len(images), tokens, width] on the device."""
@@ -67,11 +63,8 @@ class ImagePipeline(WanPipeline):
             for image in images
         ]
         contexts = self.encode_text(prompt, n_prompt, how.offload_model)
-        given = {
-            "clip_fea": self.encode_images(pixels, how.offload_model),
-            "y": [self.condition(pixels, shape, frame_num)],
-            "seq_len": self.token_count(shape),
-        }
+        given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
+        given["clip_fea"] = self.encode_images(pixels, how.offload_model)
         del pixels  # as large as the photo, on the GPU
         return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how))
 

@@ -66,13 +66,8 @@ class WanPipeline:
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
         # the text encoder waits on the CPU and visits the GPU for every prompt, as the DiT needs the room
-        self.text_encoder = T5EncoderModel(
-            text_len=config.text_len,
-            dtype=config.t5_dtype if cuda else torch.float32,
-            device="cpu",
-            checkpoint_path=os.path.join(checkpoint_dir, config.t5_checkpoint),
-            tokenizer_path=os.path.join(checkpoint_dir, config.t5_tokenizer),
-        )
+        paths = [os.path.join(checkpoint_dir, name) for name in (config.t5_checkpoint, config.t5_tokenizer)]
+        self.text_encoder = T5EncoderModel(config.text_len, config.t5_dtype if cuda else torch.float32, "cpu", *paths)
         if t5_fsdp:
             from wan.distributed.fsdp import shard_text_encoder
 

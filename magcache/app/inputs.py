@@ -28,8 +28,7 @@ def choose_inputs(
         paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
         return words, replace(inputs, **paths)
     if missing and needed and sampling.kind in ("i2v", "flf2v"):
-        flag = f"--{missing[0]}"
-        raise Refused(f"task {sampling.task} needs {flag} (without --prompt and {flag} an example runs)")
+        raise Refused(f"task {sampling.task} needs --{missing[0]} (without it and --prompt an example runs)")
     if prompt is None:
         print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
         prompt = words

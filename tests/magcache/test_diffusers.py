@@ -12,13 +12,13 @@ import time
 import warnings
 from pathlib import Path
 
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 
 import magcache
-
-diffusers = pytest.importorskip("diffusers")
 
 STEPS = 8
 SIZES = {
@@ -387,7 +387,6 @@ def compile_blocks(model, folder):
 
 
 def lora(model, folder):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     model.requires_grad_(False)

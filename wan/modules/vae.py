@@ -19,9 +19,8 @@ def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> Au
 
 
 class WanVAE:
-    """Raises ValueError if the file has other than z_dim latent channels.
-
-    Maps videos to normalised latents and back, 4x in time and 8x in height and width. Runs in `dtype`."""
+    """Maps videos to normalised latents and back, 4x in time and 8x in height and width. Runs in `dtype`. Raises
+    ValueError if the file has other than z_dim latent channels."""
 
     def __init__(
         self,
