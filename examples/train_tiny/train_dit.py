@@ -118,6 +118,7 @@ def make_parser(description: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--peak_lr", type=float)
     parser.add_argument("--ema_decay", type=float, help="of the moving average of the weights")
+    parser.add_argument("--agreement", type=float, default=0.0, help="weight of what caption and none have to agree on")
     parser.add_argument("--seed", type=int)
     parser.set_defaults(**defaults)
     return parser
@@ -135,6 +136,10 @@ def fit(
 ) -> None:
     """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
     beside it the state that a training goes on from after an interruption.
+
+    With `args.agreement`, the velocities with the caption and without are drawn towards each other, by the
+    signal-to-noise ratio, at most 1: where the noisy video shows what the caption says, it adds nothing, and guidance
+    would only multiply what the two get wrong.
 
     args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
     velocities.
@@ -156,17 +161,25 @@ def fit(
         generator.set_state(state["generator"])
         rng.setstate(state["rng"])
     for step in range(first, args.steps):
-        index = [rng.randrange(len(latents)) for _ in range(BATCH)]
-        texts = ["" if rng.random() < CAPTION_DROPOUT else captions[i] for i in index]
-        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
-        sigma = torch.sigmoid(LOGIT_STD * torch.randn(BATCH, generator=generator))
+        index = [rng.randrange(len(latents)) for _ in range(BATCH // 2 if args.agreement else BATCH)]
+        texts = ["" if rng.random() < CAPTION_DROPOUT and not args.agreement else captions[i] for i in index]
+        noise = torch.randn(len(index), *latents.shape[1:], generator=generator)
+        sigma = torch.sigmoid(LOGIT_STD * torch.randn(len(index), generator=generator))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+        if args.agreement:  # everything twice, with the caption and without
+            index, texts = index * 2, texts + [""] * len(texts)
+            noise, sigma = torch.cat([noise, noise]), torch.cat([sigma, sigma])
+        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
         clean, s = latents[index], sigma[:, None, None, None, None]
         features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
         context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
         velocity = torch.stack(predict(index, list((1 - s) * clean + s * noise), 1000 * sigma, context))
         loss = (velocity - (noise - clean)).square().mean()
+        losses.append(loss.item())
+        if args.agreement:
+            cond, uncond = velocity.chunk(2)
+            clear = ((1 - s) / s).square().clamp(max=1)[: len(cond)]
+            loss = loss + args.agreement * (clear * (cond - uncond).square()).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step(args.peak_lr * min((step + 1) / WARMUP, 1 - step / args.steps, 1))
@@ -174,7 +187,6 @@ def fit(
             decay = min(args.ema_decay, step / (step + 10))
             for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
-        losses.append(loss.item())
         if (step + 1) % 50 == 0:
             recent = sum(losses[-50:]) / 50
             print(f"{step + 1}/{args.steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
