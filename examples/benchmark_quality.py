@@ -65,7 +65,7 @@ class Result:
 
 def unseen_pairs(count: int) -> list[Pair]:
     """Random captions, none of which was calibrated, checked or tuned on, with seeds of their own."""
-    # the second half of the check came later and shares no caption with these
+    # the second half of the check came later; it shares no caption with the first 24 of these
     seen = {str(caption) for caption, _ in [*check_pairs()[:24], *peers.own_pairs(6, 9000), *peers.own_pairs(6, 9100)]}
     for file in (HERE / "train_tiny" / "calibration_prompts.txt", DEVELOPMENT_PROMPTS):
         seen |= set(file.read_text(encoding="utf-8").splitlines())

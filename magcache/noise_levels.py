@@ -21,12 +21,12 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be a positive number, got {shift}")
     linear = (SOLVERS[solver] * (1 - step / steps) for step in range(steps))
-    return tuple(shift * x / (1 + (shift - 1) * x) for x in linear)
+    return checked_levels([shift * x / (1 + (shift - 1) * x) for x in linear], steps)
 
 
 def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
-    """The sigmas; raises ValueError unless they are one a step, falling, in (0, 1]."""
-    levels = tuple(map(float, sigmas))
+    """The sigmas; raises ValueError unless they are one a step, falling, in (0, 1], to rounding."""
+    levels = tuple(min(float(sigma), 1.0) if sigma < 1 + 1e-6 else float(sigma) for sigma in sigmas)
     falling = all(a > b for a, b in pairwise((math.nextafter(1, 2), *levels, 0.0)))
     if len(levels) != steps or not falling:
         got = f"{len(levels)}, the largest {max(levels, default=math.nan):.4g}"

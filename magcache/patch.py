@@ -222,15 +222,22 @@ def shadowed(obj: object, attributes: dict) -> Iterator[None]:
 def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManager:
     """Lets `step(blocks, x, *args, **kwargs)`, which maps the embedded tokens x [B, L, C] to what the head gets, stand
     in for the transformer's loop over its blocks; args and kwargs are the blocks' own. A loop that does more than hand
-    every block what the one before returned, and all the same arguments, raises RuntimeError."""
+    every block what the one before returned, untouched, and all the same arguments, raises RuntimeError."""
     blocks, expected = dit.blocks, []
 
-    def first(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        expected[:] = step(blocks, x, *args, **kwargs), *args, *kwargs.values()
-        return expected[0]
+    def version(x: torch.Tensor) -> int | None:  # None: an inference tensor does not count its changes
+        return None if x.is_inference() else x._version
 
-    def other(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if [*map(id, expected)] != [*map(id, (x, *args, *kwargs.values()))]:
+    def first(x: torch.Tensor | None = None, /, *args, **kwargs) -> torch.Tensor:
+        if x is None:
+            raise RuntimeError(f"{type(dit).__name__} hands its blocks no tokens by position: {FORECAST_INSTEAD}")
+        out = step(blocks, x, *args, **kwargs)
+        expected[:] = version(out), out, *args, *kwargs.values()
+        return out
+
+    def other(x: torch.Tensor, /, *args, **kwargs) -> torch.Tensor:
+        then, *objects = expected
+        if then != version(x) or [*map(id, objects)] != [*map(id, (x, *args, *kwargs.values()))]:
             raise RuntimeError(f"{type(dit).__name__} does not only chain its blocks: {FORECAST_INSTEAD}")
         return x
 
@@ -247,9 +254,9 @@ class Attachment:
 
     def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
-        rounding = timestep * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        # waits for the device, so the clock below is right
-        call = self.counter.next(float(timestep), max(1.0, float(rounding)))
+        value = float(timestep)  # waits for the device, so the clock below is right
+        rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        call = self.counter.next(value, max(rounding, 1.0 if value.is_integer() else 0.0))
         forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
         if call == 0:
             self.runner.reset()
@@ -258,7 +265,7 @@ class Attachment:
                 self.runner.reset()
                 warnings.warn(
                     f"this run does not make {self.runner.calls_per_step} transformer calls a step, as planned, and is "
-                    f"computed in full from here: plan with calls_per_step={3 - self.runner.calls_per_step}",
+                    "computed in full from here; calls_per_step of a plan is 2 with guidance, 1 without",
                     stacklevel=3,
                 )
             return forward()
@@ -304,7 +311,8 @@ def apply_magcache(
     `timestep` or as second argument.
     dtype, device: of what is cached, see `Cache`, which is returned and holds the times of the calls.
 
-    Applying again replaces the schedule and starts afresh. Raises TypeError if the model has no `blocks` and the target
+    Applying again replaces the schedule and starts afresh; do so after a run that was stopped in its first step from
+    outside the model, which no later call can tell. Raises TypeError if the model has no `blocks` and the target
     is "residual", RuntimeError if its class was changed since the last time (see `remove_magcache`). The first call
     raises RuntimeError if the target is "residual" and the model does not simply hand x [B, L, C] from block to block.
     """

@@ -21,8 +21,7 @@ class WanVace(WanPipeline):
         image_size: tuple[int, int],
         device: torch.device | str,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor] | None]]:
-        """`wan.utils.vace_source.prepare_source` for every entry of the lists of paths. Returns videos, masks and
-        references."""
+        """`wan.utils.vace_source.prepare_source` of every entry of the lists: videos, masks and references."""
         sources = [
             prepare_source(video, mask, refs, num_frames, image_size, device)
             for video, mask, refs in zip(src_video, src_mask, src_ref_images, strict=True)

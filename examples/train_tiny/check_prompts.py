@@ -63,6 +63,9 @@ def overlap(shape: str, mask: np.ndarray) -> float:
     axis, shares = torch.arange(SIZE) + 0.5, []
     for frame in torch.from_numpy(mask):
         area = frame.sum()
+        if area == 0:
+            shares.append(0.0)
+            continue
         cx, cy = (frame.sum(0) * axis).sum() / area, (frame.sum(1) * axis).sum() / area
         radius = (area / unit_area(shape)).sqrt()
         cy = cy - (0.18 * radius if shape == "triangle" else 0)  # its centre of mass lies below what it is drawn about

@@ -69,8 +69,9 @@ def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d)))[:, :16]
 
 
-def make_latents(vae: AutoencoderKLWan, clips: int, generator: torch.Generator, rng: random.Random):
+def make_latents(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[list[str], torch.Tensor]:
     """Draws and encodes that many clips. Returns their captions and latent means."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     captions = [rng.choice(TRAINABLE) for _ in range(clips)]
     vae.encoder.compile()
     batches = tqdm(range(0, clips, BATCH), desc="encode clips", mininterval=30)
@@ -98,11 +99,22 @@ def save(content, path: Path) -> None:
         torch.save(content, part)
 
 
-def made_once(path: Path, make: Callable[[], Any]) -> Any:
-    """What the file holds, made and written first if there is none."""
+def made_once(path: Path, of: list, make: Callable[[], Any]) -> Any:
+    """What the file holds, made and written first if there is none. of: what decides on it."""
     if not path.exists():
-        save(make(), path)
-    return torch.load(path)
+        save((of, make()), path)
+    made_of, content = torch.load(path)
+    check_origin(path, made_of, of)
+    return content
+
+
+def check_origin(path: Path, made_of: list, of: list) -> None:
+    if made_of != of:
+        raise SystemExit(f"{path} is of {made_of}, not of {of}: remove it, or take another --out")
+
+
+def checksum(module: torch.nn.Module) -> float:
+    return sum(p.double().abs().sum().item() for p in module.parameters())
 
 
 def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,8 +142,6 @@ def fit(
     captions: list[str],
     latents: torch.Tensor,
     args: argparse.Namespace,
-    generator: torch.Generator,
-    rng: random.Random,
     out: Path,
 ) -> None:
     """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
@@ -151,10 +161,14 @@ def fit(
     others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
     optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
     tokenizer, text_encoder = make_tokenizer(), trained["text_encoder"]
+    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     start, losses, first, state_file = time.time(), [], 0, out.with_suffix(".state")
+    of = [str(vars(args)), checksum(trained)]
     if state_file.exists():  # of a training that was interrupted
         state = torch.load(state_file, weights_only=False)
+        check_origin(state_file, state["of"], of)
         first = state["step"]
+        print(f"goes on from step {first} of {state_file}")
         trained.load_state_dict(state["trained"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -194,6 +208,7 @@ def fit(
             assert math.isfinite(losses[-1]), "the training diverged"
             save(average.state_dict(), out)
             state = {
+                "of": of,
                 "step": step + 1,
                 "trained": trained.state_dict(),
                 "average": average.state_dict(),
@@ -202,6 +217,7 @@ def fit(
                 "rng": rng.getstate(),
             }
             save(state, state_file)
+    state_file.unlink()
 
 
 def main():
@@ -211,7 +227,6 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     torch.set_flush_denormal(True)
     WanResample.forward = whole_clip_resample
     if args.resume:
@@ -223,7 +238,8 @@ def main():
         vae = AutoencoderKLWan(base_dim=BASE_DIM)
         vae.load_state_dict(torch.load(args.out / "vae_training.pt", weights_only=True))
         dit, text_encoder = make_dit(), make_text_encoder(len(make_tokenizer()))
-    captions, latents = made_once(args.out / "latents.pt", lambda: make_latents(vae, args.clips, generator, rng))
+    of = [args.clips, args.seed, checksum(vae)]
+    captions, latents = made_once(args.out / "latents.pt", of, lambda: make_latents(vae, args.clips, args.seed))
     if args.resume:
         mean, std = latent_statistics(vae)
         latents = (latents - mean) / std
@@ -235,7 +251,7 @@ def main():
     def predict(index, noisy, timesteps, context):
         return dit(noisy, timesteps, context, tokens)
 
-    fit(trained, predict, captions, latents, args, generator, rng, args.out / "dit.pt")
+    fit(trained, predict, captions, latents, args, args.out / "dit.pt")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from examples.train_tiny.shapes import TRAINABLE, render
 from examples.train_tiny.train_dit import (
     BATCH,
     TEXT_LEN,
+    checksum,
     encode,
     fit,
     latent_statistics,
@@ -73,9 +74,10 @@ def continued(t2v: WanModel) -> WanModel:
 
 
 @torch.no_grad()
-def make_clips(vae: AutoencoderKLWan, count: int, generator: torch.Generator, rng: random.Random) -> tuple:
+def make_clips(vae: AutoencoderKLWan, count: int, seed: int) -> tuple:
     """Draws and encodes clips. Returns their captions, normalised latents, the transformer's `y` of their first frames,
     and these frames as the image encoder sees them."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     captions = [rng.choice(TRAINABLE) for _ in range(count)]
     vae.encoder.compile()
     mean, std = latent_statistics(vae)
@@ -96,12 +98,12 @@ def main():
     args = make_parser(__doc__, clips=2048, steps=2000, peak_lr=1e-3, ema_decay=0.995, seed=1).parse_args()
 
     torch.manual_seed(args.seed)
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     torch.set_flush_denormal(True)
     WanResample.forward = whole_clip_resample
     vae = AutoencoderKLWan(base_dim=BASE_DIM)
     vae.load_state_dict(torch.load(args.out / "vae.pt", weights_only=True))
-    made = made_once(args.out / "i2v_latents.pt", lambda: make_clips(vae, args.clips, generator, rng))
+    of = [args.clips, args.seed, checksum(vae)]
+    made = made_once(args.out / "i2v_latents.pt", of, lambda: make_clips(vae, args.clips, args.seed))
     captions, latents, conditions, pixels = made
 
     t2v = torch.nn.ModuleDict({"text_encoder": make_text_encoder(len(make_tokenizer())), "dit": make_dit()})
@@ -113,7 +115,7 @@ def main():
         features = image_encoder(pixels[index]).last_hidden_state
         return dit(noisy, timesteps, context, tokens, clip_fea=features, y=list(conditions[index]))
 
-    fit(trained, predict, captions, latents, args, generator, rng, args.out / "i2v.pt")
+    fit(trained, predict, captions, latents, args, args.out / "i2v.pt")
 
 
 if __name__ == "__main__":

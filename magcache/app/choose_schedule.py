@@ -9,7 +9,7 @@ from pathlib import Path
 import magcache
 from magcache import RatioTable, Schedule
 from magcache.app import plan
-from magcache.app.errors import Refused
+from magcache.app.errors import Refused, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
 
 HOW_TO_CALIBRATE = (
@@ -73,7 +73,8 @@ def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioT
     if cache is None:
         return all_computed(steps)
     if cache.speedup is not None:
-        return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver)
+        with refusing(ValueError):
+            return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver)
     return magcache.plan(table.ratios, steps, **asdict(cache.rule))
 
 

@@ -138,7 +138,6 @@ def make_page(
         tiles=tiles(schedule, scores, *seconds),
         media="".join(media),
         hidden=" hidden" if count == 1 else "",
-        difference=list(parts)[-1],
         link=quote(os.fsencode(both)),
         name=escape(both),
         curves=curves(job, scores),

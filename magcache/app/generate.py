@@ -154,7 +154,7 @@ class Making:
                 save_calibration(self.job, self.runs, requests[: len(self.runs)])
 
     def make_one(self, request: Request) -> None:
-        run = functools.partial(self.run, request, self.job.schedule, self.cache)
+        run = functools.partial(self.run, request, self.job.schedule, self.cache or self.calibration)
         made, fault = tried(self.job.goes_on, run, self.own)
         if fault:
             self.failures.append(("videos", f"{request.path}: {fault}"))
@@ -170,9 +170,12 @@ class Making:
         if self.job.output.compare:
             self.compare(request, frames, watch, record)
 
-    def run(self, request: Request, schedule: magcache.Schedule, cache: patch.Cache | None = None) -> tuple[Any, Watch]:
-        """The video, and what was watched. cache: on the model; None if there is none."""
-        sampling = self.job.sampling
+    def run(self, request: Request, schedule: magcache.Schedule, runner: patch.Runner | None) -> tuple[Any, Watch]:
+        """The video, and what was watched. runner: of the model's calls; it starts afresh, whatever was before."""
+        sampling, cache = self.job.sampling, runner if runner is self.cache else None
+        magcache.remove_magcache(self.pipeline.model)
+        if runner:
+            patch.attach(self.pipeline.model, runner)
         shape = {"size": sampling.pixels}
         if sampling.kind in ("i2v", "flf2v"):
             shape = {"max_area": math.prod(sampling.pixels)}
@@ -190,13 +193,6 @@ class Making:
                 offload_model=self.job.machine.offload_model,
             )
         return video, watch
-
-    def run_uncached(self, request: Request) -> tuple[Any, Watch]:
-        magcache.remove_magcache(self.pipeline.model)
-        try:
-            return self.run(request, all_computed(self.job.schedule.steps))
-        finally:
-            patch.attach(self.pipeline.model, self.cache)  # for the next video
 
     def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
         """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""
@@ -216,7 +212,9 @@ class Making:
         print("now the same without the cache, to compare", flush=True)
         goes_on, fps, scores = self.job.goes_on, self.pipeline.config.sample_fps, None
         try:
-            plain, fault = tried(goes_on, functools.partial(self.run_uncached, request), self.own)
+            plain, fault = tried(
+                goes_on, functools.partial(self.run, request, all_computed(self.job.schedule.steps), None), self.own
+            )
             if not fault and frames is not None:
                 write = functools.partial(compare_results, self.job, request, fps, (frames, watch), plain)
                 scores, fault = tried(goes_on, write)

@@ -43,6 +43,9 @@ class Watch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
         return passed
 
+    def after_text(self, *_) -> None:
+        self.lap("text")
+
     def before_call(self, *_) -> None:
         self.lap("sampler" if self.calls else "inputs")
 
@@ -129,7 +132,7 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):
-            stack.enter_context(shadowed(encoder, {"forward": watch.timed(encoder.forward, after="text")}))
+            stack.callback(encoder.register_forward_hook(watch.after_text).remove)
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
             timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.timed(vae.decode, "sampler")}
             stack.enter_context(shadowed(vae, timed))

@@ -12,8 +12,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Line:
-    """What one line asks for. number: of the prompt in its file, from 1. image, save_file: paths as on the command
-    line."""
+    """What one line asks for. number: of the prompt in its file, from 1. image, save_file: as on the command line."""
 
     number: int
     prompt: str

@@ -188,8 +188,17 @@ def describe_schedule(schedule: magcache.Schedule) -> dict:
     }
 
 
+def layout(value, indent: int = 0) -> str:
+    """JSON with a line for every key and lists on one line, as far as they hold no objects."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    pad = " " * (indent + 1)
+    entries = (f"{pad}{json.dumps(str(key))}: {layout(entry, indent + 1)}" for key, entry in value.items())
+    return "{\n" + ",\n".join(entries) + "\n" + " " * indent + "}"
+
+
 def write_record(path: Path, record: dict) -> None:
     """Whole or not at all. Bytes of an argument that are no text become JSON escapes."""
     with written_whole(path) as part:
-        text = json.dumps({"made_by": MADE_BY} | record, indent=1, ensure_ascii=False, default=str) + "\n"
+        text = layout({"made_by": MADE_BY} | record) + "\n"
         part.write_text(text, encoding="utf-8", errors="backslashreplace")

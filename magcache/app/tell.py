@@ -8,8 +8,7 @@ from magcache.app.job import Job, Request
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
-    """Says before the models are loaded what is going to happen. shape: (frames, height, width). groups: of processes
-    that share the requests."""
+    """Says what is going to happen. shape: (frames, height, width). groups: of processes that share the requests."""
     schedule, calls = job.schedule, len(job.schedule.weights)
     if not job.prompt_file:
         print(f"prompt    {requests[0].prompt}")

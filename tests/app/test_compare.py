@@ -25,7 +25,7 @@ import torch
 import magcache
 import magcache_generate
 import wan
-from magcache.app import compare, progress, record
+from magcache.app import compare, plot, progress, record
 from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
@@ -204,6 +204,18 @@ def test_page_stands_alone(compared):
     assert page.count("data:image/svg+xml") == 2
 
 
+def test_the_drawings():
+    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_K", "4")
+    job = make_job(make_parser(SCRIPT).parse_args(flags))
+    (skips,) = plot.plan_figure(job, None).axes[-1].images
+    assert np.array_equal(skips.get_array(), np.array(job.schedule.reuse).reshape(-1, 2).T)
+    assert skips.get_clim()[0] < 0 < 1 < skips.get_clim()[1]  # reused ones, 1, are the light end of Blues_r
+    figure = plot.score_figure({"PSNR": [30.0, None, 40.0], "SSIM": [0.5, 1.0, 0.75]})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["PSNR", "SSIM"]
+    assert np.array_equal(figure.axes[0].lines[0].get_ydata(), [30.0, np.nan, 40.0], equal_nan=True)
+    assert list(figure.axes[1].lines[0].get_ydata()) == [0.5, 1.0, 0.75]
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_page_in_a_browser(compared, tmp_path):
     """The slider takes all videos to its frame. Playing them is no test: how far they get is chance."""
@@ -216,6 +228,9 @@ def test_page_in_a_browser(compared, tmp_path):
     url = (tmp_path / "page.html").as_uri()
     result = subprocess.run([CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
     assert "frame 9 of 17" in result.stdout
+    left, right = map(float, re.search(r'data-left="([\d.]+)" data-right="([\d.]+)"', page).groups())
+    shown = float(re.search(r'class="playhead"[^>]*style="left: ([\d.]+)%', result.stdout)[1])
+    assert shown == pytest.approx(100 * (left + (right - left) * 9 / 16), abs=0.1)
     assert result.stdout.count('data-at="9"') == 3
 
 

@@ -1,5 +1,6 @@
 """The tools around the demo model: its data, its checker, and the VAE training's short cut."""
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
@@ -47,6 +48,9 @@ def test_the_checker_finds_faults():
     dented[:, :, :, columns[-2] :] = outside[:, None, None, None]
     assert overlap("square", find_shape(dented[:, 8:9])[0]) < overlap("square", mask[8:9])
     assert overlap("circle", mask) < 0.9
+    mask[8] = False
+    assert not is_whole(mask)
+    assert overlap("square", mask) == pytest.approx(16 / 17, abs=0.02)
 
 
 def test_the_check_is_fair():

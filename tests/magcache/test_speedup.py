@@ -11,7 +11,7 @@ import magcache
 from magcache.noise_levels import log_snr
 from magcache.speedup import DECAY, FLOOR, choose_steps, forecast_weights
 
-RUNS = {"steps": st.integers(1, 60), "shift": st.floats(0.5, 20), "solver": st.sampled_from(["unipc", "dpm++"])}
+RUNS = {"steps": st.integers(1, 60), "shift": st.floats(0.01, 20), "solver": st.sampled_from(["unipc", "dpm++"])}
 
 
 def spread_error(chosen, sigmas):

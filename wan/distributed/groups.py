@@ -37,14 +37,11 @@ def current_groups() -> Groups:
 
 def start_groups(ulysses_size: int = 1, ring_size: int = 1, fsdp: bool = False) -> Groups:
     """Divides the world into groups of ulysses_size * ring_size neighbouring ranks that share every token sequence.
-
     fsdp: the transformer or the text encoder will be sharded over the group. Without sequences to share, all ranks then
-    form one group in which each computes the same.
-
-    To be called by all ranks after `torch.distributed.init_process_group`, once; without it there is one group of one.
-    Raises ValueError if the world is no multiple of the product, or an attention backend cannot do it; ImportError if
-    torch or diffusers are too old.
-    """
+    form one group in which each computes the same. To be called by all ranks after
+    `torch.distributed.init_process_group`, once; without it there is one group of one. Raises ValueError if the world
+    is no multiple of the product, or an attention backend cannot do it; ImportError if torch or diffusers are too
+    old."""
     global _groups
     shared = ulysses_size * ring_size
     world = dist.get_world_size() if dist.is_initialized() else 1

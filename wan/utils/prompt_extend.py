@@ -106,12 +106,10 @@ class _PromptExpander(abc.ABC):
         image: Picture | list[Picture] | None = None,
         seed: int = -1,
     ) -> PromptOutput:
-        """Extends a prompt; whatever goes wrong, it returns the original one and says why.
-
-        system_prompt: instructions for the model (default: ours, in tar_lang "zh" or "en"). image: one, or the first
-        and the last frame; a model that sees no pictures extends the text alone and the message says so.
-        seed: of the model's choices; negative: a random one.
-        """
+        """Extends a prompt; whatever goes wrong, it returns the original one and says why. system_prompt: instructions
+        for the model (default: ours, in tar_lang "zh" or "en"). image: one, or the first and the last frame; a model
+        that sees no pictures extends the text alone and the message says so. seed: of the model's choices; negative: a
+        random one."""
         seed = seed if seed >= 0 else secrets.randbelow(2**31)  # leaves the state of `random` alone
         images = image if isinstance(image, list | tuple) else [] if image is None else [image]
         message = ""

@@ -10,11 +10,10 @@ from magcache.app.media import to_uint8, write_image, write_video
 
 def str2bool(value: str | bool) -> bool:
     """yes/true/t/y/1 or no/false/f/n/0 in any case; else argparse.ArgumentTypeError."""
-    if isinstance(value, bool):
-        return value
-    if value.lower() in ("yes", "true", "t", "y", "1"):
+    text = str(value).lower()
+    if text in ("yes", "true", "t", "y", "1"):
         return True
-    if value.lower() in ("no", "false", "f", "n", "0"):
+    if text in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {value!r}")
 

@@ -119,18 +119,13 @@ def prepare_source(
     size: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
-    """Reads what a VACE run starts from; needs no model.
-
-    video: path of the video to edit; None to generate frame_num (4 n + 1) frames of `size` (width, height). With a
-    video, `size` gives the largest area only and frame_num is not used: see `plan_video`.
-    mask: path of a video of the same size and length, white where to generate; None for everywhere.
-    refs: paths of reference images.
-
-    Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1 or 3, F, H, W] in [0, 1] (1 where to
-    generate), and one float32 [3, 1, H, W] in [-1, 1] per reference, None if there are none, all on the device.
-    Raises ValueError for a file that cannot be read, a mask without a video or that does not fit it, a size that is
-    no multiple of 16, a wrong frame_num.
-    """
+    """Reads what a VACE run starts from; needs no model. video: path of the video to edit; None to generate frame_num
+    (4 n + 1) frames of `size` (width, height). With a video, `size` gives the largest area only and frame_num is not
+    used: see `plan_video`. mask: path of a video of the same size and length, white where to generate; None for
+    everywhere. refs: paths of reference images. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
+    or 3, F, H, W] in [0, 1] (1 where to generate), and one float32 [3, 1, H, W] in [-1, 1] per reference, None if there
+    are none, all on the device. Raises ValueError for a file that cannot be read, a mask without a video or that does
+    not fit it, a size that is no multiple of 16, a wrong frame_num."""
     width, height = size
     if min(size) < TOKEN_PIXELS or width % TOKEN_PIXELS or height % TOKEN_PIXELS:
         raise ValueError(f"width and height must be multiples of {TOKEN_PIXELS}, got {width}*{height}")
