@@ -44,10 +44,10 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--size", default="1280*720", choices=SIZES, help="width*height; the area where an input file has the shape")
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
-    add("--prompt_file", metavar="FILE", help="a video of every line, a prompt or JSON (see README)")
+    add("--prompt_file", metavar="FILE", help="a video of every line: a prompt, or JSON (README: Many prompts)")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
-    add("--base_seed", type=int, default=-1, help="of the noise; negative (default): random, 0 in a prompt file")
-    add("--save_file", help="of the result; with --prompt_file the folder (default: a name made of the settings)")
+    add("--base_seed", type=int, default=-1, help="of the noise; negative (default): random, with a prompt file 0")
+    add("--save_file", help="file of the result (with --prompt_file: folder; default: a name of settings or file)")
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -75,7 +75,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
     methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
     add("--prompt_extend_method", default="local_qwen", choices=("dashscope", "local_qwen"), help=methods)
-    add("--prompt_extend_model", help="folder or cached hub name of a Qwen2.5 (VL) model; or one of the service")
+    add("--prompt_extend_model", help="folder or cached hub name of a Qwen2.5 (VL) model; or the service's")
     add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"), help="language of the prompt (default: zh)")
 
     add = parser.add_argument_group("MagCache").add_argument
@@ -83,7 +83,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     thresh = "bound on the error of reused steps in a row (default: 0.12)"
     add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
     add("--magcache_K", type=int, default=2, action=Explicit, help="most reused steps in a row (default: 2)")
-    retention = "share of the steps, from the start, in full (default: 0.2)"
+    retention = "share of the steps, from the start, that always compute (default: 0.2)"
     add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
     speedup = "compute the steps that this speed-up leaves, spread by their noise levels, and forecast the output of "
     speedup += "the others; in place of thresh, K and retention, needs no ratio table"

@@ -89,11 +89,11 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
     if sampling.kind in ("i2v", "flf2v"):
         path = getattr(inputs, sampling.input_flags[0])
         if path and Path(path).is_file():
-            from magcache.app.media import read_image
-
             try:
+                from magcache.app.media import read_image
+
                 frames, height, width = video_shape(sampling, [read_image(path)])
-            except ValueError as fault:
+            except (ImportError, ValueError) as fault:
                 print(f"note: {fault}; here its shape is that of --size")
         else:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
