@@ -2,6 +2,7 @@
 
 python -m examples.peers [--task i2v-tiny] [--only NAME ...]  PSNR and computed calls at the settings in SETTINGS
 python -m examples.peers --tune [--budgets 26 20]             looks for such settings, minutes per peer
+python -m examples.peers --tune --refit                       the same, but only for new thresholds
 python -m examples.peers --fit                                fits the polynomial of the TeaCache rule
 
 Without a cache: fewer sampler steps. Written here after their papers: the TeaCache rule (arXiv 2411.19108), the
@@ -692,9 +693,9 @@ class Tuner:
         threshold = min(known, key=lambda t: abs(known[t] - budget))
         return variant | {"threshold": threshold}, known[threshold]
 
-    def tune(self, budget: int) -> Setting:
+    def tune(self, budget: int, variants: list[Setting]) -> Setting:
         """Of the variants that come within one call of the budget (or nearest), that of the best mean PSNR."""
-        found = [self.nearest(variant, budget) for variant in self.peer.variants(budget)]
+        found = [self.nearest(variant, budget) for variant in variants]
         least = max(1.0, min(abs(calls - budget) for _, calls in found))
         best = (-math.inf, {})
         for setting, calls in found:
@@ -713,6 +714,7 @@ def main():
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--refit", action="store_true", help="with --tune: all but the threshold as in SETTINGS")
     parser.add_argument("--fit", action="store_true")
     args = parser.parse_args()
     pipeline = load_demo(args.task)
@@ -726,7 +728,11 @@ def main():
         tuner = Tuner(peer, pipeline, pairs, references)
         for budget in args.budgets:
             if args.tune:
-                print(f"{name!r}, {budget}: {tuner.tune(budget)}", flush=True)
+                variants = peer.variants(budget)
+                if args.refit:
+                    known = peer.setting_for(args.task, budget)
+                    variants = [{key: value for key, value in known.items() if key != "threshold"}]
+                print(f"{name!r}, {budget}: {tuner.tune(budget, variants)}", flush=True)
                 continue
             psnrs, computed = score(peer, pipeline, peer.setting_for(args.task, budget), pairs, references)
             print(
