@@ -3,8 +3,8 @@
 python -m examples.benchmark_quality [--only methods|settings|choices] [--picture examples/quality.png]
 
 Truth: the uncached video of the same prompt, seed, steps and shift. PSNR and SSIM of its frames: mean and standard
-error over pairs of prompt and seed that nothing was calibrated or tuned on; scatter: standard deviation. Time: the uncached run's over the method's,
-decoding included, median over pairs; every worker has one thread.
+error over pairs of prompt and seed that nothing was calibrated or tuned on; scatter: their standard deviation. Time:
+the uncached run's over the method's, decoding included, median over pairs; every worker has one thread.
 
 methods: 50 steps, shift 5, at several numbers of computed calls: both rules of this package, fewer sampler steps
 without a cache, and the methods of `examples.peers`.
@@ -199,9 +199,8 @@ def ahead(results: dict, key: tuple, other: tuple) -> str:
 
 def print_methods(task: str, results: dict) -> None:
     for budget in BUDGETS:
-        print(
-            f"\n| {task}, {budget} of {2 * STEPS} calls | calls | PSNR, dB | scatter | SSIM | time | {OURS} minus this |"
-        )
+        head = f"{task}, {budget} of {2 * STEPS} calls"
+        print(f"\n| {head} | calls | PSNR, dB | scatter | SSIM | time | {OURS} minus this, dB |")
         print("|---|---|---|---|---|---|---|")
         for name in dict.fromkeys(name for name, _ in results):
             values = results[name, budget]
