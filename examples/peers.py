@@ -516,10 +516,10 @@ def all_peers() -> dict[str, Peer]:
     return {peer.name: peer for peer in peers}
 
 
-# By computed calls of 100, found by --tune with the weights before the last training. Those of t2v-tiny at 46, 38, 32:
-# TaylorSeer and SeaCache on six pairs, SeaCache with at most one step computed at the end, the others on two. All others
-# on three pairs, over all variants except, on i2v-tiny, SeaCache at 26 and 20 (only `last` 1) and TaylorSeer at 32 (not
-# all of intervals 5 and 6).
+# By computed calls of 100, found by --tune with the weights before the last training. Those of t2v-tiny at 46, 38 and
+# 32: TaylorSeer and SeaCache on six pairs, SeaCache with at most one step computed at the end, the others on two. All
+# others on three pairs, over all variants except, on i2v-tiny, SeaCache at 26 and 20 (only `last` 1) and TaylorSeer at
+# 32 (not all of intervals 5 and 6).
 SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
     "t2v-tiny": {
         "fewer steps": {budget: {"steps": budget // 2} for budget in BUDGETS},
