@@ -147,7 +147,7 @@ def test_without_guidance(t2v, kind):
         assert not torch.equal(t2v.latents(guidance_scale=1.0), plain)
     assert tuple(skipped for _, skipped, _ in cache.log) == schedules(t2v, 1)[kind].reuse
     magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
-    with pytest.warns(UserWarning, match="plan with calls_per_step=1"):
+    with pytest.warns(UserWarning, match="calls_per_step of a plan is 2 with guidance, 1 without"):
         assert torch.equal(t2v.latents(guidance_scale=1.0), plain)
 
 
