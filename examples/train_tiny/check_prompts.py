@@ -19,7 +19,9 @@ from scipy import ndimage
 import magcache
 import wan
 from examples.train_tiny.shapes import (
+    AREAS,
     BACKGROUNDS,
+    CENTROIDS,
     COLORS,
     DIRECTIONS,
     FRAMES,
@@ -39,7 +41,7 @@ DEMOS = {  # task -> pipeline, checkpoint folder
     "t2v-tiny": ("WanT2V", HERE.parent / "Wan2.1-T2V-tiny"),
     "i2v-tiny": ("WanI2V", HERE.parent / "Wan2.1-I2V-tiny"),
 }
-DRAWN = 24
+DRAWN = 24  # videos in the picture
 SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4": (0.12, 4)}
 
 
@@ -68,16 +70,10 @@ def overlap(shape: str, mask: np.ndarray) -> float:
             shares.append(0.0)
             continue
         cx, cy = (frame.sum(0) * axis).sum() / area, (frame.sum(1) * axis).sum() / area
-        radius = (area / unit_area(shape)).sqrt()
-        cy = cy - (0.18 * radius if shape == "triangle" else 0)  # its centre of mass lies below what it is drawn about
-        ideal = signed_distance(shape, axis[None] - cx, axis[:, None] - cy, radius) < 0
+        radius = (area / AREAS[shape]).sqrt()
+        ideal = signed_distance(shape, axis[None] - cx, axis[:, None] - cy + CENTROIDS[shape] * radius, radius) < 0
         shares.append(((ideal & frame).sum() / (ideal | frame).sum()).item())
     return statistics.fmean(shares)
-
-
-def unit_area(shape: str) -> float:
-    """Of a shape of `signed_distance` with radius 1."""
-    return {"circle": math.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.72**2}[shape]
 
 
 def is_whole(mask: np.ndarray) -> bool:

@@ -5,6 +5,7 @@ caption combinations are trainable, the others never reach training (`HELD_OUT`)
 """
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -58,6 +59,11 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.
         side = 3**0.5 / 2 * x.abs() - 0.5 * y
         return torch.maximum(side, y) - r
     raise ValueError(f"unknown shape {shape!r}")
+
+
+# of a shape of `signed_distance` with radius 1: its area, and how far below the centre its centre of mass lies
+AREAS = {"circle": math.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.72**2}
+CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 0.18}
 
 
 def render(captions: list[Caption], generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:

@@ -83,7 +83,7 @@ def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
     """Gives every latent channel the mean and standard deviation that Wan's pipelines expect, inside the VAE's own
     1x1x1 convolutions, so that the fixed constants of Wan fit this VAE. Returns the normalised latents."""
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    wanted_mean, wanted_std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    wanted_mean, wanted_std = (values.flatten() for values in latent_statistics(vae))
     gain = wanted_std / std
     quant, post = vae.quant_conv, vae.post_quant_conv
     with torch.no_grad():

@@ -96,18 +96,17 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
 
     cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. Raises OSError where a file cannot be written.
     """
-    (frames, _), (reference, seconds) = cached, uncached
+    (frames, cached_seconds), (reference, seconds) = cached, uncached
     scores = score(frames, reference)
     apart, factor = difference(frames, reference)
     parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
-    path = request.path
-    both = path.with_name(f"{path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
+    both = request.path.with_name(f"{request.path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
     if len(frames) == 1:
         write_image(both, next(side_by_side(parts)))
     else:
         write_video(both, side_by_side(parts), fps)
-    about = path.with_name(f"{path.stem}_compare.html")
-    text = make_page(job, request, scores, parts, fps, both.name, (cached[1], seconds))
+    about = both.with_suffix(".html")
+    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds))
     with written_whole(about) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
     return {

@@ -23,4 +23,8 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as fault:
-        raise Refused(str(fault).splitlines()[0]) from fault
+        raise Refused(first_line(fault)) from fault
+
+
+def first_line(fault: Exception) -> str:
+    return (str(fault) or "?").splitlines()[0]

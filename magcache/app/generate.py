@@ -19,7 +19,7 @@ import wan
 from magcache import patch
 from magcache.app import prompts
 from magcache.app.choose_schedule import all_computed
-from magcache.app.errors import Failed
+from magcache.app.errors import Failed, first_line
 from magcache.app.inputs import extend_prompt, inputs_of
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
@@ -72,10 +72,6 @@ def explained() -> Iterator[None]:
         raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
     except damaged_file() as fault:
         raise Failed(first_line(fault)) from fault
-
-
-def first_line(fault: Exception) -> str:
-    return (str(fault) or "?").splitlines()[0]
 
 
 @contextmanager
