@@ -10,12 +10,12 @@ from argparse import Namespace
 
 try:
     from magcache.app.checks import make_job  # nothing here imports torch until something runs
+    from magcache.app.console import Stopped, speaking_safely, stopping_cleanly
     from magcache.app.errors import Failed, Refused
     from magcache.app.flags import is_first, make_parser
     from magcache.app.inputs import make_expander, read_inputs, video_shape
     from magcache.app.processes import Processes, leaving_at_once
-    from magcache.app.record import check_records
-    from magcache.app.requests import choose_requests, make_requests
+    from magcache.app.requests import check_replaced, choose_requests, make_requests
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
     from magcache.app.wan_package import check_wan, start_processes
@@ -37,7 +37,7 @@ def run(args: Namespace) -> bool:
     if not requests:
         print("all of them are finished; --overwrite makes them again")
         return True
-    check_records(job, requests)
+    check_replaced(job, requests)
     expander = make_expander(job.sampling, job.extension) if job.extension and processes.rank == 0 else None
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 
@@ -66,8 +66,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with leaving_at_once():
+    with speaking_safely(), leaving_at_once(), stopping_cleanly():
         try:
             main()
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except Stopped as stop:
+            if is_first("RANK"):
+                print(f"{os.path.basename(__file__)}: {stop}", file=sys.stderr)
+            sys.exit(128 + stop.number)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,7 +13,8 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
     """Sigmas of the sampling steps, falling, without the final 0: linear, then shifted towards noise by
     s x / (1 + (s - 1) x). UniPC ("unipc") starts at 0.999, DPM++ ("dpm++") at pure noise.
 
-    Raises ValueError for another solver, for less than one step or a shift that is not a positive number.
+    Raises ValueError for another solver, for less than one step, a shift that is not a positive number, and levels that
+    are 0 or equal in float32.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
@@ -21,7 +23,12 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be a positive number, got {shift}")
     linear = (SOLVERS[solver] * (1 - step / steps) for step in range(steps))
-    return checked_levels([shift * x / (1 + (shift - 1) * x) for x in linear], steps)
+    levels = checked_levels([shift * x / (1 - x + shift * x) for x in linear], steps)
+    try:
+        checked_levels(array("f", levels), steps)  # the samplers' precision
+    except ValueError as error:
+        raise ValueError(f"{steps} steps with shift {shift:g} are too close for float32: {error}") from None
+    return levels
 
 
 def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:

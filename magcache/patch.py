@@ -37,8 +37,9 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
 
-    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
-        """What the call returns; `forward()` runs the model as it is."""
+    def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
+        """What the call returns; `forward()` runs the model as it is, `forward.args[1:]` are the arguments of the call
+        by position."""
 
     def done(self, call: int, seconds: float) -> None:
         """The call has returned after so many seconds."""

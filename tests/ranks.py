@@ -126,9 +126,9 @@ def fail_within_a_block(model, run) -> None:
 
 
 def who_agrees(group) -> list:
-    """What `agreed` says if all are well, if all fail alike, and if one fails alone."""
-    answers = []
-    for fault in (None, "alike", dist.get_rank(group) or None):
+    """What `agreed` says if all are well, if all fail alike, each in its own words, and if one fails alone."""
+    answers, rank = [], dist.get_rank(group)
+    for fault in (None, MemoryError(f"GPU {rank} is full"), ValueError("alone") if rank else None):
         try:
             answers.append(agreed(fault, group))
         except RuntimeError as error:

@@ -19,6 +19,7 @@ from magcache.app.processes import Processes
 
 def make_job(args: Namespace) -> Job:
     """args: of `magcache.app.flags.make_parser`. Raises Refused."""
+    check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
     inputs = Inputs(**{flag: getattr(args, flag) for flags in INPUTS.values() for flag in flags})
     base_seed = args.base_seed
@@ -29,7 +30,11 @@ def make_job(args: Namespace) -> Job:
     if args.prompt_file:
         lines = read_lines(args, sampling, base_seed)
         prompt, inputs = lines[0].prompt, replace(inputs, image=lines[0].image)
-    refuse_if(bool(prompt) and not prompts.is_text(prompt), f"--prompt is no valid UTF-8 text: {prompt!r}")
+    if prompt and not prompts.is_text(prompt):
+        try:
+            prompt = os.fsencode(prompt).decode()  # of a terminal that writes UTF-8, whatever the locale says
+        except ValueError as fault:
+            raise Refused(f"--prompt is no valid UTF-8 text: {prompt!r}") from fault
     folder = Path(args.script).parent / "examples"
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
@@ -53,17 +58,35 @@ def make_job(args: Namespace) -> Job:
     )
 
 
+def check_effects(args: Namespace) -> None:
+    """A flag that would do nothing is refused if it is ours, and said if it is of Wan2.1's script or of the released
+    MagCache one, whose command lines run as they are."""
+    given, cached = getattr(args, "explicit", ()), args.use_magcache or args.magcache_plan
+    for name, value in vars(args).items():
+        refuse_if(value == "" and name != "prompt", f"--{name} is empty: leave it out, or give it a value")
+    needs = {"prompt_extend_method": (args.use_prompt_extend, "--use_prompt_extend")}
+    needs |= dict.fromkeys(("prompt_extend_model", "prompt_extend_target_lang"), needs["prompt_extend_method"])
+    needs |= dict.fromkeys(("magcache_thresh", "magcache_K", "retention_ratio"), (cached, "--use_magcache"))
+    for name in sorted(given):
+        if name in needs and not needs[name][0]:
+            print(f"note: --{name} has no effect without {needs[name][1]}")
+    for name in ("mag_ratios", "magcache_speedup", "magcache_dtype", "magcache_offload", "compare"):
+        refuse_if(bool(getattr(args, name)) and not cached, f"--{name} needs --use_magcache")
+    unused = "calibration_dir" in given and not args.magcache_calibration
+    refuse_if(unused, "--calibration_dir needs --magcache_calibration")
+
+
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags for several GPUs that the number of processes does not fit; a plan is for any machine."""
     spread = {name: getattr(args, name) for name in ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")}
+    least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
+    refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
     if args.magcache_plan:
         return Machine(args.ckpt_dir or args.task, True, **spread)
     with refusing(ValueError):
         world = Processes.from_environment().world
     size = args.ulysses_size * args.ring_size
     ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
-    least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
-    refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
     if world == 1:
         for flag in ("t5_fsdp", "dit_fsdp"):
             shards = f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N"
@@ -98,7 +121,12 @@ def make_sampling(args: Namespace) -> Sampling:
     refuse_if(not 0 < shift < math.inf, f"--sample_shift must be positive, got {shift}")
     guidance = args.sample_guide_scale
     refuse_if(not math.isfinite(guidance), f"--sample_guide_scale must be finite, got {guidance}")
-    return Sampling(args.task, args.size, frames, args.sample_solver, steps, shift, guidance)
+    sampling = Sampling(args.task, args.size, frames, args.sample_solver, steps, shift, guidance)
+    try:
+        sampling.noise_levels  # noqa: B018
+    except ValueError as fault:
+        raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
+    return sampling
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
@@ -124,11 +152,9 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     wanted = args.use_magcache or bool(args.magcache_plan)
     both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
     refuse_if(wanted and args.magcache_calibration, both)
-    for flag in ("mag_ratios", "magcache_speedup", "compare"):
-        refuse_if(bool(getattr(args, flag)) and not wanted, f"--{flag} needs --use_magcache")
     speedup, most = args.magcache_speedup, sampling.sample_steps
     if speedup is not None:
-        if given := getattr(args, "explicit", None):
+        if given := {"magcache_thresh", "magcache_K", "retention_ratio"}.intersection(getattr(args, "explicit", ())):
             raise Refused(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
         refuse_if(bool(args.mag_ratios), "--magcache_speedup takes no ratio table: leave --mag_ratios out")
         one_step = f"--magcache_speedup must be between 1 and {most}, at which one step is computed"

@@ -17,6 +17,14 @@ def refuse_if(wrong: bool, line: str) -> None:
         raise Refused(line)
 
 
+class LostResult(Failed):
+    """A finished video could be kept nowhere, and no other one could."""
+
+
+class NotFinite(Failed):
+    """A video has become NaN or infinite."""
+
+
 @contextmanager
 def refusing(*errors: type[Exception]) -> Iterator[None]:
     """Errors of the block whose first line says what is wrong with the request become `Refused`."""

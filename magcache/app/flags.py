@@ -74,9 +74,12 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add = parser.add_argument_group("prompt extension").add_argument
     add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
     methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
-    add("--prompt_extend_method", default="local_qwen", choices=("dashscope", "local_qwen"), help=methods)
-    add("--prompt_extend_model", help="folder or cached hub name of a Qwen2.5 (VL) model; or the service's")
-    add("--prompt_extend_target_lang", default="zh", choices=("zh", "en"), help="language of the prompt (default: zh)")
+    known = {"choices": ("dashscope", "local_qwen"), "action": Explicit, "help": methods}
+    add("--prompt_extend_method", default="local_qwen", **known)
+    model = "folder or cached hub name of a Qwen2.5 (VL) model; or the service's"
+    add("--prompt_extend_model", action=Explicit, help=model)
+    known = {"choices": ("zh", "en"), "action": Explicit, "help": "language of the prompt (default: zh)"}
+    add("--prompt_extend_target_lang", default="zh", **known)
 
     add = parser.add_argument_group("MagCache").add_argument
     add("--use_magcache", action="store_true", help="skip transformer calls where the schedule says so")
@@ -98,5 +101,6 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--magcache_record", default="on", choices=("on", "off"), help=record)
     compare = "also generate without the cache; both and their difference as a video and a page, with scores"
     add("--compare", action="store_true", help=compare)
-    add("--calibration_dir", default="calibration", help="where a calibration is written (default: calibration)")
+    where = "where a calibration is written (default: calibration)"
+    add("--calibration_dir", default="calibration", action=Explicit, help=where)
     return parser

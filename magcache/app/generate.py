@@ -19,7 +19,8 @@ import wan
 from magcache import patch
 from magcache.app import prompts
 from magcache.app.choose_schedule import all_computed
-from magcache.app.errors import Failed, first_line
+from magcache.app.console import Stopped
+from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.inputs import extend_prompt, inputs_of
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
@@ -70,7 +71,7 @@ def explained() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as fault:
         less = "--offload_model True, --t5_cpu, --magcache_offload, a smaller --size or fewer frames need less"
         raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
-    except damaged_file() as fault:
+    except (OSError, *damaged_file()) as fault:
         raise Failed(first_line(fault)) from fault
 
 
@@ -87,10 +88,12 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
     result = fault = None
     try:
         result = function()
+    except LostResult:
+        raise
     except Exception as raised:
         if not goes_on:
             raise
-        fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        fault = raised
     return result, agreed(fault, group) if goes_on else None
 
 
@@ -130,6 +133,7 @@ class Making:
             inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
         self.inputs = inputs
         self.runs, self.watches, self.failures = [], [], []
+        self.watch, self.saved = None, 0  # the latest one; how many videos
 
     def make(self, requests: list[Request]) -> None:
         """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
@@ -141,30 +145,50 @@ class Making:
                     video = f"{number} of {len(requests)}{among}"
                     print(f"video     {video}, seed {request.seed}: {request.prompt}", flush=True)
                 self.make_one(request)
-        except BaseException:
-            if self.calibration and len(self.runs) < len(requests):
-                self.tell_stopped_calibration(len(requests))
+        except BaseException as fault:
+            reached = self.reached(number, len(requests))
+            if self.calibration and self.speaks and len(self.runs) < len(requests):
+                print(f"the calibration stopped{reached}", file=sys.stderr)
+            elif isinstance(fault, Stopped):
+                fault.args = (reached,)  # the script says it
             raise
         finally:
             if self.runs and self.speaks:
                 save_calibration(self.job, self.runs, requests[: len(self.runs)])
 
+    def reached(self, number: int, count: int) -> str:
+        """How far the number-th of so many requests came, and what there is of all of them."""
+        calls = f"after {len(self.watch.calls) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
+        kept = f"videos saved: {self.saved}"
+        if self.calibration:
+            kept = "only the prompts before count" if self.runs else "nothing is written"
+        return f" in prompt {number} of {count}, {calls}; {kept}"
+
     def make_one(self, request: Request) -> None:
         run = functools.partial(self.run, request, self.job.schedule, self.cache or self.calibration)
         made, fault = tried(self.job.goes_on, run, self.own)
         if fault:
-            self.failures.append(("videos", f"{request.path}: {fault}"))
+            self.fail("videos", request, fault)
             return
-        (video, watch), frames, record = made, None, {}
+        (video, watch), frames, saved = made, None, None
         self.watches.append(watch)
+        if self.group.rank == 0:  # the others get no video
+            saved, fault = tried(self.job.goes_on, functools.partial(self.save, request, video, watch))
+            frames = to_frames(video) if self.job.output.compare else None
+        if gathered(fault, self.own)[0]:
+            self.fail("videos", request, fault)
+            return
         if self.calibration:
             self.runs.append(self.calibration.lists())
-        if self.group.rank == 0:  # the others get no video
-            record = self.save(request, video, watch)
-            frames = to_frames(video) if self.job.output.compare else None
         del made, video  # the next one needs the memory
         if self.job.output.compare:
-            self.compare(request, frames, watch, record)
+            self.compare(*(saved or (request, {})), frames, watch)
+
+    def fail(self, what: str, request: Request, fault: str) -> None:
+        """The others go on; what failed is said now and, in `failures`, at the end."""
+        self.failures.append((what, f"{request.path}: {fault}"))
+        if self.group.rank == 0:
+            print(f"failed    {request.path}: {fault}", flush=True)
 
     def run(self, request: Request, schedule: magcache.Schedule, runner: patch.Runner | None) -> tuple[Any, Watch]:
         """The video, and what was watched. runner: of the model's calls; it starts afresh, whatever was before."""
@@ -176,6 +200,7 @@ class Making:
         if sampling.kind in ("i2v", "flf2v"):
             shape = {"max_area": math.prod(sampling.pixels)}
         with watched(self.pipeline, schedule, cache, self.speaks) as watch:
+            self.watch = watch
             video = self.pipeline.generate(
                 request.prompt,
                 *inputs_of(request, self.inputs),
@@ -190,9 +215,13 @@ class Making:
             )
         return video, watch
 
-    def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
-        """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""
-        save_result(video, request.path, self.pipeline.config.sample_fps)
+    def save(self, request: Request, video: torch.Tensor, watch: Watch) -> tuple[Request, dict]:
+        """Writes the video [3, F, H, W] in [-1, 1] and its record. Returns the request, with the path that the video
+        has, and the record."""
+        if not torch.isfinite(video).all():
+            raise NotFinite("the VAE decoded NaN or infinite values from a latent that holds none; nothing is saved")
+        path = save_result(video, request.path, self.pipeline.config.sample_fps, request.replaces)
+        request, self.saved = replace(request, path=path), self.saved + 1
         watch.lap("save")
         frames, height, width = video.shape[1:]
         print(f"saved     {request.path} ({width}x{height}, {frames} frames)", flush=True)
@@ -200,9 +229,9 @@ class Making:
         record = make_record(self.job, request, self.group, (frames, height, width), seconds, watch.calls)
         if save_record(self.job, request.path, record):
             print(f"record    {record_path(request.path)}", flush=True)
-        return record
+        return request, record
 
-    def compare(self, request: Request, frames: np.ndarray | None, watch: Watch, record: dict) -> None:
+    def compare(self, request: Request, record: dict, frames: np.ndarray | None, watch: Watch) -> None:
         """Generates the same video without the cache, and writes the comparison, also into the record. frames: with the
         cache, uint8 [F, H, W, 3], None where this process got no video."""
         print("now the same without the cache, to compare", flush=True)
@@ -220,9 +249,4 @@ class Making:
         if scores:
             save_record(self.job, request.path, record | {"comparison": scores})
         if fault:
-            self.failures.append(("comparisons", f"{request.path}: {fault}"))
-
-    def tell_stopped_calibration(self, count: int) -> None:
-        left = "only the prompts before count" if self.runs else "nothing is written"
-        reached = f"after {self.calibration.reached} of {self.calibration.calls} calls; {left}"
-        print(f"the calibration stopped in prompt {len(self.runs) + 1} of {count}, {reached}", file=sys.stderr)
+            self.fail("comparisons", request, fault)

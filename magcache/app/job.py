@@ -164,9 +164,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all."""
+    """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all.
+    replaces: whether a file that is at `path` by then gives way; else the result gets another name."""
 
     prompt: str
     seed: int
     path: Path
     image: str | None = None
+    replaces: bool = False

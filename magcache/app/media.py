@@ -67,30 +67,32 @@ def to_frames(video) -> np.ndarray:
     return to_uint8(video).transpose(1, 2, 3, 0)
 
 
-def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] in the format of the ending, whole or not at all."""
-    with written_whole(path) as part:
+def write_image(path: str | os.PathLike, picture: np.ndarray, replace: bool = True) -> None:
+    """Writes uint8 [H, W, 3] in the format of the ending, as `magcache.files.written_whole` does."""
+    with written_whole(path, replace) as part:
         Image.fromarray(picture).save(part)
 
 
-def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) that browsers play, whole or not at all.
-    Raises OSError if frames are missing from the file."""
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int, replace: bool = True) -> None:
+    """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) that browsers play, as
+    `magcache.files.written_whole` does. Raises OSError if frames are missing from the file."""
     import imageio_ffmpeg
 
     frames = iter(frames)
     first, count = next(frames), 0
     early_index = ["-movflags", "+faststart"] if Path(path).suffix.lower() in (".mp4", ".mov") else []
     settings = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "output_params": early_index}
-    with written_whole(path) as part:
+    settings |= {"ffmpeg_log_level": "quiet"}  # of its failures, dozens of lines
+    with written_whole(path, replace) as part:
         writer = imageio_ffmpeg.write_frames(str(part), first.shape[1::-1], fps=fps, **settings)
         writer.send(None)
-        for frame in itertools.chain([first], frames):
-            writer.send(np.ascontiguousarray(frame))
-            count += 1
-        writer.close()
-        written = 0
-        with contextlib.suppress(RuntimeError):  # there is no video in it, or no file
+        written = None
+        with contextlib.suppress(OSError, RuntimeError):  # it ended early; there is no video in the file, or no file
+            for frame in itertools.chain([first], frames):
+                writer.send(np.ascontiguousarray(frame))
+                count += 1
+            writer.close()
             written, _ = imageio_ffmpeg.count_frames_and_secs(str(part))  # ffmpeg's failures raise nothing
         if written != count:
-            raise OSError(f"{path}: ffmpeg wrote {written} of {count} frames")
+            reason = "is the folder gone, the disk full, or the size of files limited?"
+            raise OSError(f"ffmpeg could not write all of {path}: {reason}")

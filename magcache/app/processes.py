@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+from magcache.app.errors import first_line
+
 # for a process that never comes, or hangs; where one fails, torchrun ends the others at once
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)  # for processes that wait while others make videos
@@ -90,13 +92,14 @@ def gathered(value, group) -> list:
     return values
 
 
-def agreed(fault: str | None, group) -> str | None:
-    """What went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree: then they are
-    no longer at the same point, and could not go on together."""
-    faults = gathered(fault, group)
-    if len(set(faults)) > 1:
-        raise RuntimeError(f"not all processes of a group made the video: {faults}")
-    return fault
+def agreed(fault: Exception | None, group) -> str | None:
+    """In a line what went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree on the
+    kind: then they are no longer at the same point, and could not go on together."""
+    line = fault and f"{type(fault).__name__}: {first_line(fault)}"
+    everyone = gathered((type(fault).__name__, line), group)
+    if len({kind for kind, _ in everyone}) > 1:
+        raise RuntimeError(f"not all processes of a group made the video: {[line for _, line in everyone]}")
+    return line
 
 
 @contextmanager

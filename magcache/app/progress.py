@@ -5,6 +5,7 @@ Works from the outside, by hooks on what this repo's pipelines and upstream's ha
 """
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from magcache.app.errors import NotFinite
 from magcache.app.plan import step_map
 from magcache.patch import Cache, shadowed
 from magcache.schedule import Schedule
@@ -46,8 +48,21 @@ class Watch:
     def after_text(self, *_) -> None:
         self.lap("text")
 
-    def before_call(self, *_) -> None:
+    def before_call(self, _, args: tuple) -> None:
+        """args: of the model's call, the first of them the latents of its step."""
+        if self.calls and len(self.calls) % self.schedule.calls_per_step == 0:
+            self.check(args[0])
         self.lap("sampler" if self.calls else "inputs")
+
+    def check(self, latents: list[torch.Tensor]) -> None:
+        """Raises NotFinite if the latest step has left NaN or infinity in the latents, which no later one mends."""
+        if all(torch.isfinite(latent).all() for latent in latents):
+            return
+        per_step = self.schedule.calls_per_step
+        calls = ("reused" if reused else "computed" for reused, _ in self.calls[-per_step:])
+        step = f"step {len(self.calls) // per_step} of {self.schedule.steps} ({', '.join(calls)})"
+        causes = "check the weights, --sample_guide_scale and --sample_shift"
+        raise NotFinite(f"the latent became NaN or infinite in {step}; nothing is saved; {causes}")
 
     def after_call(self, *_, reused: bool = False) -> None:
         self.calls.append((reused, self.lap("reused" if reused else "computed")))
@@ -55,12 +70,14 @@ class Watch:
         if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
             self.tell()
 
-    def timed(self, function: Callable, before: str | None = None, after: str | None = None) -> Callable:
-        """The function, with a lap of these phases before and after it."""
+    def timed(self, function: Callable, before: str = "", after: str = "", check: bool = False) -> Callable:
+        """The function, with a lap of these phases before and after it. check: its first argument, as latents."""
 
         def run(*args, **kwargs):
             if before:
                 self.lap(before)
+            if check:
+                self.check(args[0])
             out = function(*args, **kwargs)
             if after:
                 self.lap(after)
@@ -72,9 +89,9 @@ class Watch:
         """What stands in for `cache.run`; hooks of the model would not see the calls that it answers alone."""
         run = cache.run
 
-        def timed(call: int, *args):
-            self.before_call()
-            out = run(call, *args)
+        def timed(call: int, model: torch.nn.Module, forward: functools.partial):
+            self.before_call(model, forward.args[1:])
+            out = run(call, model, forward)
             self.after_call(reused=cache.skips(call))
             return out
 
@@ -134,7 +151,8 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
         if isinstance(encoder, torch.nn.Module):
             stack.callback(encoder.register_forward_hook(watch.after_text).remove)
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.timed(vae.decode, "sampler")}
+            decode = watch.timed(vae.decode, "sampler", check=True)
+            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": decode}
             stack.enter_context(shadowed(vae, timed))
         for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
             if "tqdm" in vars(module):

@@ -3,11 +3,17 @@
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MAX_SEED = 2**63 - 1
+# of MP4 and QuickTime, Matroska, PNG, JPEG, WebP
+BEGINNINGS = re.compile(
+    rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     wanted = []
     for number, line in lines:
         try:
+            if not is_json and line.startswith("{") and is_object(line):
+                raise ValueError("this is JSON, and the first line is not: write all of them as JSON, or none")
             values = read_object(line) if is_json else {"prompt": line}
             seed = values.pop("seed", base_seed + len(wanted))
             if not 0 <= seed <= MAX_SEED:
@@ -48,6 +56,13 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
             raise ValueError(f"{path}, line {number}: {fault}") from fault
         wanted.append(Line(len(wanted) + 1, seed=seed, **values))
     return wanted
+
+
+def is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_object(line: str) -> dict:
@@ -81,7 +96,9 @@ def is_text(value: str) -> bool:
 
 def slug(prompt: str) -> str:
     """The beginning of a prompt in characters that are safe in any file name, at most 120 bytes."""
-    safe = "".join(c if c.isalnum() or c == "-" else "_" for c in prompt[:50])
+    encoding = sys.getfilesystemencoding()
+    known = (c.isalnum() and c.encode(encoding, "ignore") for c in prompt[:50])
+    safe = "".join(c if is_known or c == "-" else "_" for c, is_known in zip(prompt, known, strict=False))
     return safe.encode()[:120].decode(errors="ignore")
 
 
@@ -103,9 +120,12 @@ def find_clash(paths: Iterable[Path]) -> tuple[int, int] | None:
     return None
 
 
-def is_finished(path: Path) -> bool:
-    """Results are written whole or not at all, so one that is there is finished."""
-    return path.is_file() and path.stat().st_size > 0
+def is_result(path: Path) -> bool:
+    """Whether a video or a picture is there, by how it begins; results are written whole or not at all."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return bool(BEGINNINGS.match(file.read(12)))
 
 
 def share(requests: Sequence, index: int, count: int) -> list:

@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 
 import magcache
-from magcache.app.errors import refuse_if
 from magcache.app.flags import make_parser
 from magcache.app.job import Job, Request
 from magcache.app.plan import reuse_by_branch
@@ -73,14 +72,6 @@ def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
     return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]
 
 
-def check_records(job: Job, requests: list[Request]) -> None:
-    """A record takes the place of an earlier one, but of no other file."""
-    for request in requests if job.output.record else ():
-        path = record_path(request.path)
-        other = path.exists() and not is_record(path)
-        refuse_if(other, f"{path} exists and is no record of a video: move it, or use --magcache_record off")
-
-
 def save_record(job: Job, path: Path, entries: dict) -> bool:
     """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
     if not job.output.record:
@@ -97,12 +88,13 @@ def record_path(video: Path) -> Path:
     return video.with_suffix(".json")
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file is a record, which may be replaced with its video."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["made_by"].startswith(MADE_BY)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def read_record(path: Path) -> dict:
+    """The record in a file; empty if there is none in it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if record["made_by"].startswith(MADE_BY):
+            return record
+    return {}
 
 
 def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:

@@ -1,7 +1,9 @@
 """Which videos a job makes, and where they go."""
 
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from magcache.app.checks import check_writable
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import INPUTS, Job, Request
+from magcache.app.record import read_record, record_path
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
@@ -22,7 +25,8 @@ def endings_of(job: Job) -> tuple[str, ...]:
 def make_requests(job: Job) -> list[Request]:
     if not job.prompt_file:
         (line,) = job.lines
-        return [Request(line.prompt, line.seed, result_path(job, line.prompt, job.output.save_file))]
+        path = result_path(job, line.prompt, job.output.save_file)
+        return [Request(line.prompt, line.seed, path, replaces=bool(job.output.save_file) and path.exists())]
     folder = Path(job.output.save_file or Path(job.prompt_file).stem)
     is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
     refuse_if(is_file, f"with --prompt_file, --save_file must be a folder, got {folder}")
@@ -43,7 +47,11 @@ def make_requests(job: Job) -> list[Request]:
         raise Refused(f"prompts {numbers} of {job.prompt_file} have the same {what} {second}")
     own = "image" in job.sampling.input_flags
     made = zip(job.lines, paths, strict=True)
-    return [Request(line.prompt, line.seed, path, line.image if own else None) for line, path in made]
+    return [
+        # of two files with a name that holds all settings, either will do
+        Request(line.prompt, line.seed, path, line.image if own else None, not line.save_file or path.exists())
+        for line, path in made
+    ]
 
 
 def decisive_settings(job: Job) -> dict:
@@ -65,7 +73,7 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
         return requests
     missing = requests
     if not job.output.overwrite and not job.calibrates:
-        missing = [request for request in requests if not prompts.is_finished(request.path)]
+        missing = [request for request in requests if not prompts.is_result(request.path)]
     finished = len(requests) - len(missing)
     print(f"prompts   {len(requests)} in {job.prompt_file}" + (f", {finished} of them finished" if finished else ""))
     from magcache.app.media import read_image
@@ -74,6 +82,44 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
         for image in dict.fromkeys(request.image for request in missing if request.image):
             read_image(image)
     return missing
+
+
+def check_replaced(job: Job, requests: list[Request]) -> None:
+    """Says which files will be replaced. A video, its record and its comparison take the places of earlier ones, but of
+    no other files."""
+    kind = "image" if job.sampling.kind == "t2i" else "video"
+    for request in requests:
+        path, record = request.path, record_path(request.path)
+        other = request.replaces and path.exists() and not is_empty(path) and not prompts.is_result(path)
+        refuse_if(other, f"{path} exists and is no {kind}: move it, or choose another --save_file")
+        other = job.output.record and record.exists() and not read_record(record)
+        refuse_if(other, f"{record} exists and is no record of a video: move it, or use --magcache_record off")
+        earlier = read_record(record).get("comparison", {}).get("files", ())
+        for file in comparison_paths(path) if job.output.compare else ():
+            other = file.exists() and file.name not in earlier
+            refuse_if(other, f"{file} exists and is of no earlier --compare: move it, or choose another --save_file")
+    if replaced := [str(r.path) for r in requests if r.replaces and r.path.exists() and not is_empty(r.path)]:
+        files = replaced[0] if len(replaced) == 1 else f"{len(replaced)} files, the first {replaced[0]},"
+        print(f"note: {files} will be replaced")
+
+
+def is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def comparison_paths(path: Path) -> tuple[Path, Path, Path, Path]:
+    """Files of a comparison beside the video: the uncached one, both as a video or as a picture, the page."""
+    both = path.with_name(f"{path.stem}_compare")
+    return path.with_stem(f"{path.stem}_uncached"), *(both.with_name(both.name + e) for e in (".mp4", ".png", ".html"))
+
+
+def free_paths(path: Path) -> Iterator[Path]:
+    """The path, then others beside it that neither a video nor a record has."""
+    yield path
+    for number in itertools.count(2):
+        other = path.with_stem(f"{path.stem}_{number}")
+        if not other.exists() and not record_path(other).exists():
+            yield other
 
 
 def result_path(job: Job, prompt: str, save_file: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from datetime import datetime
@@ -14,40 +15,62 @@ import transformers
 import magcache
 from magcache.app.choose_schedule import settings_of
 from magcache.app.compare import in_words, write_comparison
+from magcache.app.errors import LostResult, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
-from magcache.app.requests import IMAGE_ENDINGS
+from magcache.app.prompts import slug
+from magcache.app.requests import IMAGE_ENDINGS, comparison_paths, free_paths
 from magcache.files import written_whole
 
 FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
 
-def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
-    """Writes the video [3, F, H, W] in [-1, 1], or the image that it is; if that fails, keeps the pixels as a tensor,
-    since an hour of work is in them."""
+def save_result(video: torch.Tensor, path: Path, fps: int, replace: bool = True) -> Path:
+    """Writes the video [3, F, H, W] in [-1, 1], or the image that it is, and returns its path: another one beside
+    `path` if a file is there that it must not replace. If writing fails, keeps the pixels as a tensor, since an hour of
+    work is in them. Raises LostResult where not even that can be done."""
+    frames = to_frames(video)
     try:
-        if path.suffix.lower() in IMAGE_ENDINGS:
-            write_image(path, to_frames(video)[0])
-        else:
-            write_video(path, to_frames(video), fps)
-    except BaseException:
-        pixels = torch.from_numpy(to_uint8(video))
-        for folder in (tempfile.gettempdir(), "."):
-            rescue = Path(folder) / f"{path.stem[:100]}.pt"
-            with contextlib.suppress(OSError, RuntimeError):
-                torch.save(pixels, rescue)
-                print(f"could not write {path}; its pixels are kept in {rescue} (torch.load)", file=sys.stderr)
-                break
+        for free in free_paths(path):
+            try:
+                if path.suffix.lower() in IMAGE_ENDINGS:
+                    write_image(free, frames[0], replace)
+                else:
+                    write_video(free, frames, fps, replace)
+                return free
+            except FileExistsError:  # since the run began
+                print(f"note: {free} is there by now and is not replaced")
+    except BaseException as fault:
+        if not (rescue := keep_pixels(video, path)):
+            raise LostResult(f"could not write {path} ({first_line(fault)}), nor its pixels anywhere else") from fault
+        print(f"could not write {path}; its pixels are kept in {rescue} (torch.load)", file=sys.stderr)
         raise
+
+
+def keep_pixels(video: torch.Tensor, path: Path) -> str | None:
+    """Writes the pixels, uint8 [3, F, H, W], to a new file in a folder for such, where its name is that of `path` and
+    something random. Returns it, None if no folder took all of them."""
+    pixels = torch.from_numpy(to_uint8(video))
+    for folder in (None, ".", os.path.expanduser("~")):  # None: for temporary files
+        try:
+            number, name = tempfile.mkstemp(".pt", f"{slug(path.stem)}_", folder)
+        except OSError:
+            continue
+        try:
+            with open(number, "wb") as file:
+                torch.save(pixels, file)
+            return name
+        except (OSError, RuntimeError):
+            Path(name).unlink()
+    return None
 
 
 def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
     """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
     cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same."""
     (frames, watch), (video, plain) = cached, uncached
-    path = request.path.with_stem(f"{request.path.stem}_uncached")
-    save_result(video, path, fps)
+    path = save_result(video, comparison_paths(request.path)[0], fps)
     plain.lap("save")
     scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
     print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}; {path.name}")

@@ -580,7 +580,13 @@ def test_a_result_that_cannot_be_saved_is_kept(tmp_path, monkeypatch, capsys):
     video = torch.rand(3, 5, 16, 16)
     with pytest.raises(OSError, match="gone"):
         save_result(video, tmp_path / "gone" / "film.mp4", 16)
-    kept = torch.load(tmp_path / "film.pt", weights_only=True)
+    with pytest.raises(OSError, match="gone"):
+        save_result(video, tmp_path / "gone" / "film.mp4", 16)
+    kept, other = tmp_path.glob("film_*.pt")  # neither takes the other's place
+    assert kept.stat().st_size == other.stat().st_size
+    err = capsys.readouterr().err
+    assert str(kept) in err
+    assert str(other) in err
+    kept = torch.load(kept, weights_only=True)
     assert kept.dtype == torch.uint8
     torch.testing.assert_close(kept / 127.5 - 1, video, rtol=0, atol=1 / 127)
-    assert str(tmp_path / "film.pt") in capsys.readouterr().err

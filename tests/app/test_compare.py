@@ -30,7 +30,8 @@ from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
 from magcache.app.job import Request
-from magcache.app.record import check_records, save_record
+from magcache.app.record import save_record
+from magcache.app.requests import check_replaced
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 from wan.utils.utils import cache_video
@@ -141,14 +142,14 @@ def test_no_record(tmp_path, capsys):
     flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO))
     on, off = (make_job(make_parser(SCRIPT).parse_args([*flags, "--magcache_record", word])) for word in ("on", "off"))
     with pytest.raises(Refused, match=r"film.json exists and is no record of a video"):
-        check_records(on, [Request("a", 1, tmp_path / "film.mp4")])
-    check_records(off, [Request("a", 1, tmp_path / "film.mp4")])
+        check_replaced(on, [Request("a", 1, tmp_path / "film.mp4")])
+    check_replaced(off, [Request("a", 1, tmp_path / "film.mp4")])
     assert not save_record(off, tmp_path / "film.mp4", {})
     assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
     assert not save_record(on, tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
     assert save_record(on, tmp_path / "other.mp4", {})
-    check_records(on, [Request("a", 1, tmp_path / "other.mp4")])
+    check_replaced(on, [Request("a", 1, tmp_path / "other.mp4")])
 
 
 def test_comparison_files(compared):
@@ -176,16 +177,22 @@ def test_comparison_files(compared):
 def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
     """The others go on, with the cache."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    (tmp_path / "first_uncached.mp4").mkdir()
     lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     command = [sys.executable, SCRIPT, "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4]
     command += ["--prompt_file", tmp_path / "prompts.jsonl", "--use_magcache", "--magcache_thresh", 1, "--compare"]
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert "1 of 2 comparisons failed, their videos are finished, --overwrite makes both again:\n" in result.stderr
-    assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", result.stderr, re.MULTILINE)
-    assert "videos failed" not in result.stderr
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("now the same"):
+            (tmp_path / "first_uncached.mp4").mkdir()
+            break
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "1 of 2 comparisons failed, their videos are finished, --overwrite makes both again:\n" in err
+    assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", err, re.MULTILINE)
+    assert "videos failed" not in err
     assert (tmp_path / "second_compare.html").is_file()
     records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second")]
     assert ["comparison" in found for found in records] == [False, True]

@@ -1,13 +1,17 @@
 """Files of many prompts."""
 
 import json
+import os
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache.app.prompts import Line, find_clash, is_finished, read_prompts, result_name, share, slug
+from magcache.app.media import write_image, write_video
+from magcache.app.prompts import Line, find_clash, is_result, read_prompts, result_name, share, slug
+from magcache.app.requests import IMAGE_ENDINGS, VIDEO_ENDINGS
 
 PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
 
@@ -99,9 +103,19 @@ def test_clashes(tmp_path):
 
 
 def test_finished(tmp_path):
-    for name, content in (("whole.mp4", b"x"), ("empty.mp4", b"")):
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+    whole = [tmp_path / f"whole{ending}" for ending in VIDEO_ENDINGS + IMAGE_ENDINGS]
+    for path in whole:
+        if path.suffix in VIDEO_ENDINGS:
+            write_video(path, frames, 16)
+        else:
+            write_image(path, frames[0])
+    assert all(map(is_result, whole))
+    others = {"empty.mp4": b"", "text.mp4": b"a film, later"}
+    for name, content in others.items():
         (tmp_path / name).write_bytes(content)
-    assert [is_finished(tmp_path / name) for name in ("whole.mp4", "empty.mp4", "none.mp4", "")] == [True, *[False] * 3]
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert not any(is_result(tmp_path / name) for name in (*others, "pipe.mp4", "none.mp4", ""))
 
 
 @given(st.lists(st.integers(), unique=True), st.integers(1, 9))

@@ -1,0 +1,89 @@
+"""What is between a run and whoever started it: streams that may close, signals that may come."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}  # the last one is unknown to Windows
+GRACE = 5.0  # seconds after a signal in which others change nothing: they often come in pairs, and clean-up takes some
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came. `number`: which; the text says where, once that is known."""
+
+    def __init__(self, number: int):
+        super().__init__("")
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {SIGNALS[signal.Signals(self.number).name]}{self.args[0]}"
+
+
+@contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """In this block SIGTERM and SIGHUP do what Ctrl-C does: they raise `Stopped`, so that what cleans up and keeps
+    results does so. A signal that is ignored, as by nohup, stays so."""
+    latest = -GRACE
+
+    def stop(number, frame):
+        nonlocal latest
+        if time.monotonic() - latest > GRACE:
+            latest = time.monotonic()
+            raise Stopped(number)
+
+    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in known if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Speaker:
+    """A text stream that nothing printed can break: when its reader is gone or its disk is full, the rest goes nowhere;
+    characters that its encoding lacks become escapes."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return self.silence(len(text))
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.silence()
+
+    def silence(self, written: int = 0) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # also for what the stream still holds, and for child processes
+        os.close(nowhere)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def speaking_safely() -> Iterator[None]:
+    """In this block standard output and error are a `Speaker` each; one that was closed goes nowhere."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        setattr(sys, name, Speaker(stream or open(os.devnull, "w")))  # noqa: SIM115
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
