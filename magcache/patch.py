@@ -257,10 +257,17 @@ class Attachment:
         timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
         value = float(timestep)  # waits for the device, so the clock below is right
         rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        before = self.counter.call
         call = self.counter.next(value, max(rounding, 1.0 if value.is_integer() else 0.0))
         forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
         if call == 0:
             self.runner.reset()
+            if before is not None and before + 1 < self.runner.calls and not known:
+                warnings.warn(
+                    f"the run before this one ended after {before + 1} of {self.runner.calls} transformer calls; if it "
+                    "was not stopped, plan for as many steps as a run has: what is cached waits for the others",
+                    stacklevel=3,
+                )
         if self.counter.mismatch:
             if not known:
                 self.runner.reset()

@@ -144,6 +144,7 @@ class Making:
                     among = f", those of group 1 of {self.group.count}" if self.group.count > 1 else ""
                     video = f"{number} of {len(requests)}{among}"
                     print(f"video     {video}, seed {request.seed}: {request.prompt}", flush=True)
+                self.watch = None
                 self.make_one(request)
         except BaseException as fault:
             reached = self.reached(number, len(requests))

@@ -1,0 +1,286 @@
+"""Faults while the script runs: signals, full disks, closed streams, NaN, and others that write the same files."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from faults.case import Case
+
+DEMO = Path(__file__).parents[2] / "examples" / "Wan2.1-T2V-tiny"
+DIT, VAE = "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"
+FLAGS = ["--task", "t2v-tiny", "--size", "64*64", "--frame_num", 5, "--sample_steps", 4, "--ckpt_dir", DEMO]
+ONE = [*FLAGS, "--prompt", "a red circle moves up on a black background", "--base_seed", 3]
+SAVED = [*ONE, "--save_file", "film.mp4"]
+FAST = ["--use_magcache", "--magcache_speedup", 2]
+LONG = ["--sample_steps", 900]  # some seconds
+
+
+@dataclass(frozen=True)
+class RunCase(Case):
+    """A case that loads the model. arrange: is called in its process before the script. disturb: is called with the
+    process and its folder while it runs. check: with the folder, afterwards."""
+
+    arrange: Callable[[], None] | None = None
+    disturb: Callable[[object, Path], None] | None = None
+    check: Callable[[Path], None] | None = None
+
+
+def wait_for(folder: Path, pattern: str, what: str = "", seconds: float = 60) -> None:
+    """Until a file of the folder holds the text."""
+    end = time.monotonic() + seconds
+    while not any(what in file.read_text(errors="replace") for file in folder.glob(pattern)):
+        assert time.monotonic() < end, f"{pattern} never held {what!r}"
+        time.sleep(0.01)
+
+
+def signalled(number: int, pattern: str, what: str = "", again: int | None = None) -> Callable:
+    """Sends a signal once a file holds a text, and another one right behind it."""
+
+    def disturb(process, folder: Path) -> None:
+        wait_for(folder, pattern, what)
+        os.kill(process.pid, number)
+        if again:
+            os.kill(process.pid, again)
+
+    return disturb
+
+
+def film(path: Path, frames: int = 5) -> None:
+    assert len(iio.imread(path)) == frames
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"out", "err"}
+
+
+def nothing(folder: Path) -> None:
+    assert names(folder) <= {"model", "prompts.txt", "slow", "started", "tmp", "film.part.mp4"}
+
+
+def said(text: str) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        assert text in (folder / "out").read_text()
+
+    return check
+
+
+def both(*checks: Callable[[Path], None]) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        for one in checks:
+            one(folder)
+
+    return check
+
+
+def slow_encoder(flags: list) -> Callable[[Path], list]:
+    """ffmpeg waits before it starts, so that signals find the script saving."""
+
+    def prepare(folder: Path) -> list:
+        (folder / "tmp").mkdir()
+        encoder = imageio_ffmpeg.get_ffmpeg_exe()
+        (folder / "slow").write_text(f'#!/bin/sh\ntouch started\nsleep 5\nexec {encoder} "$@"\n')
+        (folder / "slow").chmod(0o755)
+        return flags
+
+    return prepare
+
+
+IN_FOLDER = {"TMPDIR": "tmp", "IMAGEIO_FFMPEG_EXE": "./slow"}
+
+
+def rescued(folder: Path) -> None:
+    """The pixels are in one new file, and there is nothing else."""
+    (kept,) = (folder / "tmp").glob("film_*.pt")
+    assert torch.load(kept).shape == (3, 5, 64, 64)
+    assert str(kept.name) in (folder / "err").read_text()
+    nothing(folder)
+
+
+def prompts(count: int, flags: list) -> Callable[[Path], list]:
+    def prepare(folder: Path) -> list:
+        shapes = ("circle", "square", "triangle")
+        lines = (f"a red {shapes[i % 3]} moves up on a black background" for i in range(count))
+        (folder / "prompts.txt").write_text("\n".join(lines))
+        return [*FLAGS, "--prompt_file", "prompts.txt", *flags]
+
+    return prepare
+
+
+def calibrated(count: int) -> Callable[[Path], None]:
+    """The table is of that many prompts."""
+
+    def check(folder: Path) -> None:
+        (table,) = (folder / "dumps").glob("t2v-tiny_*.json")
+        assert len(json.loads(table.read_text())["measured_on"]["prompts"]) == count
+        assert not list(folder.rglob("*.part*"))
+
+    return check
+
+
+def poisoned(name: str, tensor: str, flags: list, value: float = float("nan")) -> Callable[[Path], list]:
+    """A checkpoint with a tensor of this value."""
+
+    def prepare(folder: Path) -> list:
+        model = shutil.copytree(DEMO, folder / "model")
+        path = model / name
+        tensors = load_file(path) if name == DIT else torch.load(path)
+        tensors[tensor] = torch.full_like(tensors[tensor], value)
+        if name == DIT:
+            save_file(tensors, path)
+        else:
+            torch.save(tensors, path)
+        return [*flags, "--ckpt_dir", "model"]
+
+    return prepare
+
+
+def folder_for(flags: list | Callable[[Path], list]) -> Callable[[Path], list]:
+    """Makes the folders `gone`, for results, and `tmp`."""
+
+    def prepare(folder: Path) -> list:
+        for name in ("gone", "tmp"):
+            (folder / name).mkdir()
+        return flags(folder) if callable(flags) else flags
+
+    return prepare
+
+
+def existing(name: str, content: bytes | str, flags: list) -> Callable[[Path], list]:
+    def prepare(folder: Path) -> list:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+        return flags
+
+    return prepare
+
+
+def kept_whole(name: str, content: bytes) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        assert (folder / name).read_bytes() == content
+
+    return check
+
+
+def once(pattern: str, what: str, function: Callable[[Path], object]) -> Callable:
+    """Something else happens once a file holds a text."""
+
+    def disturb(process, folder: Path) -> None:
+        wait_for(folder, pattern, what)
+        function(folder)
+
+    return disturb
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def stream_to(number: int, path: str) -> None:
+    os.dup2(os.open(path, os.O_WRONLY), number)
+
+
+def close_stream(name: str) -> None:
+    os.close(getattr(sys, name).fileno())
+    setattr(sys, name, None)  # as Python starts then
+
+
+def plain_locale() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii", errors="strict")
+
+
+def not_finite_then(folder: Path) -> None:
+    """The other video of the batch is there."""
+    assert len(list((folder / "prompts").glob("*.mp4"))) == 1
+
+
+STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+CALIBRATION = ["--magcache_calibration", "--calibration_dir", "dumps", "--save_file", "films"]
+BATCH = prompts(2, FAST)
+CASES = [
+    *(
+        RunCase(f"{name} while denoising", [*SAVED, *LONG], 128 + number,
+                rf"stopped by {name} in prompt 1 of 1, after \d+ of 1800 calls; videos saved: 0",
+                disturb=signalled(number, "err", "denoise"), check=nothing)
+        for number, name in STOPS.items()
+    ),
+    *(
+        RunCase(f"{name} while saving", slow_encoder(SAVED), 128 + number, rf"stopped by {name} in prompt 1 of 1",
+                IN_FOLDER, disturb=signalled(number, "started"), check=rescued)
+        for number, name in STOPS.items()
+    ),
+    RunCase("SIGHUP and SIGTERM at once while saving", slow_encoder(SAVED), 129, "stopped by SIGHUP", IN_FOLDER,
+            disturb=signalled(signal.SIGHUP, "started", again=signal.SIGTERM), check=rescued),
+    RunCase("SIGHUP where it is ignored, as by nohup", SAVED, 0, "",
+            arrange=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN),
+            disturb=signalled(signal.SIGHUP, "out", "loading"), check=lambda folder: film(folder / "film.mp4")),
+    *(
+        RunCase(f"{name} in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]),
+                128 + number, rf"stopped by {name}", disturb=signalled(number, "out", "3 of 8"), check=calibrated(2))
+        for number, name in STOPS.items()
+    ),
+    RunCase("SIGTERM in the second video of a batch", prompts(2, ["--sample_steps", 30]), 143,
+            r"stopped by SIGTERM in prompt 2 of 2, after \d+ of 60 calls; videos saved: 1",
+            disturb=signalled(signal.SIGTERM, "out", "2 of 2"), check=not_finite_then),
+    RunCase("NaN in a weight", poisoned(DIT, "head.head.bias", SAVED), 1,
+            r"the latent became NaN or infinite in step 1 of 4 \(computed, computed\)", check=nothing),
+    RunCase("NaN in a weight, with the cache", poisoned(DIT, "head.head.bias", [*SAVED, *FAST]), 1,
+            "in step 1 of 4", check=nothing),
+    RunCase("infinite weights", poisoned(DIT, "blocks.0.ffn.0.bias", SAVED, float("inf")), 1, "in step 1 of 4",
+            check=nothing),
+    RunCase("NaN in the VAE", poisoned(VAE, "decoder.head.2.bias", SAVED), 1,
+            "the VAE decoded NaN or infinite values", check=nothing),
+    RunCase("guidance that overflows", [*SAVED, "--sample_guide_scale", "1e38"], 1, r"in step \d of 4", check=nothing),
+    RunCase("guidance that overflows, with a comparison", [*SAVED, *FAST, "--compare", "--sample_guide_scale", "1e38"],
+            1, r"in step \d of 4", check=nothing),
+    RunCase("a calibration of NaN", poisoned(DIT, "head.head.bias", [*SAVED, *CALIBRATION[:3]]), 1,
+            "the calibration stopped in prompt 1 of 1", check=nothing),
+    RunCase("a batch whose guidance overflows", prompts(2, ["--sample_guide_scale", "1e38"]), 1,
+            "2 of 2 videos failed", check=said("failed    prompts/00001")),
+    RunCase("file sizes are limited", SAVED, 1, r"could not write film.mp4 \(.*\), nor its pixels anywhere else",
+            arrange=partial(limit_files, 2000), check=nothing),
+    RunCase("the folder of the result goes", folder_for([*ONE, *LONG, "--save_file", "gone/film.mp4"]), 1,
+            "could not write gone/film.mp4; its pixels are kept in", {"TMPDIR": "tmp"},
+            disturb=once("out", "loading", lambda folder: (folder / "gone").rmdir()), check=rescued),
+    RunCase("the folder of a batch goes", folder_for(prompts(2, ["--save_file", "gone", *LONG])), 1,
+            r"2 of 2 videos failed, a rerun tries them again:\ngone/00001", {"TMPDIR": "tmp"},
+            disturb=once("out", "1 of 2", lambda folder: (folder / "gone").rmdir()),
+            check=lambda folder: len(list((folder / "tmp").glob("*.pt"))) == 2 or pytest.fail("a video is lost")),
+    RunCase("standard output is full", SAVED, 0, "", arrange=partial(stream_to, 1, "/dev/full"),
+            check=lambda folder: film(folder / "film.mp4")),
+    RunCase("standard error is full", SAVED, 0, "", arrange=partial(stream_to, 2, "/dev/full"),
+            check=lambda folder: film(folder / "film.mp4")),
+    *(
+        RunCase(f"{name} is closed", SAVED, 0, "", arrange=partial(close_stream, name),
+                check=lambda folder: film(folder / "film.mp4"))
+        for name in ("stdout", "stderr")
+    ),
+    RunCase("a locale without the prompt's characters", [*FLAGS, "--prompt", "a 🦊 moves", "--save_file", "film.mp4"],
+            0, "", arrange=plain_locale, check=both(said("a \\U0001f98a moves"), lambda f: film(f / "film.mp4"))),
+    RunCase("a file that is no video has the name", existing("film.mp4", b"my notes", SAVED), 2,
+            "film.mp4 exists and is no video", check=kept_whole("film.mp4", b"my notes")),
+    RunCase("an empty file has the name", existing("film.mp4", b"", SAVED), 0, "",
+            check=lambda folder: film(folder / "film.mp4")),
+    RunCase("a file of another has a name like a part", existing("film.part.mp4", b"mine", SAVED), 0, "",
+            check=both(kept_whole("film.part.mp4", b"mine"), lambda folder: film(folder / "film.mp4"))),
+    RunCase("an uncached video has the name of a comparison's",
+            existing("film_uncached.mp4", b"mine", [*SAVED, *FAST, "--compare"]), 2,
+            "film_uncached.mp4 exists and is of no earlier --compare", check=kept_whole("film_uncached.mp4", b"mine")),
+    RunCase("the name is taken while it runs", [*SAVED, *LONG], 0, "",
+            disturb=once("out", "loading", lambda folder: (folder / "film.mp4").write_bytes(b"mine")),
+            check=both(kept_whole("film.mp4", b"mine"), lambda folder: film(folder / "film_2.mp4"),
+                       said("film.mp4 is there by now and is not replaced"))),
+]  # fmt: skip

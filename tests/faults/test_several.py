@@ -1,0 +1,129 @@
+"""Several processes that want the same files, a disk that is full, readers that leave, and many videos in a row."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+
+from faults import warm
+from faults.cases_runs import FAST, FLAGS, ONE, SAVED, names
+
+pytestmark = pytest.mark.slow
+
+
+def ended(processes) -> list[int]:
+    for process in processes:
+        process.join(300)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def started_together(folder: Path, flags: list[list]) -> list[int]:
+    folders = [folder / f"streams{i}" for i in range(len(flags))]
+    for one in folders:
+        one.mkdir()
+    return ended([warm.start(own, one, {}) for own, one in zip(flags, folders, strict=True)])
+
+
+def test_two_without_a_name(tmp_path):
+    """The name of both has the second in it, and nothing that tells them apart."""
+    processes = [warm.start([*ONE, "--base_seed", seed], tmp_path, {}, at_noon) for seed in (3, 4)]
+    assert ended(processes) == [0, 0]
+    films = sorted(tmp_path.glob("*.mp4"))
+    assert [film.name.split("20261124_120000")[1] for film in films] == [".mp4", "_2.mp4"]
+    assert {json.loads(film.with_suffix(".json").read_text())["seed"] for film in films} == {3, 4}
+    assert len({film.read_bytes() for film in films}) == 2
+    assert names(tmp_path) == {film.with_suffix(ending).name for film in films for ending in (".mp4", ".json")}
+
+
+def at_noon() -> None:
+    """Every name is made in the same second."""
+    import datetime
+
+    from magcache.app import requests
+
+    class Noon(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 11, 24, 12)
+
+    requests.datetime = Noon
+
+
+def test_eight_with_one_name(tmp_path):
+    flags = [[*ONE, "--base_seed", seed, "--save_file", tmp_path / "film.mp4"] for seed in range(8)]
+    assert started_together(tmp_path, flags) == [0] * 8
+    films = list(tmp_path.glob("*.mp4"))
+    assert all(len(iio.imread(film)) == 5 for film in films)
+    assert {json.loads(film.with_suffix(".json").read_text())["seed"] for film in films} == set(range(8))
+    assert not list(tmp_path.rglob("*.part.*"))
+
+
+def test_two_batches_of_the_same_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle moves up on a black background\na cat")
+    batch = [*FLAGS, *FAST, "--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "films"]
+    assert started_together(tmp_path, [batch, batch]) == [0, 0]
+    assert len(list((tmp_path / "films").glob("*.mp4"))) == 2
+    assert not list(tmp_path.rglob("*.part.*"))
+
+
+def test_a_full_disk(tmp_path):
+    """Needs user namespaces, to mount a small file system."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, warm.SCRIPT, *SAVED, "--save_file", "disk/film.mp4"]
+    mounted = f"mount -t tmpfs -o size=4k none {tmp_path}/disk && exec " + '"$@"'
+    result = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", *map(str, command)],
+        cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 1
+    kept, error = [line for line in result.stderr.splitlines() if not line.startswith("denoise")]
+    (rescue,) = (tmp_path / "tmp").glob("film_*.pt")
+    assert kept == f"could not write disk/film.mp4; its pixels are kept in {rescue} (torch.load)"
+    assert "could not write" in error
+
+
+def test_a_reader_that_leaves(tmp_path):
+    """As `| head -1` does."""
+    command = [sys.executable, warm.SCRIPT, *SAVED]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("prompt")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(300) == 0
+    assert "Error" not in err
+    assert len(iio.imread(tmp_path / "film.mp4")) == 5
+
+
+def test_two_hundred_videos(tmp_path):
+    """Memory and open files are those of the tenth."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle moves {i}" for i in range(200)))
+    flags = [*FLAGS, "--frame_num", 1, "--sample_steps", 2, "--prompt_file", "prompts.txt", *FAST]
+    process, seen = warm.start(flags, tmp_path, {}), {}
+    while process.is_alive():
+        count = len(list((tmp_path / "prompts").glob("*.mp4")))
+        if count not in seen:
+            seen[count] = usage(process.pid) or seen[count - 1]
+        time.sleep(0.05)
+    assert process.exitcode == 0
+    assert max(seen) >= 195
+    (memory, files), later = seen[min(n for n in seen if n >= 10)], [seen[n] for n in seen if n > 100]
+    assert max(m for m, _ in later) < 1.05 * memory
+    assert sorted(f for _, f in later)[len(later) // 2] <= files + 3  # an encoder may be at work
+
+
+def usage(pid: int) -> tuple[int, int] | None:
+    """(resident memory in pages, open files) of a process; None if it has just ended."""
+    try:
+        memory = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return memory, len(os.listdir(f"/proc/{pid}/fd"))
+    except (OSError, IndexError):
+        return None

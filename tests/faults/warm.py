@@ -1,0 +1,39 @@
+"""Runs the script in processes of its own that start warm: forks of one that has imported torch and the rest."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "magcache_generate.py"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["magcache.app.generate", "magcache.app.compare", "wan.text2video", "matplotlib.figure"])
+
+
+def start(flags: list, folder: Path, env: dict[str, str], arrange: Callable[[], None] | None = None):
+    """A process that runs the script with these flags in a folder, where its streams go to the files `out` and `err`.
+    arrange: is called in it before the script."""
+    process = FORKS.Process(target=run, args=(list(map(str, flags)), folder, env, arrange))
+    process.start()
+    return process
+
+
+def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[], None] | None) -> None:
+    os.chdir(folder)
+    os.environ.update(env)
+    tempfile.tempdir = None  # may be of another TMPDIR
+    for number, name in ((0, os.devnull), (1, "out"), (2, "err")):
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    torch.set_num_threads(1)  # of two processes with two threads each, one waits for the other
+    if arrange:
+        arrange()
+    sys.argv = [str(SCRIPT), *flags]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
