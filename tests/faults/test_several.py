@@ -76,7 +76,7 @@ def test_a_full_disk(tmp_path):
     """Needs user namespaces, to mount a small file system."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, warm.SCRIPT, *SAVED, "--save_file", "disk/film.mp4"]
+    command = [sys.executable, warm.SCRIPT, *SAVED, "--frame_num", 17, "--save_file", "disk/film.mp4"]
     mounted = f"mount -t tmpfs -o size=4k none {tmp_path}/disk && exec " + '"$@"'
     result = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", *map(str, command)],
