@@ -1,5 +1,7 @@
 """What ends a run with one line."""
 
+import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +30,18 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 def first_line(fault: Exception) -> str:
     return (str(fault) or "?").splitlines()[0]
+
+
+def reason_in(fault: Exception) -> str:
+    """What torch says is wrong with a file of weights, in a line: without its headings, and without its advice to load
+    the file unsafely."""
+    lines = (line.strip().removeprefix("WeightsUnpickler error: ") for line in str(fault).splitlines())
+    headings = re.compile(r"weights.only|error\(s\) in loading", re.IGNORECASE)
+    reason = next((line for line in lines if line and not headings.search(line)), "").split(". ")[0][:200]
+    return reason if reason and not isinstance(fault, LookupError) else f"{type(fault).__name__} {reason}".strip()
+
+
+def need_package(name: str, what: str) -> None:
+    """Refuses a flag whose package is missing."""
+    package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
+    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")

@@ -2,13 +2,13 @@
 the way, memory and FLOPs. Pure Python.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from magcache.files import read_json
 from magcache.ratios import RatioTable, resample_nearest, split_branches
 from magcache.schedule import Schedule
 
@@ -65,8 +65,9 @@ def shape_of(task: str, ckpt_dir: str | Path) -> Shape:
     """The task's transformer, or the one that the folder's config.json describes, if there is one that can be read."""
     shape = SHAPES[task]
     try:
-        config = json.loads((Path(ckpt_dir) / "config.json").read_text())
+        config = read_json(Path(ckpt_dir) / "config.json")
         known = {field.name: config[field.name] for field in fields(Shape) if type(config.get(field.name)) is int}
+        known = {name: number for name, number in known.items() if 0 <= number < 2**31}
         if shape.vace_blocks and "vace_layers" in config:
             layers = config["vace_layers"]
             known["vace_blocks"] = math.ceil(known["num_layers"] / 2) if layers is None else len(layers)

@@ -16,7 +16,7 @@ from magcache.app.errors import refuse_if
 from magcache.app.flags import make_parser
 from magcache.app.job import Job, Request
 from magcache.app.plan import reuse_by_branch
-from magcache.files import written_whole
+from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"
 # flags that name a file or a folder each, but for the last one, whose files are separated by commas
@@ -100,7 +100,7 @@ def record_path(video: Path) -> Path:
 def is_record(path: Path) -> bool:
     """Whether a file is a record, which may be replaced with its video."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["made_by"].startswith(MADE_BY)
+        return read_json(path)["made_by"].startswith(MADE_BY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

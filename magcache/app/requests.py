@@ -6,10 +6,11 @@ from datetime import datetime
 from pathlib import Path
 
 from magcache.app import prompts
-from magcache.app.checks import check_writable
+from magcache.app.checks import check_names, check_writable
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import INPUTS, Job, Request
+from magcache.files import is_special
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
@@ -36,6 +37,7 @@ def make_requests(job: Job) -> list[Request]:
                 raise Refused(f"prompt {line.number}: {refusal}") from refusal
         else:
             paths.append(folder / prompts.result_name(line, decisive, endings_of(job)[0]))
+            check_result(job, paths[-1])
     if clash := prompts.find_clash(paths):
         first, second = (paths[position] for position in clash)
         what = "result" if first.suffix == second.suffix else "record beside the result"
@@ -79,12 +81,22 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
 def result_path(job: Job, prompt: str, save_file: str | None) -> Path:
     """save_file, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
     path = checked_path(job, save_file) if save_file else Path(default_name(job, prompt))
-    check_writable(path.parent)
+    check_result(job, path)
     return path
+
+
+def check_result(job: Job, path: Path) -> None:
+    """Refuses a result that cannot be written with all that goes beside it."""
+    check_writable(path.parent)
+    beside = [".json"] if job.output.record else []
+    beside += [f"_uncached{path.suffix}", "_compare.html"] if job.output.compare else []
+    check_names(path, *beside)
+    refuse_if(is_special(path), f"{path} exists and is no regular file")
 
 
 def checked_path(job: Job, save_file: str) -> Path:
     path, endings = Path(save_file), endings_of(job)
+    check_names(path)
     is_folder = save_file.endswith(("/", os.sep)) or not path.name or path.is_dir()
     refuse_if(is_folder, f"--save_file {save_file} is a folder")
     if not path.suffix:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from magcache.app import plan
-from magcache.app.checks import check_writable, make_job, need_package
+from magcache.app.checks import check_names, check_writable, make_job
 from magcache.app.choose_schedule import make_schedule, predict
+from magcache.app.errors import need_package, refuse_if
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
+from magcache.files import is_special
 
 
 def show_plan(args: Namespace) -> None:
@@ -28,6 +30,8 @@ def print_plan(args: Namespace) -> None:
     if picture:
         need_package("matplotlib", "--magcache_plan with a picture")
         check_writable(picture.parent)
+        check_names(picture)
+        refuse_if(is_special(picture), f"{picture} exists and is no regular file")
     with contextlib.redirect_stdout(io.StringIO()) as notes:
         job = make_job(args)
         task, size = job.sampling.task, job.sampling.size

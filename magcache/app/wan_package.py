@@ -1,13 +1,15 @@
 """What the script asks of the `wan` package beside it: this repository's, or Wan2.1's own, which does less."""
 
 import importlib.util
-import json
+import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from magcache.app.errors import Refused, refuse_if, refusing
-from magcache.app.job import Job, Machine, Sampling
+from magcache.app import checkpoint
+from magcache.app.errors import Refused, first_line, need_package, refuse_if, refusing
+from magcache.app.job import Inputs, Job, Machine, Sampling
 from magcache.app.processes import Processes
 
 # in `wan`, by the kind of task
@@ -15,68 +17,89 @@ PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF
 
 
 def is_stock_wan() -> bool:
-    """Whether the `wan` here is Wan2.1's own."""
-    return importlib.util.find_spec("wan.pipeline") is None
+    """Whether the `wan` here is Wan2.1's own, which is not imported to tell."""
+    package = importlib.util.find_spec("wan")
+    folders = package.submodule_search_locations if package else ()
+    return not any(Path(folder, "pipeline.py").is_file() for folder in folders)
 
 
-def check_wan(sampling: Sampling, machine: Machine) -> Any:
-    """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
+def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
+    """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
+    model's config."""
+    configs, all_sizes = import_configs()
+    task = sampling.task
+    refuse_if(task not in configs, f"the wan package here has no task {task}")
+    sizes = all_sizes[task]
+    refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
+    if is_stock_wan():
+        check_stock(sampling, inputs)
+    check_checkpoint(sampling, machine, configs)
+    return configs[task]
+
+
+def import_configs() -> tuple[dict, dict]:
+    """The models' configs and sizes, by task."""
+    if is_stock_wan():  # hides all warnings, too
+        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
     except ImportError as fault:
         remedy = "run this beside one, in its environment"
-        raise Refused(f"the wan package cannot be imported ({fault}): {remedy}") from fault
-    task = sampling.task
-    refuse_if(task not in WAN_CONFIGS, f"the wan package here has no task {task}")
-    sizes = SUPPORTED_SIZES[task]
-    refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
-    if sampling.kind == "flf2v" and sampling.frame_num != 81 and is_stock_wan():
+        raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {remedy}") from fault
+    except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
+        needs = "the wan package here needs a CUDA device and a torch that sees it"
+        raise Refused(f"{needs} ({first_line(fault)})") from fault
+    return WAN_CONFIGS, SUPPORTED_SIZES
+
+
+def check_stock(sampling: Sampling, inputs: Inputs) -> None:
+    """Refuses what Wan2.1's own package would fail with only after loading."""
+    if sampling.kind == "flf2v" and sampling.frame_num != 81:
         only = "the wan package here makes flf2v videos of 81 frames only"
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
-    check_checkpoint(sampling, machine, WAN_CONFIGS)
-    return WAN_CONFIGS[task]
+    if sampling.kind == "vace" and inputs.src_video:
+        need_package("decord", "--src_video with the wan package here")
+    import wan
+
+    attention = getattr(wan.modules.model, "flash_attention", None)
+    known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
+    refuse_if(False in known and True not in known, "the wan package here needs flash attention: pip install flash-attn")
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
     """configs: of all tasks."""
     task, folder = sampling.task, Path(machine.ckpt_dir)
-    config, given = configs[task], f"--ckpt_dir {folder}"
+    names, given = configs[task], f"--ckpt_dir {folder}"
     needed = {"t2i": "t2v"}.get(sampling.kind, sampling.kind)
-    refuse_if(not folder.is_dir(), f"{given} is not a folder")
-    model, weights = read_model(folder)
-    kind, heads = model.get("model_type"), model.get("num_heads", config.num_heads)
+    refuse_if(not os.path.isdir(folder), f"{given} is not a folder")
+    with refusing(ValueError):
+        model = checkpoint.read_config(folder)
+        weights = checkpoint.find_weights(folder)
+    kind, heads = model.get("model_type"), model["num_heads"]
     refuse_if(kind != needed, f"{given} holds a model of type {kind}, task {task} needs {needed}")
     ulysses = f"--ulysses_size {machine.ulysses_size}"
     uneven = f"{ulysses} does not divide the {heads} attention heads of the model in {folder}"
     refuse_if(heads % machine.ulysses_size != 0, uneven)
-    files = [*weights, config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
-    if needed in ("i2v", "flf2v"):
-        files.append(config.clip_checkpoint)
-        without = is_stock_wan() and not (folder / config.clip_tokenizer).is_dir()
-        refuse_if(without, f"{given} lacks {config.clip_tokenizer}/, which the wan package here loads")
+    files = [*weights, names.t5_checkpoint, f"{names.t5_tokenizer}/tokenizer.json", names.vae_checkpoint]
+    with_image = needed in ("i2v", "flf2v")
+    if with_image:
+        files.append(names.clip_checkpoint)
+        without = is_stock_wan() and not (folder / names.clip_tokenizer).is_dir()
+        refuse_if(without, f"{given} lacks {names.clip_tokenizer}/, which the wan package here loads")
     for name in files:
         refuse_if(not (folder / name).is_file(), f"{given} lacks {name}")
-    shape = (model.get("dim"), model.get("num_layers"))
+    with refusing(ValueError):
+        shapes = checkpoint.check_transformer(folder, model, weights)
+        checkpoint.check_encoders(folder, names, shapes, with_image)
+    if not is_stock_wan():
+        from wan.utils.checkpoints import check_encoders
+
+        with refusing(*damaged_file()):
+            check_encoders(folder, names, with_image)
+    shape = (model["dim"], model["num_layers"])
     others = [other for other, config in configs.items() if (config.dim, config.num_layers) == shape]
     if others and task not in others:
         print(f"note: by its size the model in {folder} is that of {others[0]}, not of {task}")
-
-
-def read_model(folder: Path) -> tuple[dict, list[str]]:
-    """The transformer's config.json, and the names of its files of weights."""
-    single = "diffusion_pytorch_model.safetensors"
-    index, weights = f"{single}.index.json", [single]
-    try:
-        model = dict(json.loads((folder / "config.json").read_text()).items())
-        if (folder / index).is_file():
-            weights = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-        elif any(folder.glob("diffusion_pytorch_model-*.safetensors")):
-            weights = [index]
-    except FileNotFoundError as fault:
-        raise Refused(f"--ckpt_dir {folder} lacks config.json") from fault
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise Refused(f"--ckpt_dir {folder} has a broken config.json or {index}: {fault!r}") from fault
-    return model, weights
 
 
 def start_processes(processes: Processes, job: Job):
