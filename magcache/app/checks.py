@@ -189,6 +189,8 @@ def check_names(path: Path, *endings: str) -> None:
     """Refuses paths that the file system cannot hold. endings: of the files beside a result, in place of its own."""
     absolute = path.absolute()
     refuse_if("\0" in str(path), f"{str(path)!r} is no file name")
+    if os.name != "posix":
+        return
     existing = next(parent for parent in absolute.parents if os.path.exists(parent))
     most, longest = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
     beside = [path.stem + ending for ending in endings]

@@ -1,12 +1,15 @@
 """The processes that torchrun starts for one run: which of them this is, and what they tell each other."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+
+from magcache.app.errors import first_line
 
 # for a process that never comes, or hangs; where one fails, torchrun ends the others at once
 TIMEOUT = timedelta(minutes=10)
@@ -24,12 +27,20 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """As torchrun says; a single one without torchrun. Raises ValueError if its variables are incomplete."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
-        if missing := [name for name in names if name not in os.environ]:
+        if missing := [name for name in (*names, "MASTER_ADDR") if name not in os.environ]:
             raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
-        return cls(*(int(os.environ[name]) for name in names[:3]))
+        for name in names:
+            if not re.fullmatch("[0-9]{1,5}", os.environ[name]):
+                raise ValueError(
+                    f"{name}={os.environ[name][:40]} is no whole number: start the processes with torchrun"
+                )
+        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
+        if not rank < world or not local_rank < world:
+            raise ValueError(f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world}")
+        return cls(rank, world, local_rank)
 
     def connect(self) -> None:
         """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process. Raises
@@ -44,7 +55,11 @@ class Processes:
                 raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
             torch.cuda.set_device(self.local_rank)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        except RuntimeError as fault:  # nobody is at the address, or does not come
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(f"the processes cannot connect at {place} ({first_line(fault)})") from fault
 
     def from_first(self, value):
         """The value that the first process calls this with (anything that can be pickled); all must call it."""

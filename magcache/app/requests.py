@@ -25,6 +25,7 @@ def make_requests(job: Job) -> list[Request]:
         (line,) = job.lines
         return [Request(line.prompt, line.seed, result_path(job, line.prompt, job.output.save_file))]
     folder = Path(job.output.save_file or Path(job.prompt_file).stem)
+    check_names(folder)
     is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
     refuse_if(is_file, f"with --prompt_file, --save_file must be a folder, got {folder}")
     check_writable(folder)

@@ -63,7 +63,8 @@ def check_stock(sampling: Sampling, inputs: Inputs) -> None:
 
     attention = getattr(wan.modules.model, "flash_attention", None)
     known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
-    refuse_if(False in known and True not in known, "the wan package here needs flash attention: pip install flash-attn")
+    lacks = False in known and True not in known
+    refuse_if(lacks, "the wan package here needs the package flash_attn: pip install flash-attn")
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
@@ -111,18 +112,21 @@ def start_processes(processes: Processes, job: Job):
     """
     with refusing(ValueError):
         processes.connect()
+    if not is_stock_wan():
+        check_attention(os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"))
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     if differences := processes.differences(compared):
         rank, names = min(differences.items())
         raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
     machine = job.machine
-    try:
+    if is_stock_wan():
+        group = start_xfuser(processes, machine)
+    else:
         from wan.distributed.groups import start_groups
-    except ModuleNotFoundError:
-        return start_xfuser(processes, machine)
-    with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
-        group = start_groups(machine.ulysses_size, machine.ring_size, fsdp=machine.dit_fsdp or machine.t5_fsdp)
+
+        with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
+            group = start_groups(machine.ulysses_size, machine.ring_size, fsdp=machine.dit_fsdp or machine.t5_fsdp)
     if job.calibrates and group.count > 1:
         shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
         one = "--magcache_calibration needs one group of processes"
@@ -130,8 +134,36 @@ def start_processes(processes: Processes, job: Job):
     return group
 
 
+def check_attention(name: str) -> None:
+    """Refuses a diffusers attention backend that is unknown, not installed, or no use on this device."""
+    import torch
+    from diffusers.utils import constants
+
+    constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one the import fails
+    from diffusers.models import attention_dispatch as attention
+
+    known = [backend.value for backend in attention._AttentionBackendRegistry.list_backends()]
+    refuse_if(name not in known, f"there is no attention backend {name!r}, only {', '.join(known)}")
+    backend = attention.AttentionBackendName(name)
+    attention._AttentionBackendRegistry.set_active_backend(backend)
+    try:
+        attention._check_attention_backend_requirements(backend)
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        attention.dispatch_attention_fn(*torch.zeros(3, 1, 64, 2, 128, device=device, dtype=dtype))
+    except Exception as fault:  # each backend has its own
+        raise Refused(f"attention backend {name} cannot be used here: {first_line(fault)}") from fault
+
+
 def start_xfuser(processes: Processes, machine: Machine) -> SimpleNamespace:
-    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group."""
+    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group, but
+    where they share neither tokens nor weights: then each makes videos of its own."""
+    if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
+        if processes.world > 1:
+            import torch
+
+            # upstream's pipelines end with one, and here every process makes its own number of videos
+            torch.distributed.barrier = lambda *args, **kwargs: None
+        return SimpleNamespace(rank=0, size=1, index=processes.rank, count=processes.world, sequence=None)
     if machine.shards > 1:
         if machine.shards != processes.world:
             sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
