@@ -134,8 +134,8 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
 
 
 def transformer_shapes(config: dict, found: Shapes) -> Shapes:
-    """Names and shapes of the tensors of the Wan transformer of a config. How wide text and image features are, official
-    configs do not tell: that is taken from what was found."""
+    """Names and shapes of the tensors of the Wan transformer of a config. How wide the features of text and images are,
+    official configs do not tell: that is taken from what was found."""
     dim, kind, layers = config["dim"], config.get("model_type"), config["num_layers"]
     if layers > len(found):
         raise ValueError(f"config.json says {layers} layers, the weights are {len(found)} tensors")

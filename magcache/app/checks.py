@@ -191,11 +191,11 @@ def check_names(path: Path, *endings: str) -> None:
     refuse_if("\0" in str(path), f"{str(path)!r} is no file name")
     if os.name != "posix":
         return
-    existing = next(parent for parent in absolute.parents if os.path.exists(parent))
+    existing = next(parent for parent in (absolute, *absolute.parents) if os.path.exists(parent))
     most, longest = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
     beside = [path.stem + ending for ending in endings]
     name = max((*absolute.parts, *beside), key=lambda name: len(os.fsencode(name)))
     size = len(os.fsencode(name))
     refuse_if(size > most, f"the file name {name[:40]}...{name[-20:]} has {size} bytes, at most {most} can be written")
-    size = len(os.fsencode(absolute.with_name(name)))
+    size = len(os.fsencode(absolute.parent / name))
     refuse_if(size >= longest, f"the path of {name[:40]} has {size} bytes, at most {longest - 1} can be written")

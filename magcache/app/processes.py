@@ -34,13 +34,9 @@ class Processes:
             raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
         for name in names:
             if not re.fullmatch("[0-9]{1,5}", os.environ[name]):
-                raise ValueError(
-                    f"{name}={os.environ[name][:40]} is no whole number: start the processes with torchrun"
-                )
-        rank, world, local_rank = (int(os.environ[name]) for name in names[:3])
-        if not rank < world or not local_rank < world:
-            raise ValueError(f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world}")
-        return cls(rank, world, local_rank)
+                wrong = f"{name}={os.environ[name][:40]} is no whole number"
+                raise ValueError(f"{wrong}: start the processes with torchrun")
+        return cls(*(int(os.environ[name]) for name in names[:3]))
 
     def connect(self) -> None:
         """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process. Raises
@@ -49,6 +45,8 @@ class Processes:
             return
         import torch
 
+        if self.rank >= self.world:
+            raise ValueError(f"RANK={self.rank} must be below WORLD_SIZE={self.world}")
         if torch.cuda.is_available():
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
             if here > gpus:
