@@ -43,4 +43,4 @@ def read_json(path: str | os.PathLike) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except (OSError, ValueError) as fault:
-        raise ValueError(str(fault).splitlines()[0]) from None
+        raise ValueError(str(fault).splitlines()[0].split(";")[0]) from None

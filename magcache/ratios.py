@@ -79,7 +79,9 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         if len(ratios) == CALLS_PER_STEP * (steps - 1):
             ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
         if len(ratios) != CALLS_PER_STEP * steps:
-            raise ValueError(f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {steps} steps")
+            raise ValueError(
+                f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {str(steps)[:40]} steps"
+            )
     try:
         cond, uncond = split_branches(ratios)
     except ValueError as error:

@@ -3,6 +3,7 @@ for the largest model, and for whatever `wan` package will load it. All errors a
 
 import re
 import reprlib
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
             where = f"should be in {file} by {INDEX}, and is not" if name in names else f"is in {file}, not in {INDEX}"
             raise ValueError(f"{folder}: tensor {name[:80]} {where}")
         shapes |= held
+    if config["num_layers"] > len(shapes):
+        raise ValueError(f"{folder} has {len(shapes)} tensors, by its config.json it has {config['num_layers']} layers")
     compare_shapes(folder, shapes, transformer_shapes(config, shapes))
     return shapes
 
@@ -125,8 +128,8 @@ def read_header(path: Path) -> Shapes:
 
 def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
     for name in sorted(found.keys() ^ expected.keys()):
-        lacks = f"{where} lacks tensor {name}, which the model of its config.json has"
-        raise ValueError(lacks if name in expected else f"{where} holds tensor {name[:80]}, no part of that model")
+        verb, part = ("lacks", "a part") if name in expected else ("holds", "no part")
+        raise ValueError(f"{where} {verb} tensor {name[:80]}, which is {part} of the model of its config.json")
     for name, shape in expected.items():
         if found[name] != shape:
             sizes = f"has the shape {list(found[name])[:6]}, config.json makes it {list(shape)}"
@@ -137,8 +140,6 @@ def transformer_shapes(config: dict, found: Shapes) -> Shapes:
     """Names and shapes of the tensors of the Wan transformer of a config. How wide the features of text and images are,
     official configs do not tell: that is taken from what was found."""
     dim, kind, layers = config["dim"], config.get("model_type"), config["num_layers"]
-    if layers > len(found):
-        raise ValueError(f"config.json says {layers} layers, the weights are {len(found)} tensors")
     text_dim = config.get("text_dim", (*found.get("text_embedding.0.weight", ()), 0, 0)[1])
     shapes = {"patch_embedding.weight": (dim, config["in_dim"], 1, 2, 2), "patch_embedding.bias": (dim,)}
     shapes |= linear("text_embedding.0", text_dim, dim) | linear("text_embedding.2", dim, dim)
@@ -205,7 +206,9 @@ def read_structure(path: Path, needed: str) -> Shapes:
     import torch
 
     try:
-        tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual version of the format
+            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as fault:  # damaged files raise anything
         raise ValueError(f"cannot read {path}, is it complete? ({reason_in(fault)})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

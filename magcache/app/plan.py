@@ -172,7 +172,8 @@ def table_origin(table: RatioTable) -> str:
 
 
 def number_of_bytes(count: float) -> str:
-    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if count >= s or s == 1)
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+    unit, size = next((u, s) for u, s in units if count >= s or s == 1)
     return f"{count / size:.3g} {unit}"
 
 

@@ -46,7 +46,8 @@ class Processes:
         import torch
 
         if self.rank >= self.world:
-            raise ValueError(f"RANK={self.rank} must be below WORLD_SIZE={self.world}")
+            wrong = f"RANK={self.rank} must be below WORLD_SIZE={self.world}"
+            raise ValueError(f"{wrong}: start the processes with torchrun")
         if torch.cuda.is_available():
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
             if here > gpus:

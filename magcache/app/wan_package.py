@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,13 +69,22 @@ def check_stock(sampling: Sampling, inputs: Inputs) -> None:
     refuse_if(lacks, "the wan package here needs the package flash_attn: pip install flash-attn")
 
 
+@contextmanager
+def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the block, which checks files of a checkpoint, become `Refused`."""
+    try:
+        yield
+    except errors as fault:
+        raise Refused(f"{first_line(fault)}: download it again") from fault
+
+
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
     """configs: of all tasks."""
     task, folder = sampling.task, Path(machine.ckpt_dir)
     names, given = configs[task], f"--ckpt_dir {folder}"
     needed = {"t2i": "t2v"}.get(sampling.kind, sampling.kind)
     refuse_if(not os.path.isdir(folder), f"{given} is not a folder")
-    with refusing(ValueError):
+    with to_be_replaced(ValueError):
         model = checkpoint.read_config(folder)
         weights = checkpoint.find_weights(folder)
     kind, heads = model.get("model_type"), model["num_heads"]
@@ -89,13 +100,13 @@ def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> Non
         refuse_if(without, f"{given} lacks {names.clip_tokenizer}/, which the wan package here loads")
     for name in files:
         refuse_if(not (folder / name).is_file(), f"{given} lacks {name}")
-    with refusing(ValueError):
+    with to_be_replaced(ValueError):
         shapes = checkpoint.check_transformer(folder, model, weights)
         checkpoint.check_encoders(folder, names, shapes, with_image)
     if not is_stock_wan():
         from wan.utils.checkpoints import check_encoders
 
-        with refusing(*damaged_file()):
+        with to_be_replaced(*damaged_file()):
             check_encoders(folder, names, with_image)
     shape = (model["dim"], model["num_layers"])
     others = [other for other, config in configs.items() if (config.dim, config.num_layers) == shape]

@@ -30,8 +30,8 @@ class VideoInfo:
 def probe_video(path: str) -> VideoInfo:
     """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete or no video."""
     try:
-        if not os.path.isfile(path):  # of which a pipe is none: its reader might wait forever
-            raise FileNotFoundError("no such file")
+        if not os.path.isfile(path):  # a pipe might never end
+            raise FileNotFoundError("it is no regular file" if os.path.exists(path) else "no such file")
         # reading frames ends early and silently at damage; ffmpeg with -xerror tells
         check = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
         result = subprocess.run([*check, "-map", "0:v:0", "-f", "null", "-"], capture_output=True)
