@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,4 +45,5 @@ def reason_in(fault: Exception) -> str:
 def need_package(name: str, what: str) -> None:
     """Refuses a flag whose package is missing."""
     package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
-    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")
+    missing = name not in sys.modules and importlib.util.find_spec(name) is None
+    refuse_if(missing, f"{what} needs the package {name}: pip install {package}")

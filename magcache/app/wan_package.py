@@ -41,8 +41,9 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
 
 def import_configs() -> tuple[dict, dict]:
     """The models' configs and sizes, by task."""
-    if is_stock_wan():  # hides all warnings, too
+    if is_stock_wan():  # upstream's script hides all warnings
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"torch\.")
     try:
         from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
     except ImportError as fault:
@@ -59,7 +60,7 @@ def check_stock(sampling: Sampling, inputs: Inputs) -> None:
     if sampling.kind == "flf2v" and sampling.frame_num != 81:
         only = "the wan package here makes flf2v videos of 81 frames only"
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
-    if sampling.kind == "vace" and inputs.src_video:
+    if sampling.kind == "vace" and inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
         need_package("decord", "--src_video with the wan package here")
     import wan
 

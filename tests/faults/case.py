@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Case:
-    """args: of magcache_generate.py, or a function that prepares the fault in an empty folder, in which the command will
+    """args: of magcache_generate.py, or a function that prepares the fault in an empty folder, where the command will
     run, and returns them. code: exit code. line: regular expression of what stderr must hold. env: variables. slow:
     takes some seconds."""
 
