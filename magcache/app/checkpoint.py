@@ -55,10 +55,15 @@ def check_config(config: dict) -> None:
     for key in ("text_dim", "clip_dim", "clip_positions"):
         if type(config.get(key, 0)) is not int:
             raise ValueError(f"{key} must be a whole number, it is {reprlib.repr(config[key])}")
+    for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
+        if not isinstance(config.get(key, ""), str):
+            raise ValueError(f"{key} must be text, it is {reprlib.repr(config[key])}")
+    if "quantization_config" in config:
+        raise ValueError("it is of a quantized model, which cannot be used here")
     channels = {"in_dim": IMAGE if kind in ("i2v", "flf2v") else LATENT, "out_dim": LATENT}
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, number in channels.items():
-        if type(config.setdefault(key, number)) is not int or config[key] != number:
+        if type(config.setdefault(key, LATENT)) is not int or config[key] != number:
             raise ValueError(f"{key} must be {number} for a model of type {kind}, it is {reprlib.repr(config[key])}")
     if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
         raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
