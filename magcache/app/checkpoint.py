@@ -48,7 +48,6 @@ def read_config(folder: Path) -> dict:
 
 
 def check_config(config: dict) -> None:
-    kind = config.get("model_type")
     for key, (_, most) in NUMBERS.items():
         if type(config[key]) is not int or not 1 <= config[key] <= most:
             raise ValueError(f"{key} must be a whole number from 1 to {most}, it is {reprlib.repr(config[key])}")
@@ -60,16 +59,22 @@ def check_config(config: dict) -> None:
             raise ValueError(f"{key} must be text, it is {reprlib.repr(config[key])}")
     if "quantization_config" in config:
         raise ValueError("it is of a quantized model, which cannot be used here")
-    channels = {"in_dim": IMAGE if kind in ("i2v", "flf2v") else LATENT, "out_dim": LATENT}
-    channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
-    for key, number in channels.items():
-        if type(config.setdefault(key, LATENT)) is not int or config[key] != number:
-            raise ValueError(f"{key} must be {number} for a model of type {kind}, it is {reprlib.repr(config[key])}")
     if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
         raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
     if type(config["eps"]) is not float or not 0 < config["eps"] < 1:
         raise ValueError(f"eps must be a number between 0 and 1, it is {reprlib.repr(config['eps'])}")
-    layers, number = config.get("vace_layers"), config["num_layers"]
+    check_kind(config)
+
+
+def check_kind(config: dict) -> None:
+    """What depends on the model's type, and the channels that its pipeline gives it."""
+    kind, number = config.get("model_type"), config["num_layers"]
+    channels = {"in_dim": IMAGE if kind in ("i2v", "flf2v") else LATENT, "out_dim": LATENT}
+    channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
+    for key, expected in channels.items():
+        if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
+            raise ValueError(f"{key} must be {expected} for a model of type {kind}, it is {reprlib.repr(config[key])}")
+    layers = config.get("vace_layers")
     if kind != "vace" or layers is None:
         return
     if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < number for layer in layers):

@@ -33,9 +33,8 @@ def settings_of(sampling: Sampling, ckpt_dir: str) -> dict:
 
 def compare_settings(table: RatioTable, run: dict) -> list[str]:
     """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
-    different = {
-        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
-    }
+    measured = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
+    different = {key: (measured[key], run[key]) for key in run if measured.get(key, run[key]) != run[key]}
     notices = []
     for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
         if key in different:

@@ -166,8 +166,9 @@ def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
 
 def table_origin(table: RatioTable) -> str:
     """Where a table comes from, in words."""
-    if date := table.measured_on.get("date"):
-        return f"measured on {str(date)[:10]} with {table.steps} steps ({table.path})"
+    date = table.measured_on.get("date")
+    if isinstance(date, str):
+        return f"measured on {date[:10]} with {table.steps} steps ({table.path})"
     return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
 
 

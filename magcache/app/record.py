@@ -87,7 +87,7 @@ def save_record(job: Job, path: Path, entries: dict) -> bool:
         return False
     try:
         write_record(record_path(path), entries)
-    except OSError as fault:
+    except (OSError, RecursionError) as fault:
         print(f"warning: the record could not be written: {fault}", file=sys.stderr)
         return False
     return True

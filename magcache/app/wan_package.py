@@ -36,6 +36,9 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
     if is_stock_wan():
         check_stock(sampling, inputs)
     check_checkpoint(sampling, machine, configs)
+    if not is_stock_wan():
+        choose_attention(os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"))
+        check_encoders(sampling, machine, configs[task])
     return configs[task]
 
 
@@ -104,15 +107,18 @@ def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> Non
     with to_be_replaced(ValueError):
         shapes = checkpoint.check_transformer(folder, model, weights)
         checkpoint.check_encoders(folder, names, shapes, with_image)
-    if not is_stock_wan():
-        from wan.utils.checkpoints import check_encoders
-
-        with to_be_replaced(*damaged_file()):
-            check_encoders(folder, names, with_image)
     shape = (model["dim"], model["num_layers"])
     others = [other for other, config in configs.items() if (config.dim, config.num_layers) == shape]
     if others and task not in others:
         print(f"note: by its size the model in {folder} is that of {others[0]}, not of {task}")
+
+
+def check_encoders(sampling: Sampling, machine: Machine, config: Any) -> None:
+    """Refuses encoders whose tensors are not exactly those that our own `wan` needs."""
+    from wan.utils.checkpoints import check_encoders as check
+
+    with to_be_replaced(*damaged_file()):
+        check(Path(machine.ckpt_dir), config, sampling.kind in ("i2v", "flf2v"))
 
 
 def start_processes(processes: Processes, job: Job):
@@ -125,7 +131,7 @@ def start_processes(processes: Processes, job: Job):
     with refusing(ValueError):
         processes.connect()
     if not is_stock_wan():
-        check_attention(os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"))
+        try_attention()
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     if differences := processes.differences(compared):
@@ -146,9 +152,8 @@ def start_processes(processes: Processes, job: Job):
     return group
 
 
-def check_attention(name: str) -> None:
-    """Refuses a diffusers attention backend that is unknown, not installed, or no use on this device."""
-    import torch
+def choose_attention(name: str) -> None:
+    """Makes a backend that of all attention in diffusers. Refuses one that is unknown or not installed."""
     from diffusers.utils import constants
 
     constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one the import fails
@@ -157,12 +162,21 @@ def check_attention(name: str) -> None:
     known = [backend.value for backend in attention._AttentionBackendRegistry.list_backends()]
     refuse_if(name not in known, f"there is no attention backend {name!r}, only {', '.join(known)}")
     backend = attention.AttentionBackendName(name)
-    attention._AttentionBackendRegistry.set_active_backend(backend)
-    try:
+    with refusing(RuntimeError):
         attention._check_attention_backend_requirements(backend)
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        attention.dispatch_attention_fn(*torch.zeros(3, 1, 64, 2, 128, device=device, dtype=dtype))
+    attention._AttentionBackendRegistry.set_active_backend(backend)
+
+
+def try_attention() -> None:
+    """Refuses a chosen attention backend that does not work on this device."""
+    import torch
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        dispatch_attention_fn(*torch.zeros(3, 1, 64, 2, 128, device=device, dtype=dtype))
     except Exception as fault:  # each backend has its own
+        name = _AttentionBackendRegistry.get_active_backend()[0].value
         raise Refused(f"attention backend {name} cannot be used here: {first_line(fault)}") from fault
 
 

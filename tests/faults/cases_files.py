@@ -398,7 +398,7 @@ VALUES = [
         "attention not installed",
         TINY,
         2,
-        "attention backend xformers cannot be used here: .*xformers",
+        "Xformers Attention backend 'xformers' is not usable",
         {"DIFFUSERS_ATTN_BACKEND": "xformers"},
     ),
     Case(
