@@ -2,13 +2,12 @@
 for the largest model, and for whatever `wan` package will load it. All errors are ValueErrors of one line."""
 
 import re
-import reprlib
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from magcache.app.errors import first_line, reason_in
+from magcache.app.errors import first_line, reason_in, shortened
 from magcache.files import read_json
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -50,19 +49,19 @@ def read_config(folder: Path) -> dict:
 def check_config(config: dict) -> None:
     for key, (_, most) in NUMBERS.items():
         if type(config[key]) is not int or not 1 <= config[key] <= most:
-            raise ValueError(f"{key} must be a whole number from 1 to {most}, it is {reprlib.repr(config[key])}")
+            raise ValueError(f"{key} must be a whole number from 1 to {most}, it is {shortened(config[key])}")
     for key in ("text_dim", "clip_dim", "clip_positions"):
         if type(config.get(key, 0)) is not int:
-            raise ValueError(f"{key} must be a whole number, it is {reprlib.repr(config[key])}")
+            raise ValueError(f"{key} must be a whole number, it is {shortened(config[key])}")
     for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
         if not isinstance(config.get(key, ""), str):
-            raise ValueError(f"{key} must be text, it is {reprlib.repr(config[key])}")
+            raise ValueError(f"{key} must be text, it is {shortened(config[key])}")
     if "quantization_config" in config:
         raise ValueError("it is of a quantized model, which cannot be used here")
     if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
         raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
     if type(config["eps"]) is not float or not 0 < config["eps"] < 1:
-        raise ValueError(f"eps must be a number between 0 and 1, it is {reprlib.repr(config['eps'])}")
+        raise ValueError(f"eps must be a number between 0 and 1, it is {shortened(config['eps'])}")
     check_kind(config)
 
 
@@ -73,14 +72,14 @@ def check_kind(config: dict) -> None:
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, expected in channels.items():
         if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
-            raise ValueError(f"{key} must be {expected} for a model of type {kind}, it is {reprlib.repr(config[key])}")
+            raise ValueError(f"{key} must be {expected} for a model of type {kind}, it is {shortened(config[key])}")
     layers = config.get("vace_layers")
     if kind != "vace" or layers is None:
         return
     if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < number for layer in layers):
-        raise ValueError(f"vace_layers must be a list of layers below {number}, it is {reprlib.repr(layers)}")
+        raise ValueError(f"vace_layers must be a list of layers below {number}, it is {shortened(layers)}")
     if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"vace_layers must be distinct, and one at least, they are {reprlib.repr(layers)}")
+        raise ValueError(f"vace_layers must be distinct, and one at least, they are {shortened(layers)}")
 
 
 def find_weights(folder: Path) -> dict[str, set[str] | None]:
@@ -95,7 +94,7 @@ def find_weights(folder: Path) -> dict[str, set[str] | None]:
         files = {}
         for tensor, file in places.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise ValueError(f"the file of tensor {tensor[:80]} is {reprlib.repr(file)}")
+                raise ValueError(f"the file of tensor {tensor[:80]} is {shortened(file)}")
             files.setdefault(file, set()).add(tensor)
     except ValueError as fault:
         raise ValueError(f"{folder} has a broken {INDEX}: {fault}") from None

@@ -3,7 +3,6 @@
 import math
 import os
 import random
-import reprlib
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import magcache
 from magcache.app import plan, prompts
 from magcache.app.choose_schedule import choose_table, make_schedule
-from magcache.app.errors import Refused, need_package, refuse_if, refusing
+from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
@@ -122,11 +121,6 @@ def check_extent(sampling: Sampling, inputs: Inputs, machine: Machine) -> None:
     refuse_if(frames > MOST_FRAMES, f"{most}, got {shortened(frames)}: {estimate}")
     what = f"{references} reference images and {frames} frames" if references else f"{frames} frames"
     refuse_if(tokens > MOST_TOKENS * shards, f"{what} of {sampling.size} are {estimate}: ask for fewer")
-
-
-def shortened(number: int) -> str:
-    """A whole number as a part of a line, however large it is."""
-    return reprlib.repr(number)
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:

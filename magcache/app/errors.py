@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 def first_line(fault: Exception) -> str:
     return (str(fault) or "?").splitlines()[0]
+
+
+def shortened(value: object) -> str:
+    """A value as a part of a line, whatever it is."""
+    text = reprlib.repr(value)
+    return text if len(text) < 80 else f"{text[:60]}..."
 
 
 def reason_in(fault: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -54,11 +55,15 @@ class Processes:
                 raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
             torch.cuda.set_device(self.local_rank)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        try:
+            socket.getaddrinfo(address, port)  # torch would go on asking
+        except (OSError, ValueError) as fault:
+            raise ValueError(f"MASTER_ADDR={address[:80]} leads nowhere ({first_line(fault)})") from fault
         try:
             torch.distributed.init_process_group(backend, timeout=TIMEOUT)
         except RuntimeError as fault:  # nobody is at the address, or does not come
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise ValueError(f"the processes cannot connect at {place} ({first_line(fault)})") from fault
+            raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
     def from_first(self, value):
         """The value that the first process calls this with (anything that can be pickled); all must call it."""

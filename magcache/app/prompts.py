@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from magcache.app.errors import shortened
 from magcache.files import is_special
 
 MAX_SEED = 2**63 - 1
@@ -48,7 +48,7 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
             values = read_object(line) if is_json else {"prompt": line}
             seed = values.pop("seed", base_seed + len(wanted))
             if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seed must be between 0 and 2^63 - 1, got {reprlib.repr(seed)}")
+                raise ValueError(f"seed must be between 0 and 2^63 - 1, got {shortened(seed)}")
         except ValueError as fault:
             raise ValueError(f"{path}, line {number}: {fault}") from fault
         wanted.append(Line(len(wanted) + 1, seed=seed, **values))
@@ -69,11 +69,11 @@ def read_object(line: str) -> dict:
             raise ValueError(f'"{key[:40]}" is none of {", ".join(types)}')
         if type(value) is not types[key]:  # a bool is an int, too
             wanted = "a whole number" if types[key] is int else "text"
-            raise ValueError(f'"{key}" must be {wanted}, got {reprlib.repr(value)}')
+            raise ValueError(f'"{key}" must be {wanted}, got {shortened(value)}')
         if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
         if types[key] is str and (not is_text(value) or ("\0" in value and key != "prompt")):
-            raise ValueError(f'"{key}" is no valid text: {value!r}')
+            raise ValueError(f'"{key}" is no valid text: {shortened(value)}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
     return values
