@@ -119,7 +119,8 @@ def neighbour_lines(job: Job) -> list[str]:
         rows = {f"speedup {speedup:g}": [replace(cache, speedup=speedup)] for speedup in speedups}
     else:
         heading = "other     thresh and K"
-        thresholds = (rule.thresh / 2, rule.thresh, 2 * rule.thresh) if rule.thresh else (0.0, 0.06, 0.12)
+        doubled = min(2 * rule.thresh, sys.float_info.max)
+        thresholds = (rule.thresh / 2, rule.thresh, doubled) if rule.thresh else (0.0, 0.06, 0.12)
         lengths = [max(rule.K, 1) + difference for difference in (-1, 0, 1)]
         columns = [f"K {K}" for K in lengths]
         rows = {
