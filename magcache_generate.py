@@ -28,7 +28,7 @@ except ImportError as fault:
 def run(args: Namespace) -> bool:
     """Does what the flags ask for. Returns whether all of it worked."""
     job = make_job(args)
-    config = check_wan(job.sampling, job.machine)
+    config = check_wan(job.sampling, job.inputs, job.machine)
     inputs = read_inputs(job)
     processes = Processes.from_environment()
     group = start_processes(processes, job)

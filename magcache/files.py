@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that may hold anything."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -26,3 +28,23 @@ def written_whole(path: str | os.PathLike, replace: bool = True) -> Iterator[Pat
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_special(path: str | os.PathLike) -> bool:
+    """Whether a path leads to something else than a regular file, such as a pipe, whose reader may wait forever."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file. Raises FileNotFoundError, and ValueError with one line for what cannot be read: no
+    regular file, no text, no JSON, nested too deep."""
+    if is_special(path):
+        raise ValueError("it is no regular file")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (OSError, ValueError) as fault:
+        raise ValueError(str(fault).splitlines()[0].split(";")[0]) from None

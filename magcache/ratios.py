@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from magcache.files import written_whole
+from magcache.files import read_json, written_whole
 from magcache.schedule import CALLS_PER_STEP, join_branches
 
 TABLES = Path(__file__).with_name("ratios")
@@ -61,11 +61,11 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     if named := str(name_or_path) in table_names():
         path = TABLES / f"{name_or_path}.json"
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except FileNotFoundError:
         known = ", ".join(table_names())
         raise UnknownTableError(f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}") from None
-    except (OSError, ValueError, RecursionError) as error:  # a directory, no permission, no JSON, no text
+    except ValueError as error:
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
     if isinstance(content, list):
         content = {"mag_ratio": content}
@@ -79,7 +79,9 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         if len(ratios) == CALLS_PER_STEP * (steps - 1):
             ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
         if len(ratios) != CALLS_PER_STEP * steps:
-            raise ValueError(f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {steps} steps")
+            raise ValueError(
+                f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {str(steps)[:40]} steps"
+            )
     try:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
@@ -129,12 +131,12 @@ def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[fl
     A table may come with that leading pair of 1.0 or without (as the upstream lists do). Raises ValueError if its
     length is odd, it is empty, or a value is none that a model could have (NaN, 0, negative, below 0.01, above 100).
     """
-    flat = tuple(float(ratio) for ratio in ratios)
-    if not flat or len(flat) % CALLS_PER_STEP:
-        raise ValueError(f"a ratio table holds pairs of cond and uncond, got {len(flat)} numbers")
-    for index, ratio in enumerate(flat):
+    if not len(ratios) or len(ratios) % CALLS_PER_STEP:
+        raise ValueError(f"a ratio table holds pairs of cond and uncond, got {len(ratios)} numbers")
+    for index, ratio in enumerate(ratios):
         if not ABSURD[0] < ratio < ABSURD[1]:
-            raise ValueError(f"ratio {index} is {ratio}; ratios of one step to the next are near 1")
+            raise ValueError(f"ratio {index} is {str(ratio)[:40]}; ratios of one step to the next are near 1")
+    flat = tuple(float(ratio) for ratio in ratios)
     if flat[:CALLS_PER_STEP] != (1.0, 1.0):
         flat = (1.0, 1.0, *flat)
     return flat[0::2], flat[1::2]

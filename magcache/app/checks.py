@@ -1,6 +1,5 @@
 """Makes the job of the flags, and refuses what makes no sense: with one line, before anything is loaded."""
 
-import importlib.util
 import math
 import os
 import random
@@ -9,12 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import magcache
-from magcache.app import prompts
+from magcache.app import plan, prompts
 from magcache.app.choose_schedule import choose_table, make_schedule
-from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
+
+MOST_STEPS = 10_000
+MOST_FRAMES = 4093  # of 1024 latent frames
+MOST_TOKENS = 2**20  # a call and GPU, 14 times what the largest model was trained on (81 frames of 720p)
+VALUES_A_TOKEN = 4  # float32: hidden state, queries, keys, values
 
 
 def make_job(args: Namespace) -> Job:
@@ -40,6 +44,7 @@ def make_job(args: Namespace) -> Job:
     cache, output = make_cache(args, sampling), make_output(args, sampling)
     table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
+    check_extent(sampling, inputs, machine)
     return Job(
         sampling=sampling,
         inputs=inputs,
@@ -118,6 +123,8 @@ def make_sampling(args: Namespace) -> Sampling:
     refuse_if(kind == "flf2v" and frames < 5, f"task {args.task} needs --frame_num 5 or more, got {frames}")
     refuse_if(frames < 1 or frames % 4 != 1, f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
     refuse_if(steps < 1, f"--sample_steps must be at least 1, got {steps}")
+    many = f"--sample_steps must be at most {MOST_STEPS}, got {shortened(steps)}: the models know 1000 noise levels"
+    refuse_if(steps > MOST_STEPS, many)
     refuse_if(not 0 < shift < math.inf, f"--sample_shift must be positive, got {shift}")
     guidance = args.sample_guide_scale
     refuse_if(not math.isfinite(guidance), f"--sample_guide_scale must be finite, got {guidance}")
@@ -127,6 +134,21 @@ def make_sampling(args: Namespace) -> Sampling:
     except ValueError as fault:
         raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
     return sampling
+
+
+def check_extent(sampling: Sampling, inputs: Inputs, machine: Machine) -> None:
+    """Refuses videos that no machine could make. With a source video, which decides on the length, its references
+    count."""
+    (width, height), references = sampling.pixels, len(inputs.references) if sampling.kind == "vace" else 0
+    frames, shards = sampling.frame_num, machine.shards if machine.shards > 0 else 1
+    tokens = plan.token_count(frames, height, width, references)
+    needed = VALUES_A_TOKEN * tokens * plan.shape_of(sampling.task, machine.ckpt_dir).dim // shards
+    memory = plan.number_of_bytes(4 * min(needed, 10**300))
+    estimate = f"{shortened(tokens)} tokens a call, for which a GPU needs {memory} and more"
+    most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end"
+    refuse_if(frames > MOST_FRAMES, f"{most}, got {shortened(frames)}: {estimate}")
+    what = f"{references} reference images and {frames} frames" if references else f"{frames} frames"
+    refuse_if(tokens > MOST_TOKENS * shards, f"{what} of {sampling.size} are {estimate}: ask for fewer")
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
@@ -178,11 +200,22 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
 
 def check_writable(folder: Path) -> None:
     """The folder, or the first above it that exists, must take files."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     refuse_if(not existing.is_dir() or not os.access(existing, os.W_OK), f"cannot write to {folder}")
+    check_names(folder / "x")
 
 
-def need_package(name: str, what: str) -> None:
-    """Refuses a flag whose package is missing."""
-    package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
-    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")
+def check_names(path: Path, *endings: str) -> None:
+    """Refuses paths that the file system cannot hold. endings: of the files beside a result, in place of its own."""
+    absolute = path.absolute()
+    refuse_if("\0" in str(path), f"{str(path)!r} is no file name")
+    if os.name != "posix":
+        return
+    existing = next(parent for parent in (absolute, *absolute.parents) if os.path.exists(parent))
+    most, longest = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    beside = [path.stem + ending for ending in endings]
+    name = max((*absolute.parts, *beside), key=lambda name: len(os.fsencode(name)))
+    size = len(os.fsencode(name))
+    refuse_if(size > most, f"the file name {name[:40]}...{name[-20:]} has {size} bytes, at most {most} can be written")
+    size = len(os.fsencode(absolute.parent / name))
+    refuse_if(size >= longest, f"the path of {name[:40]} has {size} bytes, at most {longest - 1} can be written")

@@ -11,6 +11,7 @@ from magcache import RatioTable, Schedule
 from magcache.app import plan
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
+from magcache.files import read_json
 
 HOW_TO_CALIBRATE = (
     "measure one by the same command with --magcache_calibration in place of --use_magcache, "
@@ -22,8 +23,9 @@ def settings_of(sampling: Sampling, ckpt_dir: str) -> dict:
     """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
     settings = asdict(sampling) | {"checkpoint": Path(ckpt_dir).resolve().name}
     del settings["sample_steps"]
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # refused with the rest of the folder, later
-        model = json.loads((Path(ckpt_dir) / "config.json").read_text())
+    # refused with the rest of the folder, later
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        model = read_json(Path(ckpt_dir) / "config.json")
         shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
         settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
     return settings
@@ -31,9 +33,8 @@ def settings_of(sampling: Sampling, ckpt_dir: str) -> dict:
 
 def compare_settings(table: RatioTable, run: dict) -> list[str]:
     """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
-    different = {
-        key: (table.measured_on[key], run[key]) for key in run if table.measured_on.get(key, run[key]) != run[key]
-    }
+    measured = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
+    different = {key: (measured[key], run[key]) for key in run if measured.get(key, run[key]) != run[key]}
     notices = []
     for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
         if key in different:

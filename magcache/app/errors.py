@@ -1,5 +1,9 @@
 """What ends a run with one line."""
 
+import importlib.util
+import re
+import reprlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +40,25 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 def first_line(fault: Exception) -> str:
     return (str(fault) or "?").splitlines()[0]
+
+
+def shortened(value: object) -> str:
+    """A value as a part of a line, whatever it is."""
+    text = reprlib.repr(value)
+    return text if len(text) < 80 else f"{text[:60]}..."
+
+
+def reason_in(fault: Exception) -> str:
+    """What torch says is wrong with a file of weights, in a line: without its headings, and without its advice to load
+    the file unsafely."""
+    lines = (line.strip().removeprefix("WeightsUnpickler error: ") for line in str(fault).splitlines())
+    headings = re.compile(r"weights.only|error\(s\) in loading", re.IGNORECASE)
+    reason = next((line for line in lines if line and not headings.search(line)), "").split(". ")[0][:200]
+    return reason if reason and not isinstance(fault, LookupError) else f"{type(fault).__name__} {reason}".strip()
+
+
+def need_package(name: str, what: str) -> None:
+    """Refuses a flag whose package is missing."""
+    package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
+    missing = name not in sys.modules and importlib.util.find_spec(name) is None
+    refuse_if(missing, f"{what} needs the package {name}: pip install {package}")

@@ -18,7 +18,8 @@ class Explicit(argparse.Action):
 
 def is_first(rank: str) -> bool:
     """By torchrun's name for it: the first of all processes (RANK), or of those on this machine (LOCAL_RANK)."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
+    number = os.environ.get(rank, "0")
+    return os.environ.get("WORLD_SIZE", "1") == "1" or number == "0" or not number.isdigit()
 
 
 class Parser(argparse.ArgumentParser):

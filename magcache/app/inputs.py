@@ -1,11 +1,12 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from magcache.app.errors import Refused, refusing
+from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import Extension, Inputs, Job, Request, Sampling
 from magcache.app.wan_package import is_stock_wan
 
@@ -25,6 +26,10 @@ def choose_inputs(
     example = dict(EXAMPLES.get(sampling.task, EXAMPLES[sampling.kind]))
     words = example.pop("prompt")
     if prompt is None and len(missing) == len(sampling.input_flags):
+        if example and is_stock_wan():
+            wanted = "--prompt and " + ", ".join(f"--{flag}" for flag in example)
+            refuse_if(needed, f"the example of {sampling.task} is about pictures that are not here: give {wanted}")
+            return words, inputs
         paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
         return words, replace(inputs, **paths)
     if missing and needed and sampling.kind in ("i2v", "flf2v"):
@@ -61,7 +66,7 @@ def check_sources(inputs: Inputs) -> None:
     from magcache.app.media import read_image
 
     for path in (inputs.src_video, inputs.src_mask):
-        if path and not Path(path).is_file():
+        if path and not os.path.isfile(path):
             raise ValueError(f"cannot read {path}: no such file")
     if inputs.src_mask and not inputs.src_video:
         raise ValueError(f"the mask {inputs.src_mask} needs a source video")
@@ -88,7 +93,7 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
     frames, height, width = video_shape(sampling, None)
     if sampling.kind in ("i2v", "flf2v"):
         path = getattr(inputs, sampling.input_flags[0])
-        if path and Path(path).is_file():
+        if path and os.path.isfile(path):
             try:
                 from magcache.app.media import read_image
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from magcache.files import written_whole
+from magcache.files import is_special, written_whole
 
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
@@ -24,6 +24,8 @@ TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 def read_image(path: str) -> Image.Image:
     """Returns an upright RGB image. Raises ValueError with one line for a file that is missing, damaged or no image,
     for transparency, more than 8 bits a channel, and for sides that are too small or too unequal."""
+    if is_special(path):
+        raise ValueError(f"cannot read {path}: it is no regular file")
     try:
         with Image.open(path) as file:
             file.load()
@@ -38,7 +40,7 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"cannot use {path}: {width}x{height} pixels, one side may be {MAX_ASPECT:g} times the other")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"cannot use {path}: it has more than 8 bits a channel, convert it first")
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+    if image.convert("RGBA").getextrema()[3][0] < 255:
         raise ValueError(f"cannot use {path}: parts of it are transparent (alpha channel), flatten it first")
     return image.convert("RGB")
 

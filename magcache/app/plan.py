@@ -2,13 +2,13 @@
 the way, memory and FLOPs. Pure Python.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from magcache.files import read_json
 from magcache.ratios import RatioTable, resample_nearest, split_branches
 from magcache.schedule import Schedule
 
@@ -65,8 +65,9 @@ def shape_of(task: str, ckpt_dir: str | Path) -> Shape:
     """The task's transformer, or the one that the folder's config.json describes, if there is one that can be read."""
     shape = SHAPES[task]
     try:
-        config = json.loads((Path(ckpt_dir) / "config.json").read_text())
+        config = read_json(Path(ckpt_dir) / "config.json")
         known = {field.name: config[field.name] for field in fields(Shape) if type(config.get(field.name)) is int}
+        known = {name: number for name, number in known.items() if 0 <= number < 2**31}
         if shape.vace_blocks and "vace_layers" in config:
             layers = config["vace_layers"]
             known["vace_blocks"] = math.ceil(known["num_layers"] / 2) if layers is None else len(layers)
@@ -165,13 +166,15 @@ def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
 
 def table_origin(table: RatioTable) -> str:
     """Where a table comes from, in words."""
-    if date := table.measured_on.get("date"):
-        return f"measured on {str(date)[:10]} with {table.steps} steps ({table.path})"
+    date = table.measured_on.get("date")
+    if isinstance(date, str):
+        return f"measured on {date[:10]} with {table.steps} steps ({table.path})"
     return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
 
 
 def number_of_bytes(count: float) -> str:
-    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if count >= s or s == 1)
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+    unit, size = next((u, s) for u, s in units if count >= s or s == 1)
     return f"{count / size:.3g} {unit}"
 
 

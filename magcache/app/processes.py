@@ -1,6 +1,8 @@
 """The processes that torchrun starts for one run: which of them this is, and what they tell each other."""
 
 import os
+import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,11 +28,15 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """As torchrun says; a single one without torchrun. Raises ValueError if its variables are incomplete."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
-        if missing := [name for name in names if name not in os.environ]:
+        if missing := [name for name in (*names, "MASTER_ADDR") if name not in os.environ]:
             raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
+        for name in names:
+            if not re.fullmatch("[0-9]{1,5}", os.environ[name]):
+                wrong = f"{name}={os.environ[name][:40]} is no whole number"
+                raise ValueError(f"{wrong}: start the processes with torchrun")
         return cls(*(int(os.environ[name]) for name in names[:3]))
 
     def connect(self) -> None:
@@ -40,13 +46,24 @@ class Processes:
             return
         import torch
 
+        if self.rank >= self.world:
+            wrong = f"RANK={self.rank} must be below WORLD_SIZE={self.world}"
+            raise ValueError(f"{wrong}: start the processes with torchrun")
         if torch.cuda.is_available():
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
             if here > gpus:
                 raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
             torch.cuda.set_device(self.local_rank)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        try:
+            socket.getaddrinfo(address, port)  # torch would go on asking
+        except (OSError, ValueError) as fault:
+            raise ValueError(f"MASTER_ADDR={address[:80]} leads nowhere ({first_line(fault)})") from fault
+        try:
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        except RuntimeError as fault:  # nobody is at the address, or does not come
+            raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
     def from_first(self, value):
         """The value that the first process calls this with (anything that can be pickled); all must call it."""

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from magcache.app.errors import shortened
+from magcache.files import is_special
+
 MAX_SEED = 2**63 - 1
 # of MP4 and QuickTime, Matroska, PNG, JPEG, WebP
 BEGINNINGS = re.compile(
@@ -35,6 +38,8 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     The seed of prompt i (from 0) is base_seed + i where the line gives none. Raises ValueError with one line for what
     cannot be read, with the number of the line in the file.
     """
+    if is_special(path):
+        raise ValueError(f"cannot read {path}: it is no regular file")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as fault:
@@ -51,7 +56,7 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
             values = read_object(line) if is_json else {"prompt": line}
             seed = values.pop("seed", base_seed + len(wanted))
             if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seed must be between 0 and 2^63 - 1, got {seed}")
+                raise ValueError(f"seed must be between 0 and 2^63 - 1, got {shortened(seed)}")
         except ValueError as fault:
             raise ValueError(f"{path}, line {number}: {fault}") from fault
         wanted.append(Line(len(wanted) + 1, seed=seed, **values))
@@ -70,19 +75,20 @@ def read_object(line: str) -> dict:
     types = {"prompt": str, "seed": int, "image": str, "save_file": str}
     try:
         values = json.loads(line)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise ValueError(f"no JSON ({fault})") from fault
     if not isinstance(values, dict):
         raise ValueError(f'must be an object such as {{"prompt": "..."}}, got {line[:40]}')
     for key, value in values.items():
         if key not in types:
-            raise ValueError(f'"{key}" is none of {", ".join(types)}')
+            raise ValueError(f'"{key[:40]}" is none of {", ".join(types)}')
         if type(value) is not types[key]:  # a bool is an int, too
-            raise ValueError(f'"{key}" must be {"a whole number" if types[key] is int else "text"}, got {value!r}')
+            wanted = "a whole number" if types[key] is int else "text"
+            raise ValueError(f'"{key}" must be {wanted}, got {shortened(value)}')
         if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
-        if types[key] is str and not is_text(value):
-            raise ValueError(f'"{key}" is no valid text: {value!r}')
+        if types[key] is str and (not is_text(value) or ("\0" in value and key != "prompt")):
+            raise ValueError(f'"{key}" is no valid text: {shortened(value)}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
     return values

@@ -15,7 +15,7 @@ import magcache
 from magcache.app.flags import make_parser
 from magcache.app.job import Job, Request
 from magcache.app.plan import reuse_by_branch
-from magcache.files import written_whole
+from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"
 # flags that name a file or a folder each, but for the last one, whose files are separated by commas
@@ -78,7 +78,7 @@ def save_record(job: Job, path: Path, entries: dict) -> bool:
         return False
     try:
         write_record(record_path(path), entries)
-    except OSError as fault:
+    except (OSError, RecursionError) as fault:
         print(f"warning: the record could not be written: {fault}", file=sys.stderr)
         return False
     return True
@@ -90,11 +90,18 @@ def record_path(video: Path) -> Path:
 
 def read_record(path: Path) -> dict:
     """The record in a file; empty if there is none in it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = read_json(path)
         if record["made_by"].startswith(MADE_BY):
             return record
     return {}
+
+
+def compared_files(path: Path) -> list:
+    """Names of the files of a comparison that the record in a file tells of."""
+    with contextlib.suppress(KeyError, TypeError):
+        return list(read_record(path)["comparison"]["files"])
+    return []
 
 
 def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:

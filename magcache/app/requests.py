@@ -8,11 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 from magcache.app import prompts
-from magcache.app.checks import check_writable
+from magcache.app.checks import check_names, check_writable
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import INPUTS, Job, Request
-from magcache.app.record import read_record, record_path
+from magcache.app.record import compared_files, read_record, record_path
+from magcache.files import is_special
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
@@ -28,6 +29,7 @@ def make_requests(job: Job) -> list[Request]:
         path = result_path(job, line.prompt, job.output.save_file)
         return [Request(line.prompt, line.seed, path, replaces=bool(job.output.save_file) and path.exists())]
     folder = Path(job.output.save_file or Path(job.prompt_file).stem)
+    check_names(folder)
     is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
     refuse_if(is_file, f"with --prompt_file, --save_file must be a folder, got {folder}")
     check_writable(folder)
@@ -40,6 +42,7 @@ def make_requests(job: Job) -> list[Request]:
                 raise Refused(f"prompt {line.number}: {refusal}") from refusal
         else:
             paths.append(folder / prompts.result_name(line, decisive, endings_of(job)[0]))
+            check_result(job, paths[-1])
     if clash := prompts.find_clash(paths):
         first, second = (paths[position] for position in clash)
         what = "result" if first.suffix == second.suffix else "record beside the result"
@@ -94,7 +97,7 @@ def check_replaced(job: Job, requests: list[Request]) -> None:
         refuse_if(other, f"{path} exists and is no {kind}: move it, or choose another --save_file")
         other = job.output.record and record.exists() and not read_record(record)
         refuse_if(other, f"{record} exists and is no record of a video: move it, or use --magcache_record off")
-        earlier = read_record(record).get("comparison", {}).get("files", ())
+        earlier = compared_files(record)
         for file in comparison_paths(path) if job.output.compare else ():
             other = file.exists() and file.name not in earlier
             refuse_if(other, f"{file} exists and is of no earlier --compare: move it, or choose another --save_file")
@@ -125,12 +128,22 @@ def free_paths(path: Path) -> Iterator[Path]:
 def result_path(job: Job, prompt: str, save_file: str | None) -> Path:
     """save_file, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
     path = checked_path(job, save_file) if save_file else Path(default_name(job, prompt))
-    check_writable(path.parent)
+    check_result(job, path)
     return path
+
+
+def check_result(job: Job, path: Path) -> None:
+    """Refuses a result that cannot be written with all that goes beside it."""
+    check_writable(path.parent)
+    beside = [".json"] if job.output.record else []
+    beside += [f"_uncached{path.suffix}", "_compare.html"] if job.output.compare else []
+    check_names(path, *beside)
+    refuse_if(is_special(path), f"{path} exists and is no regular file")
 
 
 def checked_path(job: Job, save_file: str) -> Path:
     path, endings = Path(save_file), endings_of(job)
+    check_names(path)
     is_folder = save_file.endswith(("/", os.sep)) or not path.name or path.is_dir()
     refuse_if(is_folder, f"--save_file {save_file} is a folder")
     if not path.suffix:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from magcache.app import plan
-from magcache.app.checks import check_writable, make_job, need_package
+from magcache.app.checks import check_names, check_writable, make_job
 from magcache.app.choose_schedule import make_schedule, predict
+from magcache.app.errors import need_package, refuse_if
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
+from magcache.files import is_special
 
 
 def show_plan(args: Namespace) -> None:
@@ -28,6 +30,8 @@ def print_plan(args: Namespace) -> None:
     if picture:
         need_package("matplotlib", "--magcache_plan with a picture")
         check_writable(picture.parent)
+        check_names(picture)
+        refuse_if(is_special(picture), f"{picture} exists and is no regular file")
     with contextlib.redirect_stdout(io.StringIO()) as notes:
         job = make_job(args)
         task, size = job.sampling.task, job.sampling.size
@@ -115,7 +119,8 @@ def neighbour_lines(job: Job) -> list[str]:
         rows = {f"speedup {speedup:g}": [replace(cache, speedup=speedup)] for speedup in speedups}
     else:
         heading = "other     thresh and K"
-        thresholds = (rule.thresh / 2, rule.thresh, 2 * rule.thresh) if rule.thresh else (0.0, 0.06, 0.12)
+        doubled = min(2 * rule.thresh, sys.float_info.max)
+        thresholds = (rule.thresh / 2, rule.thresh, doubled) if rule.thresh else (0.0, 0.06, 0.12)
         lengths = [max(rule.K, 1) + difference for difference in (-1, 0, 1)]
         columns = [f"K {K}" for K in lengths]
         rows = {

@@ -1,13 +1,17 @@
 """What the script asks of the `wan` package beside it: this repository's, or Wan2.1's own, which does less."""
 
 import importlib.util
-import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from magcache.app.errors import Refused, refuse_if, refusing
-from magcache.app.job import Job, Machine, Sampling
+from magcache.app import checkpoint
+from magcache.app.errors import Refused, first_line, need_package, refuse_if, refusing
+from magcache.app.job import Inputs, Job, Machine, Sampling
 from magcache.app.processes import Processes
 
 # in `wan`, by the kind of task
@@ -15,68 +19,106 @@ PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF
 
 
 def is_stock_wan() -> bool:
-    """Whether the `wan` here is Wan2.1's own."""
-    return importlib.util.find_spec("wan.pipeline") is None
+    """Whether the `wan` here is Wan2.1's own, which is not imported to tell."""
+    package = importlib.util.find_spec("wan")
+    folders = package.submodule_search_locations if package else ()
+    return not any(Path(folder, "pipeline.py").is_file() for folder in folders)
 
 
-def check_wan(sampling: Sampling, machine: Machine) -> Any:
-    """Refuses what the task's model does not do, and an incomplete checkpoint folder. Returns the model's config."""
+def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
+    """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
+    model's config."""
+    configs, all_sizes = import_configs()
+    task = sampling.task
+    refuse_if(task not in configs, f"the wan package here has no task {task}")
+    sizes = all_sizes[task]
+    refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
+    if is_stock_wan():
+        check_stock(sampling, inputs)
+    check_checkpoint(sampling, machine, configs)
+    if not is_stock_wan():
+        choose_attention(os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"))
+        check_encoders(sampling, machine, configs[task])
+    return configs[task]
+
+
+def import_configs() -> tuple[dict, dict]:
+    """The models' configs and sizes, by task."""
+    if is_stock_wan():  # upstream's script hides all warnings
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"torch\.")
     try:
         from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
     except ImportError as fault:
         remedy = "run this beside one, in its environment"
-        raise Refused(f"the wan package cannot be imported ({fault}): {remedy}") from fault
-    task = sampling.task
-    refuse_if(task not in WAN_CONFIGS, f"the wan package here has no task {task}")
-    sizes = SUPPORTED_SIZES[task]
-    refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
-    if sampling.kind == "flf2v" and sampling.frame_num != 81 and is_stock_wan():
+        raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {remedy}") from fault
+    except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
+        needs = "the wan package here needs a CUDA device and a torch that sees it"
+        raise Refused(f"{needs} ({first_line(fault)})") from fault
+    return WAN_CONFIGS, SUPPORTED_SIZES
+
+
+def check_stock(sampling: Sampling, inputs: Inputs) -> None:
+    """Refuses what Wan2.1's own package would fail with only after loading."""
+    if sampling.kind == "flf2v" and sampling.frame_num != 81:
         only = "the wan package here makes flf2v videos of 81 frames only"
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
-    check_checkpoint(sampling, machine, WAN_CONFIGS)
-    return WAN_CONFIGS[task]
+    if sampling.kind == "vace" and inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
+        need_package("decord", "--src_video with the wan package here")
+    import wan
+
+    attention = getattr(wan.modules.model, "flash_attention", None)
+    known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
+    lacks = False in known and True not in known
+    refuse_if(lacks, "the wan package here needs the package flash_attn: pip install flash-attn")
+
+
+@contextmanager
+def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the block, which checks files of a checkpoint, become `Refused`."""
+    try:
+        yield
+    except errors as fault:
+        raise Refused(f"{first_line(fault)}: download it again") from fault
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
     """configs: of all tasks."""
     task, folder = sampling.task, Path(machine.ckpt_dir)
-    config, given = configs[task], f"--ckpt_dir {folder}"
+    names, given = configs[task], f"--ckpt_dir {folder}"
     needed = {"t2i": "t2v"}.get(sampling.kind, sampling.kind)
-    refuse_if(not folder.is_dir(), f"{given} is not a folder")
-    model, weights = read_model(folder)
-    kind, heads = model.get("model_type"), model.get("num_heads", config.num_heads)
+    refuse_if(not os.path.isdir(folder), f"{given} is not a folder")
+    with to_be_replaced(ValueError):
+        model = checkpoint.read_config(folder)
+        weights = checkpoint.find_weights(folder)
+    kind, heads = model.get("model_type"), model["num_heads"]
     refuse_if(kind != needed, f"{given} holds a model of type {kind}, task {task} needs {needed}")
     ulysses = f"--ulysses_size {machine.ulysses_size}"
     uneven = f"{ulysses} does not divide the {heads} attention heads of the model in {folder}"
     refuse_if(heads % machine.ulysses_size != 0, uneven)
-    files = [*weights, config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
-    if needed in ("i2v", "flf2v"):
-        files.append(config.clip_checkpoint)
-        without = is_stock_wan() and not (folder / config.clip_tokenizer).is_dir()
-        refuse_if(without, f"{given} lacks {config.clip_tokenizer}/, which the wan package here loads")
+    files = [*weights, names.t5_checkpoint, f"{names.t5_tokenizer}/tokenizer.json", names.vae_checkpoint]
+    with_image = needed in ("i2v", "flf2v")
+    if with_image:
+        files.append(names.clip_checkpoint)
+        without = is_stock_wan() and not (folder / names.clip_tokenizer).is_dir()
+        refuse_if(without, f"{given} lacks {names.clip_tokenizer}/, which the wan package here loads")
     for name in files:
         refuse_if(not (folder / name).is_file(), f"{given} lacks {name}")
-    shape = (model.get("dim"), model.get("num_layers"))
+    with to_be_replaced(ValueError):
+        shapes = checkpoint.check_transformer(folder, model, weights)
+        checkpoint.check_encoders(folder, names, shapes, with_image)
+    shape = (model["dim"], model["num_layers"])
     others = [other for other, config in configs.items() if (config.dim, config.num_layers) == shape]
     if others and task not in others:
         print(f"note: by its size the model in {folder} is that of {others[0]}, not of {task}")
 
 
-def read_model(folder: Path) -> tuple[dict, list[str]]:
-    """The transformer's config.json, and the names of its files of weights."""
-    single = "diffusion_pytorch_model.safetensors"
-    index, weights = f"{single}.index.json", [single]
-    try:
-        model = dict(json.loads((folder / "config.json").read_text()).items())
-        if (folder / index).is_file():
-            weights = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-        elif any(folder.glob("diffusion_pytorch_model-*.safetensors")):
-            weights = [index]
-    except FileNotFoundError as fault:
-        raise Refused(f"--ckpt_dir {folder} lacks config.json") from fault
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise Refused(f"--ckpt_dir {folder} has a broken config.json or {index}: {fault!r}") from fault
-    return model, weights
+def check_encoders(sampling: Sampling, machine: Machine, config: Any) -> None:
+    """Refuses encoders whose tensors are not exactly those that our own `wan` needs."""
+    from wan.utils.checkpoints import check_encoders as check
+
+    with to_be_replaced(*damaged_file()):
+        check(Path(machine.ckpt_dir), config, sampling.kind in ("i2v", "flf2v"))
 
 
 def start_processes(processes: Processes, job: Job):
@@ -88,18 +130,21 @@ def start_processes(processes: Processes, job: Job):
     """
     with refusing(ValueError):
         processes.connect()
+    if not is_stock_wan():
+        try_attention()
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     if differences := processes.differences(compared):
         rank, names = min(differences.items())
         raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
     machine = job.machine
-    try:
+    if is_stock_wan():
+        group = start_xfuser(processes, machine)
+    else:
         from wan.distributed.groups import start_groups
-    except ModuleNotFoundError:
-        return start_xfuser(processes, machine)
-    with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
-        group = start_groups(machine.ulysses_size, machine.ring_size, fsdp=machine.dit_fsdp or machine.t5_fsdp)
+
+        with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
+            group = start_groups(machine.ulysses_size, machine.ring_size, fsdp=machine.dit_fsdp or machine.t5_fsdp)
     if job.calibrates and group.count > 1:
         shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
         one = "--magcache_calibration needs one group of processes"
@@ -107,8 +152,44 @@ def start_processes(processes: Processes, job: Job):
     return group
 
 
+def choose_attention(name: str) -> None:
+    """Makes a backend that of all attention in diffusers. Refuses one that is unknown or not installed."""
+    from diffusers.utils import constants
+
+    constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one the import fails
+    from diffusers.models import attention_dispatch as attention
+
+    known = [backend.value for backend in attention._AttentionBackendRegistry.list_backends()]
+    refuse_if(name not in known, f"there is no attention backend {name!r}, only {', '.join(known)}")
+    backend = attention.AttentionBackendName(name)
+    with refusing(RuntimeError):
+        attention._check_attention_backend_requirements(backend)
+    attention._AttentionBackendRegistry.set_active_backend(backend)
+
+
+def try_attention() -> None:
+    """Refuses a chosen attention backend that does not work on this device."""
+    import torch
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        dispatch_attention_fn(*torch.zeros(3, 1, 64, 2, 128, device=device, dtype=dtype))
+    except Exception as fault:  # each backend has its own
+        name = _AttentionBackendRegistry.get_active_backend()[0].value
+        raise Refused(f"attention backend {name} cannot be used here: {first_line(fault)}") from fault
+
+
 def start_xfuser(processes: Processes, machine: Machine) -> SimpleNamespace:
-    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group."""
+    """Upstream's `wan` wants xfuser's groups to be there before the pipeline is made; all processes are one group, but
+    where they share neither tokens nor weights: then each makes videos of its own."""
+    if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
+        if processes.world > 1:
+            import torch
+
+            # upstream's pipelines end with one, and here every process makes its own number of videos
+            torch.distributed.barrier = lambda *args, **kwargs: None
+        return SimpleNamespace(rank=0, size=1, index=processes.rank, count=processes.world, sequence=None)
     if machine.shards > 1:
         if machine.shards != processes.world:
             sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"

@@ -308,7 +308,7 @@ def folders(tmp_path_factory):
     (root / "broken" / "config.json").write_text("[]")
     shutil.copytree(root / "ok", root / "no_shard")
     first, second = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    index = {"weight_map": {"head.head.bias": first, "head.head.weight": second}}
+    index = {"metadata": {}, "weight_map": {"head.head.bias": first, "head.head.weight": second}}
     (root / "no_shard" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (root / "no_shard" / "diffusion_pytorch_model.safetensors").rename(root / "no_shard" / first)
     shutil.copytree(root / "no_shard", root / "no_index")
@@ -341,7 +341,12 @@ def folders(tmp_path_factory):
 )
 def test_bad_input(arguments, message, folders, monkeypatch, capsys):
     """One line and exit code 2, before any weight is read. The flags are checked in this process, to be quick."""
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read weights"))
+    load = torch.load
+    monkeypatch.setattr(
+        torch,
+        "load",
+        lambda *args, **how: load(*args, **how) if how["map_location"] == "meta" else pytest.fail("read weights"),
+    )
     arguments = [argument.format_map(folders) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--task", "t2v-1.3B", "--size", "832*480", *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -388,7 +393,7 @@ def test_a_damaged_checkpoint(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", tmp_path / "model", "--prompt", PROMPT)
     result = run(*flags, cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"magcache_generate.py: error: cannot read {weights}, is it complete? (")
     assert result.stderr.count("\n") == 1
 

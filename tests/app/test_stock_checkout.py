@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+from golden_data import write_checkpoint
 
 import magcache
 from magcache.app.inputs import check_sources
@@ -20,16 +22,8 @@ from magcache.app.job import Inputs
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
 IMAGE = REPO / "examples" / "girl.png"
-STEPS, LAYERS = 8, 3
+STEPS, LAYERS = 8, 2
 CACHE = ("--use_magcache", "--magcache_thresh", "0.3", "--magcache_K", "2")
-PLACEHOLDERS = (
-    "diffusion_pytorch_model.safetensors",
-    "models_t5_umt5-xxl-enc-bf16.pth",
-    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-    "Wan2.1_VAE.pth",
-    "google/umt5-xxl/tokenizer.json",
-    "xlm-roberta-large/tokenizer.json",
-)
 
 
 def make_checkout(folder: Path, packages=("magcache",)) -> Path:
@@ -37,13 +31,8 @@ def make_checkout(folder: Path, packages=("magcache",)) -> Path:
     shutil.copy(REPO / "magcache_generate.py", folder)
     for name in packages:
         shutil.copytree(REPO / name, folder / name)
-    for kind, channels in (("t2v", 16), ("i2v", 36), ("flf2v", 36), ("vace", 16)):
-        checkpoint = folder / kind
-        for name in PLACEHOLDERS:
-            (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkpoint / name).touch()
-        shape = {"model_type": kind, "in_dim": channels, "dim": 24, "num_layers": LAYERS, "num_heads": 2}
-        (checkpoint / "config.json").write_text(json.dumps(shape))
+    for kind in ("t2v", "i2v", "flf2v", "vace"):
+        (write_checkpoint(kind, folder / kind) / "xlm-roberta-large").mkdir()
     return folder
 
 
@@ -92,6 +81,7 @@ def test_one_process(checkout, in_one_process):
     assert "the wan package here is made for one" in result.stdout
     assert plain["calls"] == [LAYERS] * 2 * STEPS
     assert not torch.equal(plain["latent"], in_one_process["latent"])
+    assert "Warning" not in result.stderr, "upstream hides its warnings"
     assert in_one_process["calls"] == [0 if reuse else LAYERS for reuse in plan("t2v-1.3B").reuse]
     assert in_one_process["offload_model"] is True
     assert iio.imread(checkout / "a.mp4").shape == (5, 32, 32, 3)
@@ -187,16 +177,69 @@ def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
         (("--task", "t2v-tiny", "--ckpt_dir", "t2v"), "the wan package here has no task t2v-tiny"),
         (("--task", "flf2v-14B", "--first_frame", IMAGE, "--last_frame", IMAGE), "81 frames only, --frame_num is 5"),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
+        (("--task", "t2v-1.3B", "--ckpt_dir", "damaged"), "Wan2.1_VAE.pth, is it complete"),
     ],
 )
 def test_what_is_refused(flags, message, checkout):
     if not (checkout / "no_clip").exists():
         shutil.copytree(checkout / "i2v", checkout / "no_clip")
         shutil.rmtree(checkout / "no_clip" / "xlm-roberta-large")
+        shutil.copytree(checkout / "t2v", checkout / "damaged")
+        (checkout / "damaged" / "Wan2.1_VAE.pth").write_bytes(b"PK")
     result, records = run(checkout, *TEXT, *flags)
     assert (result.returncode, records) == (2, [])
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_an_example_whose_pictures_are_others(checkout):
+    """A checkout has pictures of the same names."""
+    result, records = run(checkout, "--task", "i2v-14B", "--ckpt_dir", "i2v")
+    assert (result.returncode, records) == (2, [])
+    needed = "the example of i2v-14B is about pictures that are not here: give --prompt and --image"
+    assert result.stderr == f"magcache_generate.py: error: {needed}\n"
+
+
+WITHOUT_FLASH = "FLASH_ATTN_2_AVAILABLE = FLASH_ATTN_3_AVAILABLE = False\n\ndef flash_attention():\n    assert False\n"
+NO_CUDA = "raise AssertionError('Torch not compiled with CUDA enabled')\n"
+FILM = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "flags", "message"),
+    [
+        ("__init__.py", NO_CUDA, (), r"needs a CUDA device and a torch that sees it \(Torch not compiled with CUDA"),
+        ("modules/model.py", WITHOUT_FLASH, (), "needs the package flash_attn: pip install flash-attn"),
+        (
+            "utils/vace_processor.py",
+            "",
+            ("--task", "vace-1.3B", "--ckpt_dir", "vace", "--src_video", FILM),
+            "--src_video with the wan package here needs the package decord: pip install decord",
+        ),
+    ],
+)
+def test_what_upstream_needs(file, content, flags, message, checkout, tmp_path):
+    shutil.copytree(checkout, tmp_path / "Wan2.1")
+    with (tmp_path / "Wan2.1" / "wan" / file).open("a") as module:
+        module.write(content)
+    result, records = run(tmp_path / "Wan2.1", *TEXT, *flags)
+    assert (result.returncode, records) == (2, [])
+    assert re.fullmatch(f"magcache_generate.py: error: .*{message}.*\n", result.stderr)
+
+
+def test_processes_share_prompts_out(checkout):
+    """Of three, one makes two and the other one, whatever barriers upstream has."""
+    (checkout / "prompts.txt").write_text("a fox\na hen\na cow")
+    flags = ("--task", "t2v-1.3B", "--ckpt_dir", "t2v", "--frame_num", 5, *CACHE)
+    result, records = run(checkout, *flags, "--prompt_file", "prompts.txt", "--save_file", "films", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name[:11] for path in (checkout / "films").glob("*.mp4")) == [
+        "00001_a_fox",
+        "00002_a_hen",
+        "00003_a_cow",
+    ]
+    assert [record["prompt"] for record in records] == ["a cow", "a hen"]
+    assert [record["rank"] for record in records] == [0, 0]
 
 
 def test_processes_that_were_started_differently(checkout):

@@ -46,5 +46,5 @@ def test_incomplete_files_are_refused(checkpoint, tmp_path):
     tensors = torch.load(checkpoint)
     for missing in ("visual.transformer.1.attn.to_qkv.bias", "visual.patch_embedding.weight"):
         torch.save({name: t for name, t in tensors.items() if name != missing}, tmp_path / "clip.pth")
-        with pytest.raises(RuntimeError, match=f"cannot read .*: tensor {missing} is missing"):
+        with pytest.raises(RuntimeError, match=f"cannot read .*{missing.removeprefix('visual.')}"):
             CLIPModel(torch.float32, "cpu", tmp_path / "clip.pth", num_heads=3)

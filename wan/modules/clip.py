@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from wan.utils.checkpoints import DamagedFile, load_pth
+from wan.utils.checkpoints import load_pth, reading
 
 # official tensor name (inside a block, without .weight or .bias) -> transformers name
 BLOCK_NAMES = {
@@ -25,7 +25,7 @@ def config_from(tensors: dict[str, torch.Tensor], num_heads: int) -> CLIPVisionC
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=tensors["transformer.0.mlp.0.weight"].shape[0],
-        num_hidden_layers=max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
+        num_hidden_layers=len({name.split(".")[1] for name in tensors if name.startswith("transformer.")}) - 1,
         num_attention_heads=num_heads,
         image_size=patch_size * round(patches**0.5),
         patch_size=patch_size,
@@ -54,19 +54,17 @@ def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
 
 def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionModel:
     """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the text half is not used.
-    Raises DamagedFile if the file is damaged or lacks tensors."""
-    tensors = load_pth(checkpoint_path)
-    tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
-    try:
+    Raises DamagedFile if the file is damaged, or tensors are missing or of another shape."""
+    tensors = load_pth(checkpoint_path, device)
+    with reading(checkpoint_path):
+        tensors = {name.removeprefix("visual."): t for name, t in tensors.items() if name.startswith("visual.")}
         config = config_from(tensors, num_heads)
         state = renamed(tensors, config.num_hidden_layers)
-    except KeyError as missing:
-        raise DamagedFile(f"cannot read {checkpoint_path}: tensor visual.{missing.args[0]} is missing") from None
-    with torch.device("meta"):
-        model = CLIPVisionModel(config)
-    tower = getattr(model, "vision_model", model)  # some versions of transformers wrap it once more
-    tower.post_layernorm = torch.nn.Identity()  # only for the pooled output, which is not used
-    tower.load_state_dict(state, assign=True)
+        with torch.device("meta"):
+            model = CLIPVisionModel(config)
+        tower = getattr(model, "vision_model", model)  # some versions of transformers wrap it once more
+        tower.post_layernorm = torch.nn.Identity()  # only for the pooled output, which is not used
+        tower.load_state_dict(state, assign=True)
     # a buffer that no file holds
     tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]
     return model.to(device, dtype).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ import ftfy
 import torch
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from wan.utils.checkpoints import load_pth
+from wan.utils.checkpoints import load_pth, reading
 
 # official tensor name (inside a block) -> transformers name (inside a block)
 _BLOCK_NAMES = {
@@ -44,23 +44,24 @@ def config_from(tensors: dict[str, torch.Tensor]) -> UMT5Config:
         d_model=d_model,
         d_kv=tensors["blocks.0.attn.q.weight"].shape[0] // num_heads,
         d_ff=tensors["blocks.0.ffn.fc1.weight"].shape[0],
-        num_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        num_layers=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
         num_heads=num_heads,
         relative_attention_num_buckets=num_buckets,
     )
 
 
 def load_encoder(checkpoint_path: str, dtype: torch.dtype, device: torch.device | str) -> UMT5EncoderModel:
-    """Loads `models_t5_umt5-xxl-enc-bf16.pth`. Raises RuntimeError if tensors are missing or left
-    over (KeyError for those that tell the sizes)."""
-    tensors = load_pth(checkpoint_path)
-    config = config_from(tensors)
-    with torch.device("meta"):
-        model = UMT5EncoderModel(config)
-    names = tensor_names(config.num_layers)
-    state = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    model.load_state_dict(state, assign=True)
+    """Loads `models_t5_umt5-xxl-enc-bf16.pth`. Raises DamagedFile if it is damaged, or tensors are missing, left over
+    or of another shape."""
+    tensors = load_pth(checkpoint_path, device)
+    with reading(checkpoint_path):
+        config = config_from(tensors)
+        with torch.device("meta"):
+            model = UMT5EncoderModel(config)
+        names = tensor_names(config.num_layers)
+        state = {names.get(name, name): tensor for name, tensor in tensors.items()}
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        model.load_state_dict(state, assign=True)
     model.encoder.embed_tokens = model.shared  # one parameter again, or a move to the GPU would copy it twice
     return model.to(device, dtype).eval().requires_grad_(False)
 
@@ -84,7 +85,8 @@ class T5EncoderModel:
     ):
         self.text_len = text_len
         # as tokenizer.json says; AutoTokenizer would build a T5 tokenizer anew from parts of it
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path, local_files_only=True)
+        with reading(tokenizer_path):
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path, local_files_only=True)
         self.model = load_encoder(checkpoint_path, dtype, device)
 
     @torch.no_grad()

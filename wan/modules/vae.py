@@ -4,17 +4,18 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-from wan.utils.checkpoints import load_pth
+from wan.utils.checkpoints import load_pth, reading
 
 
 def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLWan:
-    """Loads `Wan2.1_VAE.pth`; its width is read from the tensors. Raises RuntimeError
-    (KeyError for the tensor that tells the width) on missing or extra tensors."""
-    tensors = load_pth(vae_pth)
-    with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=tensors["encoder.conv1.weight"].shape[0])
-    state = {name: tensor.to(dtype) for name, tensor in convert_wan_vae_to_diffusers(tensors).items()}
-    model.load_state_dict(state, assign=True)
+    """Loads `Wan2.1_VAE.pth`; its width is read from the tensors. Raises DamagedFile if it is damaged, or tensors are
+    missing, left over or of another shape."""
+    tensors = load_pth(vae_pth, device)
+    with reading(vae_pth):
+        with torch.device("meta"):
+            model = AutoencoderKLWan(base_dim=tensors["encoder.conv1.weight"].shape[0])
+        state = {name: tensor.to(dtype) for name, tensor in convert_wan_vae_to_diffusers(tensors).items()}
+        model.load_state_dict(state, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -1,10 +1,10 @@
 """Turns the source video, its mask and the reference images of a VACE run into tensors, before any model is loaded."""
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -30,8 +30,8 @@ class VideoInfo:
 def probe_video(path: str) -> VideoInfo:
     """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete or no video."""
     try:
-        if not Path(path).exists():
-            raise FileNotFoundError("no such file")
+        if not os.path.isfile(path):  # a pipe might never end
+            raise FileNotFoundError("it is no regular file" if os.path.exists(path) else "no such file")
         # reading frames ends early and silently at damage; ffmpeg with -xerror tells
         check = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
         result = subprocess.run([*check, "-map", "0:v:0", "-f", "null", "-"], capture_output=True)

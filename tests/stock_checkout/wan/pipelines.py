@@ -70,6 +70,8 @@ class Pipeline:
                     velocities.append(self.model([latent], t=timestep, **call)[0])
                 cond, uncond = velocities
                 latent = latent + (following - sigma) * (uncond + guide_scale * (cond - uncond))
+        if distributed.is_initialized():
+            distributed.barrier()
         self.record["latent"] = latent
         torch.save(self.record, f"record.{distributed.get_rank() if distributed.is_initialized() else 0}.pt")
         return latent[:3, :1].repeat(1, frame_num, 8, 8).tanh() if self.rank == 0 else None

@@ -1,0 +1,252 @@
+"""What can be told of a checkpoint folder in the official layout without reading its tensors: in a fraction of a second
+for the largest model, and for whatever `wan` package will load it. All errors are ValueErrors of one line."""
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from magcache.app.errors import first_line, reason_in, shortened
+from magcache.files import read_json
+
+SINGLE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+LATENT, IMAGE, CONTROL = 16, 36, 96  # channels of what the pipelines give the transformer
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes, as safetensors calls them
+# whole numbers of config.json: the value of one that is missing, and the largest that makes sense
+NUMBERS = {
+    "dim": (2048, 2**16),
+    "ffn_dim": (8192, 2**18),
+    "freq_dim": (256, 2**16),
+    "num_heads": (16, 2**10),
+    "num_layers": (32, 2**10),
+    "text_len": (512, 2**16),
+}
+TEXT, VIDEO, PICTURES = "token_embedding.weight", "encoder.conv1.weight", "visual.patch_embedding.weight"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_config(folder: Path) -> dict:
+    """The transformer's config.json, checked, with all NUMBERS filled in."""
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} lacks config.json") from None
+    except ValueError as fault:
+        raise ValueError(f"{folder} has a broken config.json: {fault}") from None
+    try:
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+        config = {key: default for key, (default, _) in NUMBERS.items()} | {"eps": 1e-6} | config
+        check_config(config)
+    except ValueError as fault:
+        raise ValueError(f"{folder} has a broken config.json: {fault}") from None
+    return config
+
+
+def check_config(config: dict) -> None:
+    for key, (_, most) in NUMBERS.items():
+        if type(config[key]) is not int or not 1 <= config[key] <= most:
+            raise ValueError(f"{key} must be a whole number from 1 to {most}, it is {shortened(config[key])}")
+    for key in ("text_dim", "clip_dim", "clip_positions"):
+        if type(config.get(key, 0)) is not int:
+            raise ValueError(f"{key} must be a whole number, it is {shortened(config[key])}")
+    for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
+        if not isinstance(config.get(key, ""), str):
+            raise ValueError(f"{key} must be text, it is {shortened(config[key])}")
+    if "quantization_config" in config:
+        raise ValueError("it is of a quantized model, which cannot be used here")
+    if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
+        raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
+    if type(config["eps"]) is not float or not 0 < config["eps"] < 1:
+        raise ValueError(f"eps must be a number between 0 and 1, it is {shortened(config['eps'])}")
+    check_kind(config)
+
+
+def check_kind(config: dict) -> None:
+    """What depends on the model's type, and the channels that its pipeline gives it."""
+    kind, number = config.get("model_type"), config["num_layers"]
+    channels = {"in_dim": IMAGE if kind in ("i2v", "flf2v") else LATENT, "out_dim": LATENT}
+    channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
+    for key, expected in channels.items():
+        if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
+            raise ValueError(f"{key} must be {expected} for a model of type {kind}, it is {shortened(config[key])}")
+    layers = config.get("vace_layers")
+    if kind != "vace" or layers is None:
+        return
+    if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < number for layer in layers):
+        raise ValueError(f"vace_layers must be a list of layers below {number}, it is {shortened(layers)}")
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"vace_layers must be distinct, and one at least, they are {shortened(layers)}")
+
+
+def find_weights(folder: Path) -> dict[str, set[str] | None]:
+    """The transformer's files, and the names of the tensors that the index file says are in each, None without one."""
+    if not (folder / INDEX).exists():
+        return {INDEX if any(folder.glob("diffusion_pytorch_model-*.safetensors")) else SINGLE: None}
+    try:
+        index = read_json(folder / INDEX)
+        places, about = (index.get(key) if isinstance(index, dict) else None for key in ("weight_map", "metadata"))
+        if not isinstance(places, dict) or not places or not isinstance(about, dict):  # diffusers needs both
+            raise ValueError('it needs objects "weight_map" and "metadata"')
+        files = {}
+        for tensor, file in places.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise ValueError(f"the file of tensor {tensor[:80]} is {shortened(file)}")
+            files.setdefault(file, set()).add(tensor)
+    except ValueError as fault:
+        raise ValueError(f"{folder} has a broken {INDEX}: {fault}") from None
+    return files
+
+
+def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | None]) -> Shapes:
+    """Compares the headers of all files of weights with config.json and the index. config: of `read_config`, files: of
+    `find_weights`. Returns the shapes of all tensors."""
+    shapes = {}
+    for file, names in files.items():
+        held = read_header(folder / file)
+        if names is not None and (wrong := names ^ held.keys()):
+            name = min(wrong)
+            where = f"should be in {file} by {INDEX}, and is not" if name in names else f"is in {file}, not in {INDEX}"
+            raise ValueError(f"{folder}: tensor {name[:80]} {where}")
+        shapes |= held
+    if config["num_layers"] > len(shapes):
+        raise ValueError(f"{folder} has {len(shapes)} tensors, by its config.json it has {config['num_layers']} layers")
+    compare_shapes(folder, shapes, transformer_shapes(config, shapes))
+    return shapes
+
+
+def read_header(path: Path) -> Shapes:
+    """Shapes of the tensors of a safetensors file, which must all be of floating point and lie within the file."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    try:
+        with safe_open(path, framework="np") as file:  # reads and checks the header only
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                tensor = file.get_slice(name)
+                shapes[name] = tuple(tensor.get_shape())
+                if tensor.get_dtype() not in FLOATS:
+                    raise ValueError(f"{path}: tensor {name[:80]} is of type {tensor.get_dtype()}, no floating point")
+    except (SafetensorError, OSError, RuntimeError) as fault:
+        raise ValueError(f"cannot read {path}, is it complete? ({first_line(fault)})") from None
+    return shapes
+
+
+def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        verb, part = ("lacks", "a part") if name in expected else ("holds", "no part")
+        raise ValueError(f"{where} {verb} tensor {name[:80]}, which is {part} of the model of its config.json")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            sizes = f"has the shape {list(found[name])[:6]}, config.json makes it {list(shape)}"
+            raise ValueError(f"{where}: tensor {name} {sizes}")
+
+
+def transformer_shapes(config: dict, found: Shapes) -> Shapes:
+    """Names and shapes of the tensors of the Wan transformer of a config. How wide the features of text and images are,
+    official configs do not tell: that is taken from what was found."""
+    dim, kind, layers = config["dim"], config.get("model_type"), config["num_layers"]
+    text_dim = config.get("text_dim", (*found.get("text_embedding.0.weight", ()), 0, 0)[1])
+    shapes = {"patch_embedding.weight": (dim, config["in_dim"], 1, 2, 2), "patch_embedding.bias": (dim,)}
+    shapes |= linear("text_embedding.0", text_dim, dim) | linear("text_embedding.2", dim, dim)
+    shapes |= linear("time_embedding.0", config["freq_dim"], dim) | linear("time_embedding.2", dim, dim)
+    shapes |= linear("time_projection.1", dim, 6 * dim)
+    shapes |= linear("head.head", dim, 4 * config["out_dim"]) | {"head.modulation": (1, 2, dim)}
+    with_image = kind in ("i2v", "flf2v")
+    for layer in range(layers):
+        shapes |= block_shapes(f"blocks.{layer}", dim, config["ffn_dim"], with_image)
+    if with_image:
+        clip_dim = config.get("clip_dim", (*found.get("img_emb.proj.0.weight", ()), 0)[0])
+        positions = config.get("clip_positions", (*found.get("img_emb.emb_pos", ()), 0, 0)[1])
+        shapes |= {f"img_emb.proj.0.{part}": (clip_dim,) for part in ("weight", "bias")}
+        shapes |= linear("img_emb.proj.1", clip_dim, clip_dim) | linear("img_emb.proj.3", clip_dim, dim)
+        shapes |= {f"img_emb.proj.4.{part}": (dim,) for part in ("weight", "bias")}
+        if positions:
+            shapes["img_emb.emb_pos"] = (1, positions, clip_dim)
+    if kind == "vace":
+        shapes |= {"vace_patch_embedding.weight": (dim, config["vace_in_dim"], 1, 2, 2)}
+        shapes |= {"vace_patch_embedding.bias": (dim,)} | linear("vace_blocks.0.before_proj", dim, dim)
+        hints = config.get("vace_layers")
+        for block in range((layers + 1) // 2 if hints is None else len(hints)):
+            shapes |= block_shapes(f"vace_blocks.{block}", dim, config["ffn_dim"], False)
+            shapes |= linear(f"vace_blocks.{block}.after_proj", dim, dim)
+    return shapes
+
+
+def linear(name: str, width_in: int, width_out: int) -> Shapes:
+    return {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
+
+
+def block_shapes(name: str, dim: int, ffn_dim: int, with_image: bool) -> Shapes:
+    shapes = {f"{name}.modulation": (1, 6, dim)} | {f"{name}.norm3.{part}": (dim,) for part in ("weight", "bias")}
+    for attention in ("self_attn", "cross_attn"):
+        for layer in "qkvo":
+            shapes |= linear(f"{name}.{attention}.{layer}", dim, dim)
+        shapes |= {f"{name}.{attention}.norm_{layer}.weight": (dim,) for layer in "qk"}
+    if with_image:
+        shapes |= linear(f"{name}.cross_attn.k_img", dim, dim) | linear(f"{name}.cross_attn.v_img", dim, dim)
+        shapes[f"{name}.cross_attn.norm_k_img.weight"] = (dim,)
+    return shapes | linear(f"{name}.ffn.0", dim, ffn_dim) | linear(f"{name}.ffn.2", ffn_dim, dim)
+
+
+def check_encoders(folder: Path, names: Any, shapes: Shapes, with_image: bool) -> None:
+    """Checks that the text encoder, its tokenizer, the VAE and, for a task with images, the image encoder can be read
+    and belong to the transformer. names: the task's config, which has their file names. shapes: of the transformer."""
+    texts = read_structure(folder / names.t5_checkpoint, TEXT)
+    read_structure(folder / names.vae_checkpoint, VIDEO)
+    width, needed = texts[TEXT][-1], shapes["text_embedding.0.weight"][1]
+    if width != needed:
+        raise ValueError(f"{folder / names.t5_checkpoint} has features {width} wide, the transformer takes {needed}")
+    check_tokenizer(folder / names.t5_tokenizer, texts[TEXT][0])
+    if with_image:
+        pictures = read_structure(folder / names.clip_checkpoint, PICTURES)
+        width, needed = pictures[PICTURES][0], shapes["img_emb.proj.0.weight"][0]
+        if width != needed:
+            wrong = f"{folder / names.clip_checkpoint} has features {width} wide"
+            raise ValueError(f"{wrong}, the transformer takes {needed}")
+
+
+def read_structure(path: Path, needed: str) -> Shapes:
+    """Shapes of the tensors of a `.pth` file, among which the needed one must be. Torch unpickles nothing but tensors
+    for it, and reads none of their data, but for its oldest format."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual version of the format
+            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as fault:  # damaged files raise anything
+        raise ValueError(f"cannot read {path}, is it complete? ({reason_in(fault)})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"cannot use {path}: it is no dict of tensors")
+    shapes = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {str(name)[:80]} is of type {tensor.dtype}, no floating point")
+        shapes[name] = tuple(tensor.shape)
+    if not shapes.get(needed):
+        raise ValueError(f"{path} lacks tensor {needed}: is it the file that its name says?")
+    return shapes
+
+
+def check_tokenizer(folder: Path, rows: int) -> None:
+    """rows: of the text encoder's table, more than which no token may be."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            content = read_json(folder / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as fault:
+            raise ValueError(f"cannot read {folder / name}: {fault}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"cannot use {folder / name}: it holds no object")
+        if name == "tokenizer.json":
+            model = content.get("model")
+            tokens = model.get("vocab") if isinstance(model, dict) else None
+            if not isinstance(tokens, list | dict) or not tokens:
+                raise ValueError(f"cannot use {folder / name}: it holds no tokens")
+            if len(tokens) > rows:
+                raise ValueError(f"{folder / name} has {len(tokens)} tokens, the text encoder knows {rows}")

@@ -1,0 +1,289 @@
+"""The check of a checkpoint folder: what it expects is what the models have; it is quick; no content escapes it."""
+
+import json
+import shutil
+import struct
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from golden_data import GOLDEN, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import UMT5Config, UMT5EncoderModel
+
+from magcache.app import checkpoint
+from magcache.app.errors import Refused
+from magcache.app.job import Machine, Sampling
+from magcache.app.wan_package import check_checkpoint, check_encoders
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.modules.t5 import tensor_names
+from wan.modules.vace_model import VaceWanModel
+from wan.modules.vae import load_vae
+from wan.utils.checkpoints import DamagedFile
+
+_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+_1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+_VACE = {"vace_in_dim": 96, "model_type": "vace"}
+CONFIGS = {
+    "t2v-1.3B": _1_3B | {"model_type": "t2v"},
+    "t2v-14B": _14B | {"model_type": "t2v"},
+    "i2v-14B": _14B | {"model_type": "i2v", "in_dim": 36},
+    "flf2v-14B": _14B | {"model_type": "flf2v", "in_dim": 36, "clip_positions": 514},
+    "vace-1.3B": _1_3B | _VACE | {"vace_layers": list(range(0, 30, 2))},
+    "vace-14B": _14B | _VACE | {"vace_layers": list(range(0, 40, 5))},
+    "vace of old": _1_3B | _VACE | {"vace_layers": None},
+}
+SHARDS = 7
+T5, VAE, CLIP = (WAN_CONFIGS["i2v-14B"][f"{part}_checkpoint"] for part in ("t5", "vae", "clip"))
+DIT = "diffusion_pytorch_model.safetensors"
+
+
+def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
+    model_class = VaceWanModel if config["model_type"] == "vace" else WanModel
+    with torch.device("meta"):
+        model = model_class(**config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def complete(config: dict, folder: Path) -> dict:
+    (folder / "config.json").write_text(json.dumps(config))
+    return checkpoint.read_config(folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_expected_tensors_are_those_of_the_models(name, tmp_path):
+    shapes = shapes_of(CONFIGS[name])
+    assert checkpoint.transformer_shapes(complete(CONFIGS[name], tmp_path), shapes) == shapes
+
+
+def write_sparse_weights(path: Path, shapes: dict) -> None:
+    """Float32 tensors of which only the header is there."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(torch.Size(shape).numel())
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(8 + len(content) + end)
+
+
+def write_sparse_pth(path: Path, shapes: dict, dtype: torch.dtype) -> None:
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    with torch.serialization.skip_data():
+        torch.save(tensors, path)
+
+
+def clip_shapes(width: int, layers: int) -> dict:
+    shapes = {"visual.cls_embedding": (1, 1, width), "visual.pos_embedding": (1, 257, width)}
+    shapes |= {"visual.patch_embedding.weight": (width, 3, 14, 14), "textual.token_embedding.weight": (250002, 1024)}
+    for name, rows, columns in (("attn.to_qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.0", 4, 1), ("mlp.2", 1, 4)):
+        for layer in range(layers):
+            shapes[f"visual.transformer.{layer}.{name}.weight"] = (rows * width, columns * width)
+            shapes[f"visual.transformer.{layer}.{name}.bias"] = (rows * width,)
+    norms = ["pre_norm", *(f"transformer.{layer}.norm{i}" for layer in range(layers) for i in (1, 2))]
+    return shapes | {f"visual.{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
+
+
+def write_official_folder(folder: Path) -> None:
+    """I2V 14B with real headers and without data: 76 GB that take no room."""
+    config = CONFIGS["i2v-14B"]
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes, places = shapes_of(config), {}
+    for number in range(SHARDS):
+        file = f"diffusion_pytorch_model-0000{number + 1}-of-0000{SHARDS}.safetensors"
+        part = {name: shapes[name] for name in list(shapes)[number::SHARDS]}
+        write_sparse_weights(folder / file, part)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    with torch.device("meta"):
+        text = UMT5EncoderModel(
+            UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+        ).state_dict()
+        video = AutoencoderKLWan(base_dim=96).state_dict()
+    write_sparse_pth(
+        folder / T5, {ours: text[theirs].shape for ours, theirs in tensor_names(24).items()}, torch.bfloat16
+    )
+    with safe_open(GOLDEN / "vae" / "Wan2.1_VAE.safetensors", "pt") as file:
+        names = convert_wan_vae_to_diffusers({name: name for name in file.keys()})  # noqa: SIM118
+    write_sparse_pth(folder / VAE, {ours: video[theirs].shape for theirs, ours in names.items()}, torch.float32)
+    write_sparse_pth(folder / CLIP, clip_shapes(1280, 32), torch.float16)
+    shutil.copytree(GOLDEN / "pipelines" / "common" / "tokenizer", folder / "google" / "umt5-xxl")
+    tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["vocab"] += [
+        [f"token{number}", -10.0] for number in range(256300 - len(content["model"]["vocab"]))
+    ]
+    tokenizer.write_text(json.dumps(content))
+
+
+def check(folder: Path, task: str) -> None:
+    sampling = Sampling(task, "832*480", 81, "unipc", 50, 5.0, 5.0)
+    machine = Machine(str(folder), True, False, False, False, 1, 1)
+    check_checkpoint(sampling, machine, WAN_CONFIGS)
+    check_encoders(sampling, machine, WAN_CONFIGS[task])
+
+
+def test_a_folder_of_official_size_is_checked_at_once(tmp_path, capsys):
+    write_official_folder(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 76e9
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) < 20e6
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()  # of this process, whatever else the machine does
+        check(tmp_path, "i2v-14B")
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1.2, seconds
+    assert capsys.readouterr().out == ""
+    shard = tmp_path / f"diffusion_pytorch_model-00004-of-0000{SHARDS}.safetensors"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 1)
+    with pytest.raises(Refused, match=f"{shard.name}, is it complete"):
+        check(tmp_path, "i2v-14B")
+
+
+def test_the_oldest_format_is_accepted(copied):
+    folder = copied("t2v")
+    for name in (VAE, T5):
+        torch.save(torch.load(folder / name), folder / name, _use_new_zipfile_serialization=False)
+    check(folder, "t2v-1.3B")
+
+
+# what follows may refuse in one line, or succeed, and then the models must load
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+FUZZ = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    return {kind: write_checkpoint(kind, tmp_path_factory.mktemp("originals") / kind) for kind in ("t2v", "vace")}
+
+
+@pytest.fixture
+def copied(originals, tmp_path):
+    """Folders to spoil, whose files take the place of the last example's."""
+
+    def copy(kind: str) -> Path:
+        return shutil.copytree(originals[kind], tmp_path / kind, dirs_exist_ok=True)
+
+    return copy
+
+
+def refused_or_loaded(folder: Path, kind: str, load) -> None:
+    try:
+        check(folder, {"t2v": "t2v-1.3B", "vace": "vace-1.3B"}[kind])
+    except Refused as refusal:
+        line = str(refusal)
+        assert "\n" not in line
+        assert len(line) < 600
+        assert "weights_only" not in line
+    else:
+        load(folder)
+
+
+def load_transformer(folder: Path) -> None:
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    (VaceWanModel if kind == "vace" else WanModel).from_pretrained(folder)
+
+
+@FUZZ
+@given(data=st.data(), kind=st.sampled_from(["t2v", "vace"]))
+def test_any_config(data, kind, copied):
+    folder = copied(kind)
+    config = json.loads((folder / "config.json").read_text())
+    keys = [*config, "text_dim", "clip_dim", "clip_positions", "quantization_config", "_class_name", "x"]
+    for key in data.draw(st.lists(st.sampled_from(keys), max_size=2)):
+        near = [config.get(key), str(config.get(key)), [config.get(key)]]
+        config[key] = data.draw(VALUES | st.sampled_from(near))
+    for key in data.draw(st.lists(st.sampled_from(list(config)), max_size=1)):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused_or_loaded(folder, kind, load_transformer)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_index(data, copied):
+    folder = copied("t2v")
+    with safe_open(folder / DIT, "pt") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), DIT)}
+    inner = data.draw(st.sampled_from([index, index["metadata"], index["weight_map"]]))
+    for key in data.draw(st.lists(st.sampled_from([*inner, "x", "\0"]), max_size=2)):
+        inner[key] = data.draw(VALUES | st.just(DIT))
+    content = data.draw(st.sampled_from([json.dumps(index), json.dumps(index)[:-9]]) | st.text(max_size=9))
+    (folder / checkpoint.INDEX).write_text(content, encoding="utf-8", errors="surrogatepass")
+    refused_or_loaded(folder, "t2v", load_transformer)
+
+
+@st.composite
+def spoiled(draw, content: bytes, most: int) -> bytes:
+    """Cut off, with other bytes among the first ones, with some more or some less."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(0, 3))):
+        content[draw(st.integers(0, most - 1))] = draw(st.integers(0, 255))
+    place = draw(st.integers(0, most))
+    match draw(st.sampled_from(["nothing", "cut", "more", "less"])):
+        case "cut":
+            del content[draw(st.integers(0, len(content))) :]
+        case "more":
+            content[place:place] = draw(st.binary(max_size=20))
+        case "less":
+            del content[place : place + draw(st.integers(1, 20))]
+    return bytes(content)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_header(data, copied):
+    folder = copied("t2v")
+    content = (folder / DIT).read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    entries = json.loads(content[8 : 8 + size])
+    for name in data.draw(st.lists(st.sampled_from(sorted(entries)[:9]), max_size=2)):
+        key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        near = ["F16", "I32", "BOOL", "C64", [], [40], [5, 8], [0, 10**12], [-1, 2]]
+        entries[name] = entries[name] | {key: data.draw(VALUES | st.sampled_from(near))}
+    header = json.dumps(entries).encode()
+    content = struct.pack("<Q", len(header)) + header + content[8 + size :]
+    (folder / DIT).write_bytes(data.draw(spoiled(content, 3000)))
+    refused_or_loaded(folder, "t2v", load_transformer)
+
+
+@FUZZ
+@given(data=st.data(), old=st.booleans(), name=st.sampled_from([VAE, T5]))
+def test_any_pth(data, old, name, copied):
+    folder = copied("t2v")
+    path = folder / name
+    if old:
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+        content = data.draw(spoiled(path.read_bytes(), 5000))
+    else:  # the pickle within the archive, which checksums would not let through
+        with zipfile.ZipFile(path) as archive:
+            files = {info.filename: archive.read(info) for info in archive.infolist()}
+        pickled = next(file for file in files if file.endswith("data.pkl"))
+        files[pickled] = data.draw(spoiled(files[pickled], len(files[pickled])))
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, held in files.items():
+                archive.writestr(file, held)
+        content = path.read_bytes()
+        content = content[: data.draw(st.integers(len(content) - 50, len(content)))]
+    path.write_bytes(content)
+
+    def load(folder):
+        try:
+            load_vae(folder / VAE, torch.float32, "cpu")
+        except DamagedFile as fault:
+            assert "\n" not in str(fault)
+
+    refused_or_loaded(folder, "t2v", load)

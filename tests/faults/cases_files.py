@@ -1,0 +1,586 @@
+"""Damaged checkpoints and other input files, and values that cannot work."""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from golden_data import write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from faults.case import Case
+
+REPO = Path(__file__).parents[2]
+DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
+TASKS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "vace": "vace-1.3B"}
+DIT, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
+T5, VAE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TOKENIZER = "google/umt5-xxl/tokenizer.json"
+NESTED, HUGE = "[" * 100_000 + "]" * 100_000, "1" + "0" * 400
+TINY = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--frame_num", 1, "--sample_steps", 2]
+PICTURE = REPO / "examples" / "girl.png"
+
+
+SCRATCH = tempfile.TemporaryDirectory()  # until Python ends
+
+
+@functools.cache
+def original(kind: str) -> Path:
+    folder = Path(SCRATCH.name) / kind
+    write_checkpoint(kind, folder)
+    tensors = load_file(folder / DIT)
+    if kind == "i2v":  # in two shards
+        (folder / DIT).unlink()
+        places = {}
+        for number, names in enumerate((sorted(tensors)[:40], sorted(tensors)[40:]), 1):
+            file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+            save_file({name: tensors[name] for name in names}, folder / file)
+            places |= dict.fromkeys(names, file)
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return folder
+
+
+def flags_of(kind: str, folder: Path) -> list:
+    flags = ["--task", TASKS[kind], "--size", "832*480", "--ckpt_dir", folder, "--sample_steps", 1, "--prompt", "a"]
+    return flags + {"i2v": ["--image", PICTURE], "flf2v": ["--first_frame", PICTURE, "--last_frame", PICTURE]}.get(
+        kind, []
+    )
+
+
+def damaged(change: Callable[[Path], object], kind: str = "t2v", *flags) -> Callable[[Path], list]:
+    """A checkpoint folder that the function changes."""
+
+    def prepare(folder: Path) -> list:
+        checkpoint = shutil.copytree(original(kind), folder / "model")
+        change(checkpoint)
+        return [*flags_of(kind, checkpoint), *flags]
+
+    return prepare
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def values(name: str, **changed) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | changed
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+    return change
+
+
+def cut(name: str, keep: float) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(keep * len(content))])
+
+    return change
+
+
+def weights(change: Callable[[dict], object], name: str = DIT) -> Callable[[Path], object]:
+    """Rewrites a file of tensors."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / name
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+        change(tensors)
+        if path.suffix == ".safetensors":
+            save_file(tensors, path)
+        else:
+            torch.save(tensors, path)
+
+    return rewrite
+
+
+def header(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """Changes the header of the weights, and leaves their data."""
+
+    def rewrite(folder: Path) -> None:
+        content = (folder / DIT).read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8 : 8 + size])
+        change(entries)
+        new = json.dumps(entries).encode()
+        (folder / DIT).write_bytes(len(new).to_bytes(8, "little") + new + content[8 + size :])
+
+    return rewrite
+
+
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Another thing in a file's place."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def move(index: dict) -> None:
+    places = index["weight_map"]
+    name = next(name for name, file in places.items() if file == SHARD)
+    places[name] = SHARD.replace("00001", "00002", 1)
+
+
+def index(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def rewrite(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content)
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return rewrite
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def old_format_cut(folder: Path) -> None:
+    torch.save(torch.load(folder / VAE), folder / VAE, _use_new_zipfile_serialization=False)
+    cut(VAE, 0.9)(folder)
+
+
+def pickled(folder: Path) -> None:
+    with (folder / VAE).open("wb") as file:
+        pickle.dump({"encoder.conv1.weight": Malicious()}, file)
+
+
+def zeros(name: str, shape: tuple[int, ...]) -> Callable[[dict], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+def integers(name: str) -> Callable[[dict], object]:
+    return lambda tensors: tensors.update({name: tensors[name].to(torch.int8)})
+
+
+def file_of(name: str, content: str, *flags) -> Callable[[Path], list]:
+    """The demo model with one more file, which the flags name."""
+
+    def prepare(folder: Path) -> list:
+        (folder / name).write_text(content)
+        return [*TINY, *flags]
+
+    return prepare
+
+
+def pipe(name: str, *flags) -> Callable[[Path], list]:
+    def prepare(folder: Path) -> list:
+        os.mkfifo(folder / name)
+        return list(flags)
+
+    return prepare
+
+
+CONFIG = [
+    Case("config nested", damaged(text("config.json", NESTED)), 2, "broken config.json: .*nested too deep"),
+    Case("config nested in a key", damaged(text("config.json", f'{{"dim": {NESTED}}}')), 2, "nested too deep"),
+    Case("config of 400 digits", damaged(text("config.json", f'{{"dim": {HUGE}}}')), 2, "dim must be a whole number"),
+    Case("config of 5000 digits", damaged(text("config.json", f'{{"dim": {"1" * 5000}}}')), 2, "broken config.json"),
+    Case("config list", damaged(text("config.json", "[1]")), 2, "broken config.json: it holds no object"),
+    Case("config no JSON", damaged(text("config.json", "dim = 3")), 2, "broken config.json: Expecting value"),
+    Case("config empty", damaged(text("config.json", "")), 2, "broken config.json: Expecting value"),
+    Case(
+        "config no text", damaged(lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00")), 2, "broken config.json"
+    ),
+    Case("config a pipe", damaged(replaced("config.json", os.mkfifo)), 2, "config.json: it is no regular file"),
+    Case("config a folder", damaged(replaced("config.json", os.mkdir)), 2, "config.json: it is no regular file"),
+    Case(
+        "dim text", damaged(values("config.json", dim="40")), 2, "dim must be a whole number from 1 to 65536, it is '4"
+    ),
+    Case("dim null", damaged(values("config.json", dim=None)), 2, "dim must be a whole number"),
+    Case("dim true", damaged(values("config.json", dim=True)), 2, "dim must be a whole number"),
+    Case("dim float", damaged(values("config.json", dim=40.0)), 2, "dim must be a whole number"),
+    Case("dim other", damaged(values("config.json", dim=48)), 2, r"tensor .* has the shape .*, config.json makes it"),
+    Case("dim missing", damaged(values("config.json", dim=...)), 2, "config.json makes it"),
+    Case("layers 0", damaged(values("config.json", num_layers=0)), 2, "num_layers must be a whole number from 1"),
+    Case("layers too many", damaged(values("config.json", num_layers=3)), 2, r"lacks tensor blocks\.2"),
+    Case(
+        "layers far too many",
+        damaged(values("config.json", num_layers=1000)),
+        2,
+        "by its config.json it has 1000 layers",
+    ),
+    Case("layers too few", damaged(values("config.json", num_layers=1)), 2, r"holds tensor blocks\.1.* is no part"),
+    Case("heads uneven", damaged(values("config.json", num_heads=3)), 2, "dim an even multiple of num_heads"),
+    Case("eps text", damaged(values("config.json", eps="small")), 2, "eps must be a number between 0 and 1"),
+    Case("eps NaN", damaged(values("config.json", eps=float("nan"))), 2, "eps must be a number between 0 and 1"),
+    Case("text_len -1", damaged(values("config.json", text_len=-1)), 2, "text_len must be a whole number from 1"),
+    Case("text_dim text", damaged(values("config.json", text_dim="wide")), 2, "text_dim must be a whole number"),
+    Case("in_dim 17", damaged(values("config.json", in_dim=17)), 2, "in_dim must be 16 for a model of type t2v"),
+    Case("type a list", damaged(values("config.json", model_type=["t2v"])), 2, "task t2v-1.3B needs t2v"),
+    Case("vace_layers 5", damaged(values("config.json", vace_layers=5), "vace"), 2, "vace_layers must be a list"),
+    Case(
+        "vace_layers far",
+        damaged(values("config.json", vace_layers=[9]), "vace"),
+        2,
+        "must be a list of layers below 2",
+    ),
+    Case("vace_layers twice", damaged(values("config.json", vace_layers=[0, 0]), "vace"), 2, "must be distinct"),
+    Case(
+        "vace_layers more",
+        damaged(values("config.json", vace_layers=[0, 1]), "vace"),
+        2,
+        r"lacks tensor vace_blocks\.1",
+    ),
+]
+
+WEIGHTS = [
+    Case("weights cut", damaged(cut(DIT, 0.9)), 2, f"cannot read .*{DIT}, is it complete"),
+    Case("weights cut in the header", damaged(cut(DIT, 0.01)), 2, f"cannot read .*{DIT}, is it complete"),
+    Case("weights empty", damaged(cut(DIT, 0)), 2, f"cannot read .*{DIT}, is it complete"),
+    Case("weights longer", damaged(lambda f: (f / DIT).open("ab").write(b"more")), 2, "cannot read .*, is it complete"),
+    Case("weights no tensors", damaged(text(DIT, "<html>not found</html>")), 2, "cannot read .*, is it complete"),
+    Case("weights an LFS pointer", damaged(text(DIT, "version https://git-lfs")), 2, "cannot read .*, is it complete"),
+    Case("weights a pipe", damaged(replaced(DIT, os.mkfifo)), 2, f"lacks {DIT}"),
+    Case("weights int8", damaged(weights(integers("blocks.0.ffn.0.weight"))), 2, "of type I8, no floating point"),
+    Case("weights without head", damaged(weights(lambda t: t.pop("head.head.bias"))), 2, "lacks tensor head.head.bias"),
+    Case("weights with more", damaged(weights(zeros("lora.up", (3, 3)))), 2, "holds tensor lora.up, which is no part"),
+    Case("weights of another shape", damaged(weights(zeros("head.head.bias", (7,)))), 2, r"has the shape \[7\]"),
+    Case("header length", damaged(lambda f: (f / DIT).write_bytes(b"\xff" * 8 + b"{}")), 2, "is it complete"),
+    Case(
+        "header offsets", damaged(header(lambda h: h["head.head.bias"].update(data_offsets=[0, 10**15]))), 2, "complete"
+    ),
+    Case("header shape", damaged(header(lambda h: h["head.head.bias"].update(shape=[5]))), 2, "is it complete"),
+    Case("header shape text", damaged(header(lambda h: h["head.head.bias"].update(shape="5"))), 2, "is it complete"),
+    Case("header dtype", damaged(header(lambda h: h["head.head.bias"].update(dtype="F31"))), 2, "is it complete"),
+    Case("index nested", damaged(text(INDEX, NESTED), "i2v"), 2, f"broken {INDEX}: it is nested too deep"),
+    Case("index list", damaged(text(INDEX, "[]"), "i2v"), 2, f"broken {INDEX}: it needs objects"),
+    Case("index without map", damaged(text(INDEX, '{"metadata": {}}'), "i2v"), 2, f"broken {INDEX}: it needs objects"),
+    Case(
+        "index of numbers", damaged(index(lambda i: i["weight_map"].update(a=5)), "i2v"), 2, "the file of tensor a is 5"
+    ),
+    Case(
+        "index elsewhere", damaged(index(lambda i: i["weight_map"].update(a="../x.safetensors")), "i2v"), 2, "file of t"
+    ),
+    Case(
+        "index NUL",
+        damaged(index(lambda i: i["weight_map"].update(a="\0.safetensors")), "i2v"),
+        2,
+        "the file of tensor",
+    ),
+    Case(
+        "index no such shard",
+        damaged(index(lambda i: i["weight_map"].update(a="b.safetensors")), "i2v"),
+        2,
+        "lacks b.s",
+    ),
+    Case("index other shard", damaged(index(move), "i2v"), 2, "should be in|is in .*, not in"),
+    Case("index more", damaged(index(lambda i: i["weight_map"].update(extra=SHARD)), "i2v"), 2, "extra should be in"),
+    Case("index less", damaged(index(lambda i: i["weight_map"].popitem()), "i2v"), 2, f"is in .*, not in {INDEX}"),
+    Case("shard cut", damaged(cut(SHARD, 0.5), "i2v"), 2, f"cannot read .*{SHARD}, is it complete"),
+    Case("shard missing", damaged(lambda f: (f / SHARD).unlink(), "i2v"), 2, f"lacks {SHARD}"),
+]
+
+ENCODERS = [
+    Case("VAE cut", damaged(cut(VAE, 0.99)), 2, f"cannot read .*{VAE}, is it complete"),
+    Case("VAE in the old format cut", damaged(old_format_cut), 2, f"cannot read .*{VAE}, is it complete"),
+    Case("VAE empty", damaged(cut(VAE, 0)), 2, f"cannot read .*{VAE}, is it complete"),
+    Case("VAE text", damaged(text(VAE, "not found")), 2, f"cannot read .*{VAE}, is it complete"),
+    Case(
+        "VAE a zip",
+        damaged(lambda f: shutil.make_archive(f / "a", "zip", f / "google") and (f / "a.zip").rename(f / VAE)),
+        2,
+        f"cannot read .*{VAE}, is it complete",
+    ),
+    Case("VAE a list", damaged(lambda f: torch.save([1], f / VAE)), 2, "it is no dict of tensors"),
+    Case(
+        "VAE of numbers", damaged(lambda f: torch.save({"encoder.conv1.weight": 1}, f / VAE)), 2, "no dict of tensors"
+    ),
+    Case("VAE malicious", damaged(lambda f: torch.save({"a": Malicious()}, f / VAE)), 2, r"posix\.system|system"),
+    Case("VAE malicious old", damaged(pickled), 2, f"cannot read .*{VAE}"),
+    Case(
+        "VAE int8", damaged(weights(integers("encoder.conv1.weight"), VAE)), 2, "of type torch.int8, no floating point"
+    ),
+    Case(
+        "VAE without conv2", damaged(weights(lambda t: t.pop("conv2.weight"), VAE)), 2, "Missing key.*post_quant_conv"
+    ),
+    Case("VAE with more", damaged(weights(zeros("extra", (1,)), VAE)), 2, "Unexpected key.*extra"),
+    Case("VAE of another shape", damaged(weights(zeros("conv1.bias", (64,)), VAE)), 2, "size mismatch for quant_conv"),
+    Case(
+        "VAE is T5", damaged(lambda f: shutil.copy(f / T5, f / VAE)), 2, "lacks tensor encoder.conv1.weight: is it the"
+    ),
+    Case("VAE a pipe", damaged(replaced(VAE, os.mkfifo)), 2, f"lacks {VAE}"),
+    Case("T5 cut", damaged(cut(T5, 0.5)), 2, f"cannot read .*{T5}, is it complete"),
+    Case("T5 is VAE", damaged(lambda f: shutil.copy(f / VAE, f / T5)), 2, "lacks tensor token_embedding.weight"),
+    Case("T5 without norm", damaged(weights(lambda t: t.pop("norm.weight"), T5)), 2, "Missing key.*final_layer_norm"),
+    Case(
+        "T5 with a far block", damaged(weights(zeros("blocks.999999999.norm1.weight", (8,)), T5)), 2, "is it complete"
+    ),
+    Case("T5 wide", damaged(weights(zeros("token_embedding.weight", (9, 9)), T5)), 2, "has features 9 wide"),
+    Case("T5 flat", damaged(weights(zeros("blocks.0.attn.q.weight", (9,)), T5)), 2, f"cannot read .*{T5}"),
+    Case("CLIP cut", damaged(cut(CLIP, 0.5), "i2v"), 2, f"cannot read .*{CLIP}, is it complete"),
+    Case("CLIP without", damaged(weights(lambda t: t.pop("visual.pos_embedding"), CLIP), "flf2v"), 2, "pos_embedding"),
+    Case("CLIP wide", damaged(weights(zeros("visual.patch_embedding.weight", (9, 3, 2, 2)), CLIP), "i2v"), 2, "9 wide"),
+    Case("tokenizer nested", damaged(text(TOKENIZER, NESTED)), 2, "tokenizer.json: it is nested too deep"),
+    Case("tokenizer cut", damaged(cut(TOKENIZER, 0.5)), 2, "cannot read .*tokenizer.json"),
+    Case("tokenizer list", damaged(text(TOKENIZER, "[]")), 2, "tokenizer.json: it holds no object"),
+    Case("tokenizer empty", damaged(text(TOKENIZER, '{"model": {"vocab": []}}')), 2, "it holds no tokens"),
+    Case("tokenizer large", damaged(values(TOKENIZER, model={"vocab": ["a"] * 999_999})), 2, "the text encoder knows"),
+    Case("tokenizer a pipe", damaged(replaced(TOKENIZER, os.mkfifo)), 2, f"lacks {TOKENIZER}"),
+]
+
+FAR = ["--task", "t2v-14B", "--ckpt_dir", "x", "--prompt", "a"]
+VALUES = [
+    Case(
+        "frames far", [*FAR, "--frame_num", 40001], 2, r"at most 4093, .*got 40001: 36003600 tokens a call, .* 2.95 TB"
+    ),
+    Case("frames of 400 digits", [*FAR, "--frame_num", 4 * 10**400 + 1], 2, "--frame_num must be at most 4093"),
+    Case(
+        "frames of many tokens",
+        [*FAR, "--frame_num", 4001],
+        2,
+        r"4001 frames of 1280\*720 are 3603600 tokens a call, .* needs 295 GB",
+    ),
+    Case("steps far", [*FAR, "--sample_steps", 10**9], 2, "--sample_steps must be at most 10000, got 1000000000"),
+    Case("steps of 400 digits", [*FAR, "--sample_steps", 10**400], 2, "--sample_steps must be at most 10000"),
+    Case("steps of 5000 digits", [*FAR, "--sample_steps", "1" * 5000], 2, "invalid int value"),
+    Case(
+        "many references",
+        ["--task", "vace-14B", "--ckpt_dir", "x", "--prompt", "a", "--src_ref_images", "a," * 999],
+        2,
+        r"999 reference images and 81 frames of 1280\*720 are 3672000 tokens",
+    ),
+    Case(
+        "world no number",
+        TINY,
+        2,
+        "WORLD_SIZE=abc is no whole number: start the processes with torchrun",
+        {"WORLD_SIZE": "abc", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "world empty",
+        TINY,
+        2,
+        "WORLD_SIZE= is no whole number",
+        {"WORLD_SIZE": "", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "rank no number",
+        TINY,
+        2,
+        "RANK=abc is no whole number",
+        {"WORLD_SIZE": "2", "RANK": "abc", "LOCAL_RANK": "abc", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "rank negative",
+        TINY,
+        2,
+        "RANK=-1 is no whole number",
+        {"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "port no number",
+        TINY,
+        2,
+        "MASTER_PORT=http is no whole number",
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+    ),
+    Case(
+        "rank beyond",
+        TINY,
+        2,
+        "RANK=2 must be below WORLD_SIZE=2",
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "address of nobody",
+        TINY,
+        2,
+        "MASTER_ADDR=nobody.invalid leads nowhere",
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nobody.invalid", "MASTER_PORT": "29511"},
+    ),
+    Case(
+        "no attention backend",
+        TINY,
+        2,
+        "there is no attention backend 'quick', only .*native.*sage",
+        {"DIFFUSERS_ATTN_BACKEND": "quick"},
+    ),
+    Case("empty attention backend", TINY, 2, "there is no attention backend ''", {"DIFFUSERS_ATTN_BACKEND": ""}),
+    Case(
+        "attention not installed",
+        TINY,
+        2,
+        "Xformers Attention backend 'xformers' is not usable",
+        {"DIFFUSERS_ATTN_BACKEND": "xformers"},
+    ),
+    Case(
+        "attention of GPUs",
+        TINY,
+        2,
+        "attention backend _native_cudnn cannot be used here",
+        {"DIFFUSERS_ATTN_BACKEND": "_native_cudnn"},
+    ),
+]
+
+NAMES = [
+    Case("name long", [*TINY, "--save_file", "x" * 300], 2, "has 300 bytes, at most 255 can be written"),
+    Case("name long with the record", [*TINY, "--save_file", "x" * 251 + ".mp4"], 2, "has 256 bytes, at most 255"),
+    Case(
+        "name long with the comparison",
+        [*TINY, "--use_magcache", "--compare", "--save_file", "x" * 243 + ".mp4"],
+        2,
+        "_compare.html has 256 bytes|_uncached.mp4 has 256 bytes",
+    ),
+    Case(
+        "name long in UTF-8", [*TINY, "--save_file", "猫" * 84 + ".mp4"], 2, "has 256 bytes, at most 255 can be written"
+    ),
+    Case("path long", [*TINY, "--save_file", "x/" * 2200 + "a.mp4"], 2, "at most 4095 can be written"),
+    Case("checkpoint name long", [*TINY, "--ckpt_dir", "x" * 300], 2, "is not a folder"),
+    Case("prompt file name long", [*TINY, "--prompt_file", "x" * 300], 2, "--prompt_file: cannot read"),
+    Case("table name long", [*TINY, "--use_magcache", "--mag_ratios", "x" * 300], 2, "cannot read the ratio table"),
+    Case("folder name long", file_of("a.txt", "a", "--prompt_file", "a.txt", "--save_file", "x" * 300), 2, "300 bytes"),
+    Case(
+        "image name long",
+        [
+            "--task",
+            "i2v-tiny",
+            "--size",
+            "64*64",
+            "--prompt",
+            "a",
+            "--image",
+            "x" * 300,
+            "--ckpt_dir",
+            REPO / "examples" / "Wan2.1-I2V-tiny",
+        ],
+        2,
+        "cannot read x+: File name too long",
+    ),
+    Case("calibration folder long", [*TINY, "--magcache_calibration", "--calibration_dir", "x" * 300], 2, "300 bytes"),
+    Case(
+        "NUL in a result",
+        file_of("a.jsonl", r'{"prompt": "a", "save_file": "a\u0000.mp4"}', "--prompt_file", "a.jsonl"),
+        2,
+        'line 1: "save_file" is no valid text',
+    ),
+    Case("NUL in a name", [*TINY, "--save_file", "a\0.mp4"], 2, r"'a\\x00.mp4' is no file name"),
+    Case("NUL in the checkpoint", [*TINY, "--ckpt_dir", "a\0"], 2, "is not a folder"),
+    Case(
+        "name in a prompt file long",
+        file_of("a.jsonl", f'{{"prompt": "a", "save_file": "{"x" * 300}.mp4"}}', "--prompt_file", "a.jsonl"),
+        2,
+        "prompt 1: .*304 bytes",
+    ),
+]
+
+PIPES = [
+    Case("prompt file a pipe", pipe("p", *TINY, "--prompt_file", "p"), 2, "cannot read p: it is no regular file"),
+    Case("prompt file a device", [*TINY, "--prompt_file", "/dev/zero"], 2, "cannot read /dev/zero: it is no regular"),
+    Case("table a pipe", pipe("p", *TINY, "--use_magcache", "--mag_ratios", "p"), 2, "table p: it is no regular file"),
+    Case(
+        "table a device", [*TINY, "--use_magcache", "--mag_ratios", "/dev/zero"], 2, "/dev/zero: it is no regular file"
+    ),
+    Case("result a pipe", pipe("p.mp4", *TINY, "--save_file", "p.mp4"), 2, "p.mp4 exists and is no regular file"),
+    Case("record a pipe", pipe("p.json", *TINY, "--save_file", "p.mp4"), 2, "p.json exists and is no record"),
+    Case("result folder a device", [*TINY, "--save_file", "/dev/null/a.mp4"], 2, "cannot write|does not exist"),
+    Case(
+        "calibration a pipe", pipe("p", *TINY, "--magcache_calibration", "--calibration_dir", "p"), 2, "cannot write to"
+    ),
+    Case("checkpoint a pipe", pipe("p", *TINY, "--ckpt_dir", "p"), 2, "is not a folder"),
+    Case(
+        "image a pipe",
+        pipe(
+            "p.png",
+            "--task",
+            "i2v-tiny",
+            "--size",
+            "64*64",
+            "--prompt",
+            "a",
+            "--image",
+            "p.png",
+            "--ckpt_dir",
+            REPO / "examples" / "Wan2.1-I2V-tiny",
+        ),
+        2,
+        "cannot read p.png: it is no regular file",
+    ),
+    Case(
+        "source a pipe",
+        lambda folder: [*damaged(lambda f: os.mkfifo(folder / "p.mp4"), "vace")(folder), "--src_video", "p.mp4"],
+        2,
+        "cannot read p.mp4: it is no regular file",
+    ),
+    Case(
+        "reference a device",
+        lambda folder: [*damaged(lambda f: None, "vace")(folder), "--src_ref_images", "/dev/zero"],
+        2,
+        "cannot read /dev/zero: it is no regular file",
+    ),
+    Case(
+        "picture of a plan a pipe", pipe("p.png", *FAR, "--magcache_plan", "p.png"), 2, "exists and is no regular file"
+    ),
+    Case(
+        "extension model of pipes",
+        lambda folder: [*pipe("config.json", *TINY, "--use_prompt_extend")(folder), "--prompt_extend_model", folder],
+        2,
+        "has no usable config.json",
+    ),
+]
+
+LISTS = ["--use_magcache", "--mag_ratios", "t.json"]
+TABLES = [
+    Case("table nested", file_of("t.json", NESTED, *LISTS), 2, "table t.json: it is nested too deep"),
+    Case("table of 400 digits", file_of("t.json", f"[{HUGE}, 1]", *LISTS), 2, "ratio 0 is 1000"),
+    Case("table of infinities", file_of("t.json", "[1e999, 1]", *LISTS), 2, "ratio 0 is inf"),
+    Case("table of text", file_of("t.json", '["1", "1"]', *LISTS), 2, "it needs a list of numbers"),
+    Case("table of lists", file_of("t.json", "[[1, 1]]", *LISTS), 2, "it needs a list of numbers"),
+    Case("table of truth", file_of("t.json", "[true, true]", *LISTS), 2, "it needs a list of numbers"),
+    Case("table a number", file_of("t.json", "5", *LISTS), 2, "it needs a list of numbers"),
+    Case(
+        "table measured on a list", file_of("t.json", '{"mag_ratio": [1, 1], "measured_on": []}', *LISTS), 2, "settings"
+    ),
+    Case(
+        "table steps of 400 digits",
+        file_of("t.json", f'{{"mag_ratio": [1, 1], "calibrated_steps": {HUGE}}}', *LISTS),
+        2,
+        "2 ratios do not belong to 1000",
+    ),
+    Case(
+        "prompts nested",
+        file_of("p.jsonl", f'{{"prompt": {NESTED}}}', "--prompt_file", "p.jsonl"),
+        2,
+        "line 1: no JSON",
+    ),
+    Case(
+        "prompts seed of 400 digits",
+        file_of("p.jsonl", f'{{"prompt": "a", "seed": {HUGE}}}', "--prompt_file", "p.jsonl"),
+        2,
+        "seed must be between",
+    ),
+    Case(
+        "prompts seed text",
+        file_of("p.jsonl", '{"prompt": "a", "seed": "1"}', "--prompt_file", "p.jsonl"),
+        2,
+        '"seed" must be a whole number',
+    ),
+    Case(
+        "prompts seed nested",
+        file_of("p.jsonl", f'{{"prompt": "a", "seed": {"[" * 500 + "]" * 500}}}', "--prompt_file", "p.jsonl"),
+        2,
+        '"seed" must be a whole number',
+    ),
+    Case(
+        "prompts no text",
+        lambda folder: ((folder / "p.txt").write_bytes(b"\xff\xfe"), [*TINY, "--prompt_file", "p.txt"])[1],
+        2,
+        "cannot read p.txt",
+    ),
+    Case(
+        "record nested", file_of("film.json", NESTED, "--save_file", "film.mp4"), 2, "film.json exists and is no record"
+    ),
+    Case("record of numbers", file_of("film.json", '{"made_by": 5}', "--save_file", "film.mp4"), 2, "is no record"),
+    Case("record of lists", file_of("film.json", '["made_by"]', "--save_file", "film.mp4"), 2, "is no record"),
+]
+
+CASES = [*CONFIG, *WEIGHTS, *ENCODERS, *VALUES, *NAMES, *PIPES, *TABLES]

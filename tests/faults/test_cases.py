@@ -1,0 +1,71 @@
+"""Every case through the command line, in one warm process: one line, the exit code, and no tensor read."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import magcache_generate
+from faults.cases_files import CASES, REPO
+
+PATIENCE = 60  # seconds, after which something waits for a pipe
+
+
+@pytest.fixture
+def impatient():
+    def stop(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PATIENCE)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c.slow else []) for c in CASES],
+                         ids=[case.name for case in CASES])  # fmt: skip
+def test_case(case, tmp_path, monkeypatch, capsys, impatient):
+    monkeypatch.chdir(tmp_path)
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *case.prepare(tmp_path)])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # of which only the first process keeps its own
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == case.code, err
+    assert re.search(case.line, err), err
+    assert err.count("\n") == 1
+    assert "weights_only" not in err
+    assert len(err) < 700 or case.name.startswith(("steps of 5000", "path"))
+    assert set(tmp_path.rglob("*")) == before, "something was written"
+
+
+QUICK = ["world no number", "rank no number", "prompt file a pipe", "frames far", "table nested"]
+LATER = ["no attention backend", "result a pipe", "VAE malicious old"]
+    "no attention backend",
+    "attention not installed",
+    "result a pipe",
+    "VAE malicious old",
+    "CLIP cut",
+    "shard cut",
+]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+def test_in_a_process_of_its_own(name, tmp_path):
+    """Where nothing is imported yet, and warnings are printed."""
+    (case,) = (case for case in CASES if case.name == name)
+    command = [sys.executable, REPO / "magcache_generate.py", *case.prepare(tmp_path)]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | case.env, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert result.returncode == case.code, result.stderr
+    assert re.search(case.line, result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
