@@ -31,8 +31,8 @@ def written_whole(path: str | os.PathLike, replace: bool = True) -> Iterator[Pat
 
 
 def is_special(path: str | os.PathLike) -> bool:
-    """Whether a path leads to something else than a regular file, such as a pipe, whose reader may wait forever."""
-    return os.path.exists(path) and not os.path.isfile(path)
+    """Whether a path leads to a pipe, a device or the like, whose reader may wait forever."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def read_json(path: str | os.PathLike) -> Any:

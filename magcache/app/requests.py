@@ -138,7 +138,7 @@ def check_result(job: Job, path: Path) -> None:
     beside = [".json"] if job.output.record else []
     beside += [f"_uncached{path.suffix}", "_compare.html"] if job.output.compare else []
     check_names(path, *beside)
-    refuse_if(is_special(path), f"{path} exists and is no regular file")
+    refuse_if(is_special(path) or path.is_dir(), f"{path} exists and is no regular file")
 
 
 def checked_path(job: Job, save_file: str) -> Path:

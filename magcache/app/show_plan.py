@@ -31,7 +31,7 @@ def print_plan(args: Namespace) -> None:
         need_package("matplotlib", "--magcache_plan with a picture")
         check_writable(picture.parent)
         check_names(picture)
-        refuse_if(is_special(picture), f"{picture} exists and is no regular file")
+        refuse_if(is_special(picture) or picture.is_dir(), f"{picture} exists and is no regular file")
     with contextlib.redirect_stdout(io.StringIO()) as notes:
         job = make_job(args)
         task, size = job.sampling.task, job.sampling.size

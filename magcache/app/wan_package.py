@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,9 +66,7 @@ def check_stock(sampling: Sampling, inputs: Inputs) -> None:
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
     if sampling.kind == "vace" and inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
         need_package("decord", "--src_video with the wan package here")
-    import wan
-
-    attention = getattr(wan.modules.model, "flash_attention", None)
+    attention = getattr(sys.modules.get("wan.modules.model"), "flash_attention", None)  # imported with the configs
     known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
     lacks = False in known and True not in known
     refuse_if(lacks, "the wan package here needs the package flash_attn: pip install flash-attn")

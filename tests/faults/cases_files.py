@@ -192,7 +192,7 @@ CONFIG = [
         "config no text", damaged(lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00")), 2, "broken config.json"
     ),
     Case("config a pipe", damaged(replaced("config.json", os.mkfifo)), 2, "config.json: it is no regular file"),
-    Case("config a folder", damaged(replaced("config.json", os.mkdir)), 2, "config.json: it is no regular file"),
+    Case("config a folder", damaged(replaced("config.json", os.mkdir)), 2, "config.json: .*Is a directory"),
     Case(
         "dim text", damaged(values("config.json", dim="40")), 2, "dim must be a whole number from 1 to 65536, it is '4"
     ),

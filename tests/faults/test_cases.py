@@ -48,13 +48,6 @@ def test_case(case, tmp_path, monkeypatch, capsys, impatient):
 
 QUICK = ["world no number", "rank no number", "prompt file a pipe", "frames far", "table nested"]
 LATER = ["no attention backend", "result a pipe", "VAE malicious old"]
-    "no attention backend",
-    "attention not installed",
-    "result a pipe",
-    "VAE malicious old",
-    "CLIP cut",
-    "shard cut",
-]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
