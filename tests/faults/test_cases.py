@@ -9,8 +9,10 @@ import sys
 import pytest
 
 import magcache_generate
-from faults.cases_files import CASES, REPO
+from faults import cases_files, cases_flags
+from faults.cases_files import REPO
 
+CASES = [*cases_files.CASES, *cases_flags.CASES]
 PATIENCE = 60  # seconds, after which something waits for a pipe
 
 
