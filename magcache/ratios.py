@@ -27,7 +27,7 @@ class RatioTable:
 
     name: what it was loaded by. ratios: in call order, with the leading 1.0, 1.0 of the step that has no predecessor.
     measured_on: what it was measured on, as far as that is known. named: whether it is one of `table_names()`.
-    path: its file.
+    path: its file. trials: what its calibration has tried, as `magcache.trials.read_trials` reads it; None if nothing.
     """
 
     name: str
@@ -35,6 +35,7 @@ class RatioTable:
     measured_on: dict
     named: bool
     path: Path | None = None
+    trials: dict | None = None
 
     @property
     def steps(self) -> int:
@@ -84,7 +85,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         cond, uncond = split_branches(ratios)
     except ValueError as error:
         raise ValueError(f"{path} is not a ratio table: {error}") from None
-    return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path)
+    return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path, content.get("trials"))
 
 
 def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:

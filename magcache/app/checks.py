@@ -15,6 +15,7 @@ from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
+from magcache.app.quality import use_trials
 
 
 def make_job(args: Namespace) -> Job:
@@ -33,6 +34,7 @@ def make_job(args: Namespace) -> Job:
     folder = Path(args.script).parent / "examples"
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
+    cache, measured = use_trials(sampling, cache, machine.ckpt_dir)
     table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
     return Job(
@@ -48,6 +50,7 @@ def make_job(args: Namespace) -> Job:
         schedule=make_schedule(sampling, cache, table),
         made_by=made_by,
         table=table,
+        measured=measured,
         script=args.script,
         flags={name: value for name, value in vars(args).items() if name not in ("script", "explicit")},
     )
@@ -124,18 +127,21 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     wanted = args.use_magcache or bool(args.magcache_plan)
     both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
     refuse_if(wanted and args.magcache_calibration, both)
-    for flag in ("mag_ratios", "magcache_speedup", "compare"):
-        refuse_if(bool(getattr(args, flag)) and not wanted, f"--{flag} needs --use_magcache")
-    speedup, most = args.magcache_speedup, sampling.sample_steps
+    for flag in ("mag_ratios", "magcache_speedup", "magcache_quality", "compare"):
+        refuse_if(getattr(args, flag) not in (None, False, "") and not wanted, f"--{flag} needs --use_magcache")
+    speedup, quality, most = args.magcache_speedup, args.magcache_quality, sampling.sample_steps
+    for flag, value in (("magcache_speedup", speedup), ("magcache_quality", quality)):
+        if value is not None and (given := getattr(args, "explicit", None)):
+            raise Refused(f"--{flag} chooses the steps in place of --{min(given)}: give one of them")
+    if quality is not None:
+        refuse_if(speedup is not None, "--magcache_quality chooses the speed-up in place of --magcache_speedup")
+        refuse_if(not 0 < quality < math.inf, f"--magcache_quality must be a positive number of dB, got {quality}")
     if speedup is not None:
-        if given := getattr(args, "explicit", None):
-            raise Refused(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
-        refuse_if(bool(args.mag_ratios), "--magcache_speedup takes no ratio table: leave --mag_ratios out")
         one_step = f"--magcache_speedup must be between 1 and {most}, at which one step is computed"
         refuse_if(not 1 <= speedup <= most, one_step)
     if not wanted:
         return None
-    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload)
+    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload, quality)
 
 
 def make_output(args: Namespace, sampling: Sampling) -> Output:
@@ -147,7 +153,13 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         refuse_if(sampling.sample_steps < 2, too_few)
         check_writable(Path(args.calibration_dir))
     calibration_dir = args.calibration_dir if args.magcache_calibration else None
-    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir)
+    trials = ()
+    if args.magcache_trials is not None:
+        from magcache.app.plan_trials import read_speedups  # with numpy
+
+        refuse_if(not args.magcache_calibration, "--magcache_trials needs --magcache_calibration")
+        trials = read_speedups(args.magcache_trials, sampling)
+    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir, trials)
 
 
 def check_writable(folder: Path) -> None:

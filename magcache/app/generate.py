@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
 from magcache.app.record import make_record, record_path, save_record
 from magcache.app.results import compare_results, save_calibration, save_result
+from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
 from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
 
@@ -130,9 +131,12 @@ class Making:
             inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
         self.inputs = inputs
         self.runs, self.watches, self.failures = [], [], []
+        self.trials = None
 
     def make(self, requests: list[Request]) -> None:
         """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
+        if self.job.output.trials:
+            self.trials = TrialRuns(self.job, self.pipeline, self.generate, self.own, self.speaks, len(requests))
         bar = None if self.job.goes_on and self.speaks else True  # True: there is none
         try:
             for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=bar), 1):
@@ -142,16 +146,18 @@ class Making:
                     print(f"video     {video}, seed {request.seed}: {request.prompt}", flush=True)
                 self.make_one(request)
         except BaseException:
-            if self.calibration and len(self.runs) < len(requests):
+            if self.calibration and (len(self.runs) < len(requests) or self.trials):
                 self.tell_stopped_calibration(len(requests))
             raise
         finally:
             if self.runs and self.speaks:
-                save_calibration(self.job, self.runs, requests[: len(self.runs)])
+                tried = self.trials and self.trials.entry(len(self.runs))
+                save_calibration(self.job, self.runs, requests[: len(self.runs)], tried)
 
     def make_one(self, request: Request) -> None:
         run = functools.partial(self.run, request, self.job.schedule, self.cache or self.calibration)
-        made, fault = tried(self.job.goes_on, run, self.own)
+        with self.trials.recording(request) if self.trials else nullcontext():
+            made, fault = tried(self.job.goes_on, run, self.own)
         if fault:
             self.failures.append(("videos", f"{request.path}: {fault}"))
             return
@@ -163,32 +169,40 @@ class Making:
             record = self.save(request, video, watch)
             frames = to_frames(video) if self.job.output.compare else None
         del made, video  # the next one needs the memory
+        if self.trials:
+            self.trials.try_prompt(watch.latent, self.runs[-1]["mag_ratio"])
         if self.job.output.compare:
             self.compare(request, frames, watch, record)
+        watch.latent = None
 
     def run(self, request: Request, schedule: magcache.Schedule, runner: patch.Runner | None) -> tuple[Any, Watch]:
         """The video, and what was watched. runner: of the model's calls; it starts afresh, whatever was before."""
-        sampling, cache = self.job.sampling, runner if runner is self.cache else None
+        cache = runner if runner is self.cache else None
         magcache.remove_magcache(self.pipeline.model)
         if runner:
             patch.attach(self.pipeline.model, runner)
+        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
+            video = self.generate(request, self.job.sampling.sample_steps)
+        return video, watch
+
+    def generate(self, request: Request, steps: int) -> Any:
+        """What the pipeline makes of the request."""
+        sampling = self.job.sampling
         shape = {"size": sampling.pixels}
         if sampling.kind in ("i2v", "flf2v"):
             shape = {"max_area": math.prod(sampling.pixels)}
-        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
-            video = self.pipeline.generate(
-                request.prompt,
-                *inputs_of(request, self.inputs),
-                **shape,
-                frame_num=sampling.frame_num,
-                shift=sampling.sample_shift,
-                sample_solver=sampling.sample_solver,
-                sampling_steps=sampling.sample_steps,
-                guide_scale=sampling.sample_guide_scale,
-                seed=request.seed,
-                offload_model=self.job.machine.offload_model,
-            )
-        return video, watch
+        return self.pipeline.generate(
+            request.prompt,
+            *inputs_of(request, self.inputs),
+            **shape,
+            frame_num=sampling.frame_num,
+            shift=sampling.sample_shift,
+            sample_solver=sampling.sample_solver,
+            sampling_steps=steps,
+            guide_scale=sampling.sample_guide_scale,
+            seed=request.seed,
+            offload_model=self.job.machine.offload_model,
+        )
 
     def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
         """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""
@@ -223,6 +237,12 @@ class Making:
             self.failures.append(("comparisons", f"{request.path}: {fault}"))
 
     def tell_stopped_calibration(self, count: int) -> None:
+        if self.trials and self.trials.recorded == len(self.runs) > 0:
+            kept = "what was measured until then is written"
+            print(
+                f"the calibration stopped in the trials of prompt {len(self.runs)} of {count}; {kept}", file=sys.stderr
+            )
+            return
         left = "only the prompts before count" if self.runs else "nothing is written"
         reached = f"after {self.calibration.reached} of {self.calibration.calls} calls; {left}"
         print(f"the calibration stopped in prompt {len(self.runs) + 1} of {count}, {reached}", file=sys.stderr)

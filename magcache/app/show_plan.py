@@ -13,6 +13,7 @@ from magcache.app.checks import check_writable, make_job, need_package
 from magcache.app.choose_schedule import make_schedule, predict
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
+from magcache.app.quality import quality_lines
 
 
 def show_plan(args: Namespace) -> None:
@@ -45,6 +46,7 @@ def print_plan(args: Namespace) -> None:
         *([f"origin    {plan.table_origin(job.table)}"] if job.table else []),
         *run_lines(job, video, plan.token_count(frames, height, width, references)),
         "",
+        *quality_lines(job),
         *neighbour_lines(job),
     ]
     print(*(line.rstrip() for line in lines), sep="\n")
@@ -112,7 +114,7 @@ def neighbour_lines(job: Job) -> list[str]:
     if cache.speedup is not None:
         heading, most = "other     speed-ups", float(job.schedule.steps)
         speedups = sorted({min(max(cache.speedup + difference, 1.0), most) for difference in (-0.5, 0.0, 0.5)})
-        rows = {f"speedup {speedup:g}": [replace(cache, speedup=speedup)] for speedup in speedups}
+        rows = {f"speedup {speedup:.4g}": [replace(cache, speedup=speedup)] for speedup in speedups}
     else:
         heading = "other     thresh and K"
         thresholds = (rule.thresh / 2, rule.thresh, 2 * rule.thresh) if rule.thresh else (0.0, 0.06, 0.12)
