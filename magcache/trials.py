@@ -27,7 +27,6 @@ SETTINGS = {  # of a trial, by its method
 }
 # of the speed-up rule, tried against the ones that hold without a calibration, which come first
 CANDIDATES = (DEFAULT, Constants(decay=0.1), Constants(decay=0.5), Constants(floor=0.004), Constants(floor=0.016))
-CHOOSING = 4  # prompts that choose among them, where there are twice as many: two agree by chance
 EQUAL = 150.0  # dB, of equal latents
 
 
@@ -83,6 +82,12 @@ def closeness(latent, truth) -> tuple[float, float]:
     return min(psnr, EQUAL), math.sqrt(error / power) if power else 0.0
 
 
+def choosing_prompts(count: int) -> int:
+    """How many of a calibration's prompts choose among the candidates: none of less than eight, as a few agree by
+    chance; else half of them, at most eight."""
+    return min(count // 2, 8) if count >= 8 else 0
+
+
 @dataclass
 class Trials:
     """What has been tried so far: of every way, by the number of the prompt, its `closeness`."""
@@ -103,16 +108,16 @@ class Trials:
         _, floor, decay = ways[best if clear else 0].settings
         return Constants(floor, decay)
 
-    def entry(self, prompts: int, constants: Constants) -> dict:
-        """For a table, of the first `prompts`; the lists have one number each, None where it was not tried."""
+    def entry(self, prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
+        """For a table. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
         rows = []
         for way, found in self.found.items():
-            psnr, error = zip(*(found.get(prompt, (None, None)) for prompt in range(prompts)), strict=True)
+            psnr, error = zip(*(found.get(number, (None, None)) for number in range(len(prompts))), strict=True)
             row = {"method": way.method} | dict(zip(SETTINGS[way.method], way.settings, strict=True))
             row |= {"calls": way.schedule.computed, "psnr": [p if p is None else round(p, 2) for p in psnr]}
             rows.append(row | {"relative_error": [e if e is None else float(f"{e:.4g}") for e in error]})
         chosen = {"floor": constants.floor, "decay": constants.decay}
-        return {"measure": MEASURE, "constants": chosen, "rows": rows}
+        return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": chosen, "rows": rows}
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ class Making:
             raise
         finally:
             if self.runs and self.speaks:
-                tried = self.trials and self.trials.entry(len(self.runs))
-                save_calibration(self.job, self.runs, requests[: len(self.runs)], tried)
+                done = requests[: len(self.runs)]
+                save_calibration(self.job, self.runs, done, self.trials and self.trials.entry(done))
 
     def make_one(self, request: Request) -> None:
         run = functools.partial(self.run, request, self.job.schedule, self.cache or self.calibration)

@@ -71,7 +71,8 @@ class TrialRuns:
         self.sampling, self.speedups = job.sampling, job.output.trials
         self.pipeline, self.generate, self.own, self.speaks, self.count = pipeline, generate, own, speaks, count
         self.found = trials.Trials()
-        self.constants = None if count >= 2 * trials.CHOOSING else DEFAULT
+        self.choosing = trials.choosing_prompts(count)
+        self.constants = None if self.choosing else DEFAULT
         self.others: list[trials.Way] = []
         self.waiting: list[Recorded] = []
         self.recorded = self.allowed = self.spent = self.turn = 0
@@ -105,20 +106,23 @@ class TrialRuns:
         if not self.others:
             self.others = others(self.sampling, self.speedups, ratios)
         if self.constants is None:
-            self.try_ways(self.waiting[-1], candidates(self.sampling, self.speedups))
-            if len(self.waiting) < trials.CHOOSING:
+            recorded = self.waiting[-1]
+            self.try_ways(recorded, self.untried(recorded, candidates(self.sampling, self.speedups)))
+            if len(self.waiting) < self.choosing:
                 return
             self.constants = self.found.choose(candidates(self.sampling, self.speedups))
         for recorded in self.waiting:
-            ways = forecasts(self.sampling, self.speedups, self.constants)
             self.allowed += round(TRIAL_BUDGET * CALLS_PER_STEP * self.sampling.sample_steps)
-            self.try_ways(recorded, ways)
-            self.try_ways(recorded, self.affordable())
+            ways = self.untried(recorded, forecasts(self.sampling, self.speedups, self.constants))
+            self.try_ways(recorded, ways + self.affordable(sum(way.cost for way in ways)))
         self.waiting.clear()
 
-    def affordable(self) -> list[trials.Way]:
-        """As many of the others as there are calls left for, from the one whose turn it is."""
-        ways, left = [], self.allowed - self.spent
+    def untried(self, recorded: Recorded, ways: Sequence[trials.Way]) -> list[trials.Way]:
+        return [way for way in ways if recorded.number not in self.found.found.get(way, ())]
+
+    def affordable(self, due: int) -> list[trials.Way]:
+        """As many of the others, from the one whose turn it is, as are left of the budget beside the calls due."""
+        ways, left = [], self.allowed - self.spent - due
         while len(ways) < len(self.others) and self.others[self.turn].cost <= left:
             ways.append(self.others[self.turn])
             left -= ways[-1].cost
@@ -126,13 +130,11 @@ class TrialRuns:
         return ways
 
     def try_ways(self, recorded: Recorded, ways: Sequence[trials.Way]) -> None:
-        """Those that the prompt has not tried yet."""
-        ways = [way for way in ways if recorded.number not in self.found.found.get(way, ())]
         with tqdm(
             total=sum(way.cost for way in ways),
             desc=f"trials of prompt {recorded.number + 1} of {self.count}",
             unit="call",
-            disable=not (self.speaks and ways),
+            disable=not self.speaks,
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         ) as bar:
             for way in ways:
@@ -151,6 +153,7 @@ class TrialRuns:
             latent = self.generate(recorded.request, schedule.steps)
         return None if latent is None else latent.cpu()
 
-    def entry(self, prompts: int) -> dict:
-        """For the table of the first `prompts`."""
-        return self.found.entry(prompts, self.constants or DEFAULT)
+    def entry(self, requests: Sequence[Request]) -> dict:
+        """For the table of the requests, which are the first ones."""
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        return self.found.entry(prompts, seeds, self.constants or DEFAULT)
