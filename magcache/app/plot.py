@@ -31,8 +31,8 @@ def save_figure(figure, path: str | os.PathLike) -> None:
 
 
 def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable | None = None) -> None:
-    """Draws ratio, its spread and the cosine distance over the steps of a calibration, as `make_table` makes it; and its
-    trials, if there are some. published: a table to draw beside it, stretched to the same width if its steps are
+    """Draws ratio, its spread and the cosine distance over the steps of a calibration, as `make_table` makes it, and
+    its trials, if there are some. published: a table to draw beside it, stretched to the same width if its steps are
     others."""
     steps, measured_on = table["calibrated_steps"], table["measured_on"]
     at = range(1, steps)

@@ -5,8 +5,9 @@ Only the denoise loop runs. What a trial has in common with the uncached run at 
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,12 +26,32 @@ from magcache.speedup import DEFAULT
 @dataclass
 class Recorded:
     """Of one prompt's uncached run: the outputs of its first calls, and the final latent, on the CPU; None in processes
-    that get none."""
+    that get none. inputs: what texts, images and videos were encoded to, since the first trial."""
 
     number: int
     request: Request
     outputs: list = field(default_factory=list)
     latent: torch.Tensor | None = None
+    inputs: dict = field(default_factory=dict)
+
+
+class Remembered:
+    """Stands in for an encoder that every trial of a prompt calls alike: it works for the first one only."""
+
+    def __init__(self, encoder: Callable):
+        self.encoder, self.results, self.next = encoder, [], 0
+
+    def __call__(self, *args, **kwargs):
+        if self.next == len(self.results):
+            self.results.append(self.encoder(*args, **kwargs))
+        self.next += 1
+        return self.results[self.next - 1]
+
+    @property
+    def model(self):
+        """A text encoder's; one that stays where it is when there is nothing to do."""
+        stays = SimpleNamespace(to=lambda *args: None, cpu=lambda: None)
+        return stays if self.results else self.encoder.model
 
 
 class Rerun:
@@ -148,10 +169,23 @@ class TrialRuns:
         pipeline, schedule = self.pipeline, way.schedule
         cache = patch.CACHES[schedule.target](schedule)
         patch.attach(pipeline.model, Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update))
-        vae = {"decode": lambda latents, *args, **kwargs: latents}
-        with patch.shadowed(pipeline.vae, vae), bars_hidden(pipeline):
+        with self.only_denoising(recorded), bars_hidden(pipeline):
             latent = self.generate(recorded.request, schedule.steps)
         return None if latent is None else latent.cpu()
+
+    @contextmanager
+    def only_denoising(self, recorded: Recorded) -> Iterator[None]:
+        """Lets the pipeline return latents, and encode the prompt's inputs only once."""
+        pipeline = self.pipeline
+        encoders = ((pipeline, "text_encoder"), (pipeline.vae, "encode"), (getattr(pipeline, "clip", None), "visual"))
+        with ExitStack() as stack:
+            stack.enter_context(patch.shadowed(pipeline.vae, {"decode": lambda latents, *args, **kwargs: latents}))
+            for owner, name in encoders:
+                if hasattr(owner, name):
+                    known = recorded.inputs.setdefault(name, Remembered(getattr(owner, name)))
+                    known.next = 0
+                    stack.enter_context(patch.shadowed(owner, {name: known}))
+            yield
 
     def entry(self, requests: Sequence[Request]) -> dict:
         """For the table of the requests, which are the first ones."""
