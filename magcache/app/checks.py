@@ -128,7 +128,7 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
     refuse_if(wanted and args.magcache_calibration, both)
     for flag in ("mag_ratios", "magcache_speedup", "magcache_quality", "compare"):
-        refuse_if(getattr(args, flag) not in (None, False, "") and not wanted, f"--{flag} needs --use_magcache")
+        refuse_if(bool(getattr(args, flag)) and not wanted, f"--{flag} needs --use_magcache")
     speedup, quality, most = args.magcache_speedup, args.magcache_quality, sampling.sample_steps
     for flag, value in (("magcache_speedup", speedup), ("magcache_quality", quality)):
         if value is not None and (given := getattr(args, "explicit", None)):

@@ -228,7 +228,6 @@ BAD = [
         "t2v-14B holds no trials, and --magcache_speedup takes",
     ),
     (("--ckpt_dir", "{ok}", "--magcache_quality", "40"), "--magcache_quality needs --use_magcache"),
-    (("--ckpt_dir", "{ok}", "--magcache_quality", "0"), "--magcache_quality needs --use_magcache"),
     (("--ckpt_dir", "{ok}", *GOOD, "0"), "--magcache_quality must be a positive number of dB, got 0.0"),
     (("--ckpt_dir", "{ok}", *GOOD, "nan"), "--magcache_quality must be a positive number of dB, got nan"),
     (("--ckpt_dir", "{ok}", *GOOD, "40", "--magcache_speedup", "2"), "in place of --magcache_speedup"),
