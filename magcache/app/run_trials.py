@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from magcache import Settings, patch, trials
+from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.plan_trials import candidates, forecasts, others
 from magcache.app.processes import gathered
@@ -159,8 +160,12 @@ class TrialRuns:
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         ) as bar:
             for way in ways:
-                latent = self.latent(recorded, way, bar)
-                close = trials.closeness(latent, recorded.latent) if latent is not None else None
+                latent, close = self.latent(recorded, way, bar), None
+                try:
+                    if latent is not None:
+                        close = trials.closeness(latent, recorded.latent)
+                except ValueError as fault:
+                    raise Failed(f"the trial by {way.method} {way.settings} cannot be measured: {fault}") from fault
                 self.found.add(way, recorded.number, gathered(close, self.own)[0])
                 self.spent += way.cost
 

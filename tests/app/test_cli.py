@@ -565,9 +565,9 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
 def test_a_speedup(speedup, changed, tmp_path):
     flags = [value for name, given in changed.items() for value in (f"--{name}", given)]
     fast = demo("--use_magcache", "--magcache_speedup", speedup, *flags, "--save_file", tmp_path / "fast.mp4")
-    schedule = magcache.plan_speedup(
-        10, speedup, changed.get("sample_shift", 5.0), changed.get("sample_solver", "unipc")
-    )
+    settings = changed.get("sample_shift", 5.0), changed.get("sample_solver", "unipc")
+    constants = magcache.read_trials(magcache.load_table("t2v-tiny")).constants
+    schedule = magcache.plan_speedup(10, speedup, *settings, constants=constants)
     assert f"{schedule.computed} of 20 transformer calls computed, at most {schedule.speedup_bound:.2f}x" in fast.stdout
     assert f"reused {10 - schedule.computed // 2} of 10 cond" in fast.stdout
     sampling = {name.replace("sample_", ""): value for name, value in changed.items()}
