@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trial_tables import fewer, table_with
 
 import magcache
 from magcache import trials
@@ -18,25 +19,8 @@ SIGMAS = magcache.noise_levels(50, 5.0)
 PSNRS = st.lists(st.floats(5, 90), min_size=5, max_size=5)
 
 
-def table_with(forecasts, others=(), steps=50, constants=None, name="mine", **measured_on):
-    """Content of a table file. forecasts: PSNRs of the prompts by computed calls; others: (method, settings, calls,
-    PSNRs)."""
-    constants = constants or {"floor": 0.008, "decay": 0.25}
-    rows = [
-        {"method": "forecast", "speedup": 2 * steps / calls, "calls": calls, "psnr": psnr} | constants
-        for calls, psnr in forecasts.items()
-    ]
-    rows += [{"method": method, "calls": calls, "psnr": psnr} | settings for method, settings, calls, psnr in others]
-    lists = {"mag_ratio": [0.99, 0.98] * (steps - 1), "calibrated_steps": steps, "measured_on": measured_on}
-    return lists | {"name": name, "trials": {"constants": constants, "rows": rows}}
-
-
 def measured(*args, **kwargs):
     return magcache.read_trials(table_of(table_with(*args, **kwargs), "mine"))
-
-
-def fewer(calls, psnr):
-    return "fewer steps", {"steps": calls // 2}, calls, psnr
 
 
 def test_closeness():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from golden_data import write_checkpoint
 from PIL import Image
+from trial_tables import fewer, table_with
 
 import magcache
 import magcache_generate
@@ -21,7 +22,6 @@ from magcache.app.job import Request
 from magcache.app.plan_trials import PUBLISHED, others
 from magcache.app.run_trials import TrialRuns
 from magcache.patch import shadowed
-from tests.magcache.test_trials import fewer, table_with
 from wan.configs import WAN_CONFIGS
 
 REPO = Path(__file__).parents[2]
