@@ -129,6 +129,12 @@ class Row:
     calls: int
     psnr: tuple[float | None, ...]
 
+    @property
+    def mean(self) -> float | None:
+        """PSNR over the prompts that tried it."""
+        tried = [psnr for psnr in self.psnr if psnr is not None]
+        return statistics.fmean(tried) if tried else None
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -199,21 +205,15 @@ class Measured:
             return None
         return statistics.fmean(self.psnr_at(speedup, prompt) - row.psnr[prompt] for prompt in common), len(common)
 
-    def expected_of(self, row: Row) -> float | None:
-        """Mean PSNR of another way, by its distance from forecasts on the prompts that tried both: prompts differ by
-        more than ways."""
-        ahead = self.ahead(row)
-        return ahead and self.expect(self.speedup_of(row)).mean - ahead[0]
-
     def better_without_cache(self) -> list[Row]:
         """Fewer sampler steps that come closer than any cache that computes no more calls does."""
-        caches = {row.calls: self.expect(self.speedup_of(row)).mean for row in self.forecasts}
-        thresh = [(row.calls, self.expected_of(row)) for row in self.others if row.method == "thresh"]
-        known = [*caches.items(), *((calls, psnr) for calls, psnr in thresh if psnr is not None)]
         found = []
-        for row in self.others:
-            psnr = self.expected_of(row) if row.method == "fewer steps" else None
-            if psnr is not None and psnr > max((p for calls, p in known if calls <= row.calls), default=math.inf):
+        for row in (row for row in self.others if row.method == "fewer steps"):
+            thresh = [
+                o.mean for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.mean is not None
+            ]
+            ahead = self.ahead(row)
+            if ahead and ahead[0] < 0 and row.mean > max(thresh, default=-math.inf):
                 found.append(row)
         return found
 

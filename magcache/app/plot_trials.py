@@ -1,13 +1,11 @@
 """The panel of a calibration's picture that shows its trials."""
 
-import statistics
-
 from magcache.trials import Measured
 
 
 def draw_trials(axes, measured: Measured) -> None:
-    """Latent PSNR over the speed-up: every prompt, their mean and what is promised; fewer steps and thresh, each with
-    the number of prompts that its mean is of."""
+    """Latent PSNR over the speed-up: every prompt, their mean and what is promised; fewer steps and thresh, which not
+    all prompts have tried."""
     at = measured.speedups
     for number, prompt in enumerate(measured.prompts):
         psnrs = [row.psnr[prompt] for row in measured.forecasts]
@@ -17,23 +15,11 @@ def draw_trials(axes, measured: Measured) -> None:
     axes.plot(at, [e.mean for e in expected], color="tab:red", marker="o", label="mean: expected")
     axes.plot(at, [e.promised for e in expected], color="tab:red", linestyle="--", label="promised to four of five")
     for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
-        rows = [row for row in measured.others if row.method == method and any(p is not None for p in row.psnr)]
-        points = [(measured.speedup_of(row), mean_of(measured, row)) for row in rows]
+        points = [(measured.speedup_of(row), row.mean) for row in measured.others if row.method == method]
         if points:
-            line = "-" if method == "fewer steps" else ""
-            label = f"{method}, by {min(map(count_of, rows))} prompts or more"
+            line, label = "-" if method == "fewer steps" else "", f"{method}, mean of the prompts that tried it"
             axes.plot(*zip(*points, strict=True), color=color, marker="s", linestyle=line, markersize=4, label=label)
     constants = measured.constants
     axes.set_xlabel(f"speed-up bound (floor {constants.floor:g}, decay {constants.decay:g})")
     axes.set_ylabel("latent PSNR, dB")
     axes.legend(fontsize=8)
-
-
-def count_of(row) -> int:
-    return sum(psnr is not None for psnr in row.psnr)
-
-
-def mean_of(measured: Measured, row) -> float:
-    """By its distance from the forecasts, or, beyond them, of its own prompts."""
-    expected = measured.expected_of(row)
-    return statistics.fmean(p for p in row.psnr if p is not None) if expected is None else expected

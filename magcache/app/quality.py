@@ -96,20 +96,22 @@ def quality_lines(job: Job) -> list[str]:
         *(" " * 10 + "".join(f"{cell:<13}" for cell in row) for row in rows),
     ]
     for row in measured.others:
-        if row.method == "thresh" and (psnr := measured.expected_of(row)) is not None:
+        if row.method == "thresh":
             thresh, K, share = (f"{row.settings[key]:g}" for key in ("thresh", "K", "retention_ratio"))
-            setting = f"thresh {thresh}, K {K}, retention {share}: {row.calls} calls, {psnr:.1f} expected"
-            lines.append(f"          {setting} ({tried_on(measured.ahead(row)[1])})")
+            setting = f"thresh {thresh}, K {K}, retention {share}: {row.calls} calls, {row.mean:.1f} dB"
+            ahead = measured.ahead(row)
+            lines.append(f"          {setting}" + (f"; forecasts ahead by {in_words(ahead)}" if ahead else ""))
     for row in measured.better_without_cache():
         speedup, count = measured.speedup_of(row), int(row.settings["steps"])
         share = f"{count} of {measured.steps}" if steps == measured.steps else f"{count / measured.steps:.0%} of the"
         line = f"at {speedup:.3g}x fewer sampler steps come closer than any cache: leave it out and take {share} steps"
-        lines.append(f"          {line} ({tried_on(measured.ahead(row)[1])})")
+        lines.append(f"          {line}")
     return lines
 
 
-def tried_on(prompts: int) -> str:
-    return f"on {prompts} prompt{'s' if prompts > 1 else ''}"
+def in_words(ahead: tuple[float, int]) -> str:
+    lead, prompts = ahead
+    return f"{lead:.1f} on {prompts} prompt{'s' if prompts > 1 else ''}"
 
 
 def curve_row(measured, forecast, fewer) -> tuple[str, ...]:
@@ -119,4 +121,4 @@ def curve_row(measured, forecast, fewer) -> tuple[str, ...]:
     cells = (f"{speedup:.2f}x", str(forecast.calls), f"{expected.mean:.1f}", f"{expected.promised:.1f}")
     if not ahead:
         return (*cells, "not tried", "")
-    return (*cells, f"{expected.mean - ahead[0]:.1f}", f"{ahead[0]:.1f} {tried_on(ahead[1])}")
+    return (*cells, f"{fewer.mean:.1f}", in_words(ahead))

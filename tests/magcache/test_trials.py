@@ -78,7 +78,7 @@ def test_others_are_compared_prompt_by_prompt():
     found = measured({50: [60, 30], 20: [40, 10]}, [fewer(50, [None, 32]), fewer(20, [None, 9]), fewer(10, [5, 5])])
     at_50, _, beyond = found.others
     assert found.ahead(at_50) == (-2, 1)
-    assert found.expected_of(at_50) == 47
+    assert at_50.mean == 32
     assert found.ahead(beyond) is None
     assert found.better_without_cache() == [at_50]
     thresh = ("thresh", {"thresh": 0.1, "K": 2, "retention_ratio": 0.2}, 46, [66, 38])
