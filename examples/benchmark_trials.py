@@ -92,7 +92,7 @@ def draw(checks: dict[str, tuple], path: str) -> None:
         axes.errorbar(means, [statistics.mean(p) for p in columns], errors, fmt="o", color="tab:red", capsize=3,
                       label="their mean, standard error")  # fmt: skip
         axes.plot(
-            means, [e.promised for e in expected], "_", color="black", markersize=16, label="promised to four of five"
+            means, [e.promised for e in expected], "_", color="black", markersize=16, label="promised to nine of ten"
         )
         ends = (min(means), max(means))
         axes.plot(ends, ends, color="gray", linewidth=0.8, label="as expected")

@@ -21,7 +21,7 @@ UNSEEN = (24, 96)  # pairs that are for validation
 SEED = 77  # of the first
 
 
-def trial_pairs(count: int = 48) -> list[tuple[Caption, int]]:
+def trial_pairs(count: int) -> list[tuple[Caption, int]]:
     captions = {str(caption): caption for caption in CAPTIONS}
     file = Path(__file__).parent / "train_tiny" / "calibration_prompts.txt"
     chosen = file.read_text(encoding="utf-8").splitlines()
@@ -35,10 +35,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(DEMOS))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=48)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for caption, seed in trial_pairs():
+    for caption, seed in trial_pairs(args.count):
         line = {"prompt": str(caption), "seed": seed}
         if args.task == "i2v-tiny":
             image = args.folder / f"{seed}.png"

@@ -138,7 +138,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Latent PSNR in dB, see `MEASURE`. mean: over the prompts. promised: what four of five videos reach."""
+    """Latent PSNR in dB, see `MEASURE`. mean: over the prompts. promised: what nine of ten videos reach."""
 
     mean: float
     promised: float
@@ -176,16 +176,16 @@ class Measured:
     def expect(self, speedup: float) -> Expectation | None:
         """None beyond the slowest and the fastest speed-up that was tried.
 
-        The promise is the lower fifth of the prompts' PSNRs, the quantile at (prompts + 1) / 5 in their order: another
+        The promise is the lower tenth of the prompts' PSNRs, the quantile at (prompts + 1) / 10 in their order: another
         video is above the k-th lowest of n with chance 1 - k / (n + 1), however PSNRs are distributed. With less than
-        four prompts the line through the two lowest is followed beyond them; one alone is its own promise. No speed-up
+        nine prompts the line through the two lowest is followed beyond them; one alone is its own promise. No speed-up
         is promised more than a slower one.
         """
         at = self.speedups
         if not at or not at[0] - 1e-6 <= speedup <= at[-1] + 1e-6:
             return None
         slower = [s for s in at if s < speedup] + [speedup]
-        lowest = min(lower_fifth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
+        lowest = min(lower_tenth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
         return Expectation(statistics.fmean(self.psnr_at(speedup, prompt) for prompt in self.prompts), lowest)
 
     def fastest(self, psnr: float, steps: int) -> float | None:
@@ -218,8 +218,8 @@ class Measured:
         return found
 
 
-def lower_fifth(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=5)[0] if len(values) > 1 else values[0]
+def lower_tenth(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10)[0] if len(values) > 1 else values[0]
 
 
 def read_trials(table: RatioTable) -> Measured | None:

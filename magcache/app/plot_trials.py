@@ -13,7 +13,7 @@ def draw_trials(axes, measured: Measured) -> None:
         axes.plot(at, psnrs, color="tab:red", alpha=0.2, linewidth=0.8, label=label)
     expected = [measured.expect(speedup) for speedup in at]
     axes.plot(at, [e.mean for e in expected], color="tab:red", marker="o", label="mean: expected")
-    axes.plot(at, [e.promised for e in expected], color="tab:red", linestyle="--", label="promised to four of five")
+    axes.plot(at, [e.promised for e in expected], color="tab:red", linestyle="--", label="promised to nine of ten")
     for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
         points = [(measured.speedup_of(row), row.mean) for row in measured.others if row.method == method]
         if points:

@@ -52,12 +52,14 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
     save_result(video, path, fps)
     plain.lap("save")
     scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
-    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}; {path.name}")
+    latents = ""
     if watch.latent is not None and plain.latent is not None:
         latent_psnr, relative_error = closeness(watch.latent, plain.latent)
-        expected = expected_in_words(job)
-        print(f"          latents: PSNR {latent_psnr:.2f} dB" + (f" ({expected} by trials)" if expected else ""))
+        latents = f", latent PSNR {latent_psnr:.2f} dB"
         scores |= {"latent_psnr": latent_psnr, "latent_relative_error": relative_error}
+    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
+    if latents and (expected := expected_in_words(job)):
+        print(f"          of the latent PSNR {expected}, by trials")
     for file in scores["files"]:
         print(f"          {file}", flush=True)
     return scores | {"files": [file.name for file in (path, *scores["files"])]}
