@@ -33,8 +33,10 @@ _LAZY = {
     "apply_calibration": "magcache.calibrate",
     "Calibration": "magcache.calibrate",
     "make_table": "magcache.calibrate",
+    "Constants": "magcache.speedup",
     "plan_speedup": "magcache.speedup",
     "plan_steps": "magcache.speedup",
+    "read_trials": "magcache.trials",
 }
 
 __all__ = [

@@ -149,6 +149,9 @@ class OutputCache(Cache):
         return tree_unflatten(tensors, self.structure)
 
 
+CACHES = {"residual": ResidualCache, "output": OutputCache}  # by the target of a schedule
+
+
 class CallCounter:
     """Numbers the calls of a run. A run starts when the timestep rises, or when all calls are done and it is back at
     the first one. Steps are told apart by counting, since neighbouring steps may share an integer timestep.
@@ -326,7 +329,7 @@ def apply_magcache(
     """
     if schedule.target == "residual":
         find_dit(model)
-    cache = {"residual": ResidualCache, "output": OutputCache}[schedule.target](schedule, dtype, device)
+    cache = CACHES[schedule.target](schedule, dtype, device)
     attach(model, cache)
     return cache
 

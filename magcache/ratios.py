@@ -27,7 +27,7 @@ class RatioTable:
 
     name: what it was loaded by. ratios: in call order, with the leading 1.0, 1.0 of the step that has no predecessor.
     measured_on: what it was measured on, as far as that is known. named: whether it is one of `table_names()`.
-    path: its file.
+    path: its file. trials: what its calibration has tried, as `magcache.trials.read_trials` reads it; None if nothing.
     """
 
     name: str
@@ -35,6 +35,7 @@ class RatioTable:
     measured_on: dict
     named: bool
     path: Path | None = None
+    trials: dict | None = None
 
     @property
     def steps(self) -> int:
@@ -67,26 +68,29 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
         raise UnknownTableError(f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}") from None
     except ValueError as error:
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
+    try:
+        return table_of(content, str(name_or_path), named, path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a ratio table: {error}") from None
+
+
+def table_of(content: dict | list, name: str = "", named: bool = False, path: Path | None = None) -> RatioTable:
+    """Of what such a file holds. Raises ValueError with one line that says what is wrong."""
     if isinstance(content, list):
         content = {"mag_ratio": content}
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
     if not isinstance(ratios, list) or not all(type(r) in (int, float) for r in ratios):
-        raise ValueError(f'{path} is not a ratio table: it needs a list of numbers, alone or as "mag_ratio"')
+        raise ValueError('it needs a list of numbers, alone or as "mag_ratio"')
     steps, measured_on = content.get("calibrated_steps"), content.get("measured_on", {})
     if not isinstance(measured_on, dict):
-        raise ValueError(f'{path} is not a ratio table: "measured_on" holds no settings')
+        raise ValueError('"measured_on" holds no settings')
     if type(steps) is int:
         if len(ratios) == CALLS_PER_STEP * (steps - 1):
             ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
         if len(ratios) != CALLS_PER_STEP * steps:
-            raise ValueError(
-                f"{path} is not a ratio table: {len(ratios)} ratios do not belong to {str(steps)[:40]} steps"
-            )
-    try:
-        cond, uncond = split_branches(ratios)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a ratio table: {error}") from None
-    return RatioTable(str(name_or_path), join_branches((cond, uncond)), measured_on, named, path)
+            raise ValueError(f"{len(ratios)} ratios do not belong to {str(steps)[:40]} steps")
+    cond, uncond = split_branches(ratios)
+    return RatioTable(name, join_branches((cond, uncond)), measured_on, named, path, content.get("trials"))
 
 
 def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:

@@ -1,12 +1,14 @@
 """The speed-up rule: which steps compute for a given speed-up, and a forecast of the model's output in the others.
 
-It needs no calibration. What it knows is that the output of Wan's transformer, the velocity, changes about evenly along
-the log-SNR once that is bounded at high noise: so was it measured on small trained models, whatever the steps and the
-shift. Along the step index it does not.
+It needs no calibration, but can take its two constants from one that has tried others (`magcache.trials`). What it
+knows is that the output of Wan's transformer, the velocity, changes about evenly along the log-SNR once that is bounded
+at high noise: so was it measured on small trained models, whatever the steps and the shift. Along the step index it
+does not.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +19,23 @@ FORECASTS = ("linear", "reuse")
 # both chosen on development pairs of two small models, see examples/README.md
 FLOOR = 0.008  # added to the signal-to-noise ratio where steps are spread: long before it little is decided
 DECAY = 0.25  # of the slope, per squared unit of log-SNR
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the rule does not know by itself: floor: added to the signal-to-noise ratio where steps are spread, see
+    `choose_steps`. decay: of the slope of a forecast, see `forecast_weights`. Raises ValueError unless floor is a
+    positive number and decay one of 0 or more."""
+
+    floor: float = FLOOR
+    decay: float = DECAY
+
+    def __post_init__(self):
+        if not (0 < self.floor < math.inf and 0 <= self.decay < math.inf):
+            raise ValueError(f"floor must be a positive number and decay at least 0, got {self.floor}, {self.decay}")
+
+
+DEFAULT = Constants()
 
 
 def choose_steps(sigmas: Sequence[float], count: int, floor: float = FLOOR) -> tuple[int, ...]:
@@ -86,10 +105,11 @@ def plan_steps(
     sigmas: Sequence[float] | None = None,
     target: str = "output",
     calls_per_step: int = CALLS_PER_STEP,
+    decay: float = DECAY,
 ) -> Schedule:
     """The schedule that computes the given steps, in all branches, and forecasts the others.
 
-    forecast: see `forecast_weights`; for the target "residual" it is "reuse". shift, solver: of the run, see
+    forecast, decay: see `forecast_weights`; for the target "residual" it is "reuse". shift, solver: of the run, see
     `noise_levels`; or sigmas: its noise levels themselves, one a step, falling, see `noise_levels_of`.
 
     Raises ValueError for steps outside 0 ... steps - 1, or without step 0, and for settings that make no sense.
@@ -100,7 +120,7 @@ def plan_steps(
         raise ValueError(f"forecast must be one of {', '.join(FORECASTS)}, got {forecast!r}")
     if 0 not in computed or not computed <= set(range(steps)):
         raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(computed)}")
-    weights = forecast_weights(computed, sigmas, forecast)
+    weights = forecast_weights(computed, sigmas, forecast, decay)
     return Schedule(join_branches([weights] * calls_per_step), calls_per_step, target)
 
 
@@ -112,15 +132,22 @@ def plan_speedup(
     calls_per_step: int = CALLS_PER_STEP,
     *,
     sigmas: Sequence[float] | None = None,
+    constants: Constants = DEFAULT,
 ) -> Schedule:
     """The schedule for a speed-up of at least `speedup`, as far as the transformer decides on it.
 
     steps, shift, solver, sigmas: of the run, see `plan_steps`; steps / speedup of the steps compute, rounded down.
+    constants: of the rule, such as those that the trials of a calibration have chosen.
 
     Raises ValueError unless 1 <= speedup <= steps, and for settings that make no sense.
     """
     sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
     if not 1 <= speedup <= steps:
         raise ValueError(f"speedup must be between 1 and {steps}, the number of steps, got {speedup}")
-    chosen = choose_steps(sigmas, int(steps / speedup + 1e-9))
-    return plan_steps(chosen, steps, sigmas=sigmas, calls_per_step=calls_per_step)
+    chosen = choose_steps(sigmas, computed_steps(steps, speedup), constants.floor)
+    return plan_steps(chosen, steps, sigmas=sigmas, calls_per_step=calls_per_step, decay=constants.decay)
+
+
+def computed_steps(steps: int, speedup: float) -> int:
+    """How many of the steps a speed-up leaves to compute."""
+    return int(steps / speedup + 1e-9)

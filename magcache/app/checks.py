@@ -14,6 +14,7 @@ from magcache.app.errors import Refused, need_package, refuse_if, refusing, shor
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
+from magcache.app.quality import use_trials
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
@@ -42,6 +43,7 @@ def make_job(args: Namespace) -> Job:
     folder = Path(args.script).parent / "examples"
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
+    cache, measured = use_trials(sampling, cache, machine.ckpt_dir)
     table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
     check_extent(sampling, inputs, machine)
@@ -58,6 +60,7 @@ def make_job(args: Namespace) -> Job:
         schedule=make_schedule(sampling, cache, table),
         made_by=made_by,
         table=table,
+        measured=measured,
         script=args.script,
         flags={name: value for name, value in vars(args).items() if name not in ("script", "explicit")},
     )
@@ -75,7 +78,7 @@ def check_effects(args: Namespace) -> None:
     for name in sorted(given):
         if name in needs and not needs[name][0]:
             print(f"note: --{name} has no effect without {needs[name][1]}")
-    for name in ("mag_ratios", "magcache_speedup", "magcache_dtype", "magcache_offload", "compare"):
+    for name in ("mag_ratios", "magcache_speedup", "magcache_quality", "magcache_dtype", "magcache_offload", "compare"):
         refuse_if(bool(getattr(args, name)) and not cached, f"--{name} needs --use_magcache")
     unused = "calibration_dir" in given and not args.magcache_calibration
     refuse_if(unused, "--calibration_dir needs --magcache_calibration")
@@ -174,16 +177,20 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     wanted = args.use_magcache or bool(args.magcache_plan)
     both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
     refuse_if(wanted and args.magcache_calibration, both)
-    speedup, most = args.magcache_speedup, sampling.sample_steps
+    speedup, quality, most = args.magcache_speedup, args.magcache_quality, sampling.sample_steps
+    given = {"magcache_thresh", "magcache_K", "retention_ratio"}.intersection(getattr(args, "explicit", ()))
+    for flag, value in (("magcache_speedup", speedup), ("magcache_quality", quality)):
+        if value is not None and given:
+            raise Refused(f"--{flag} chooses the steps in place of --{min(given)}: give one of them")
+    if quality is not None:
+        refuse_if(speedup is not None, "--magcache_quality chooses the speed-up in place of --magcache_speedup")
+        refuse_if(not 0 < quality < math.inf, f"--magcache_quality must be a positive number of dB, got {quality}")
     if speedup is not None:
-        if given := {"magcache_thresh", "magcache_K", "retention_ratio"}.intersection(getattr(args, "explicit", ())):
-            raise Refused(f"--magcache_speedup chooses the steps in place of --{min(given)}: give one of them")
-        refuse_if(bool(args.mag_ratios), "--magcache_speedup takes no ratio table: leave --mag_ratios out")
         one_step = f"--magcache_speedup must be between 1 and {most}, at which one step is computed"
         refuse_if(not 1 <= speedup <= most, one_step)
     if not wanted:
         return None
-    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload)
+    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload, quality)
 
 
 def make_output(args: Namespace, sampling: Sampling) -> Output:
@@ -195,7 +202,13 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         refuse_if(sampling.sample_steps < 2, too_few)
         check_writable(Path(args.calibration_dir))
     calibration_dir = args.calibration_dir if args.magcache_calibration else None
-    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir)
+    trials = ()
+    if args.magcache_trials is not None:
+        from magcache.app.plan_trials import read_speedups  # with numpy
+
+        refuse_if(not args.magcache_calibration, "--magcache_trials needs --magcache_calibration")
+        trials = read_speedups(args.magcache_trials, sampling)
+    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir, trials)
 
 
 def check_writable(folder: Path) -> None:

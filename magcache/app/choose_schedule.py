@@ -39,7 +39,7 @@ def compare_settings(table: RatioTable, run: dict) -> list[str]:
     for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
         if key in different:
             notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
-    flags = ("size", "frame_num", "sample_shift", "sample_solver", "sample_guide_scale")
+    flags = ("size", "frame_num", "sample_steps", "sample_shift", "sample_solver", "sample_guide_scale")
     described = {"checkpoint": "checkpoint"} | {flag: f"--{flag}" for flag in flags}
     parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
     return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
@@ -75,7 +75,8 @@ def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioT
         return all_computed(steps)
     if cache.speedup is not None:
         with refusing(ValueError):
-            return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver)
+            given = {"constants": cache.constants} if cache.constants else {}
+            return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver, **given)
     return magcache.plan(table.ratios, steps, **asdict(cache.rule))
 
 

@@ -92,7 +92,11 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     speedup = "compute the steps that this speed-up leaves, spread by their noise levels, and forecast the output of "
     speedup += "the others; in place of thresh, K and retention, needs no ratio table"
     add("--magcache_speedup", type=float, metavar="X", help=speedup)
+    quality = "the largest speed-up that is promised this latent PSNR by the trials of the model's ratio table"
+    add("--magcache_quality", type=float, metavar="DB", help=quality)
     add("--magcache_calibration", action="store_true", help="measure this model's ratio table in a run without skips")
+    trials = "also try these speed-ups on every prompt, such as 2,2.5,3,4, for --magcache_quality"
+    add("--magcache_trials", metavar="X,X,...", help=trials)
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
     add("--magcache_dtype", choices=("float32", "bfloat16", "float16"), help="of what is cached (default: as computed)")
     add("--magcache_offload", action="store_true", help="what is cached waits in CPU memory")

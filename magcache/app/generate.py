@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
 from magcache.app.record import make_record, record_path, save_record
 from magcache.app.results import compare_results, save_calibration, save_result
+from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
 from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
 
@@ -134,9 +135,12 @@ class Making:
         self.inputs = inputs
         self.runs, self.watches, self.failures = [], [], []
         self.watch, self.saved = None, 0  # the latest one; how many videos
+        self.trials = None
 
     def make(self, requests: list[Request]) -> None:
         """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
+        if self.job.output.trials:
+            self.trials = TrialRuns(self.job, self.pipeline, self.generate, self.own, self.speaks, len(requests))
         bar = None if self.job.goes_on and self.speaks else True  # True: there is none
         try:
             for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=bar), 1):
@@ -148,17 +152,20 @@ class Making:
                 self.make_one(request)
         except BaseException as fault:
             reached = self.reached(number, len(requests))
-            if self.calibration and self.speaks and len(self.runs) < len(requests):
+            if self.calibration and self.speaks and (len(self.runs) < len(requests) or self.trials):
                 print(f"the calibration stopped{reached}", file=sys.stderr)
             elif isinstance(fault, Stopped):
                 fault.args = (reached,)  # the script says it
             raise
         finally:
             if self.runs and self.speaks:
-                save_calibration(self.job, self.runs, requests[: len(self.runs)])
+                done = requests[: len(self.runs)]
+                save_calibration(self.job, self.runs, done, self.trials and self.trials.entry(done))
 
     def reached(self, number: int, count: int) -> str:
         """How far the number-th of so many requests came, and what there is of all of them."""
+        if self.trials and self.trials.recorded == len(self.runs) > 0:
+            return f" in the trials of prompt {number} of {count}; what was measured until then is written"
         calls = f"after {len(self.watch.calls) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
         kept = f"videos saved: {self.saved}"
         if self.calibration:
@@ -167,7 +174,8 @@ class Making:
 
     def make_one(self, request: Request) -> None:
         run = functools.partial(self.run, request, self.job.schedule, self.cache or self.calibration)
-        made, fault = tried(self.job.goes_on, run, self.own)
+        with self.trials.recording(request) if self.trials else nullcontext():
+            made, fault = tried(self.job.goes_on, run, self.own)
         if fault:
             self.fail("videos", request, fault)
             return
@@ -182,8 +190,11 @@ class Making:
         if self.calibration:
             self.runs.append(self.calibration.lists())
         del made, video  # the next one needs the memory
+        if self.trials:
+            self.trials.try_prompt(watch.latent, self.runs[-1]["mag_ratio"])
         if self.job.output.compare:
             self.compare(*(saved or (request, {})), frames, watch)
+        watch.latent = None
 
     def fail(self, what: str, request: Request, fault: str) -> None:
         """The others go on; what failed is said now and, in `failures`, at the end."""
@@ -193,28 +204,33 @@ class Making:
 
     def run(self, request: Request, schedule: magcache.Schedule, runner: patch.Runner | None) -> tuple[Any, Watch]:
         """The video, and what was watched. runner: of the model's calls; it starts afresh, whatever was before."""
-        sampling, cache = self.job.sampling, runner if runner is self.cache else None
+        cache = runner if runner is self.cache else None
         magcache.remove_magcache(self.pipeline.model)
         if runner:
             patch.attach(self.pipeline.model, runner)
+        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
+            self.watch = watch
+            video = self.generate(request, self.job.sampling.sample_steps)
+        return video, watch
+
+    def generate(self, request: Request, steps: int) -> Any:
+        """What the pipeline makes of the request."""
+        sampling = self.job.sampling
         shape = {"size": sampling.pixels}
         if sampling.kind in ("i2v", "flf2v"):
             shape = {"max_area": math.prod(sampling.pixels)}
-        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
-            self.watch = watch
-            video = self.pipeline.generate(
-                request.prompt,
-                *inputs_of(request, self.inputs),
-                **shape,
-                frame_num=sampling.frame_num,
-                shift=sampling.sample_shift,
-                sample_solver=sampling.sample_solver,
-                sampling_steps=sampling.sample_steps,
-                guide_scale=sampling.sample_guide_scale,
-                seed=request.seed,
-                offload_model=self.job.machine.offload_model,
-            )
-        return video, watch
+        return self.pipeline.generate(
+            request.prompt,
+            *inputs_of(request, self.inputs),
+            **shape,
+            frame_num=sampling.frame_num,
+            shift=sampling.sample_shift,
+            sample_solver=sampling.sample_solver,
+            sampling_steps=steps,
+            guide_scale=sampling.sample_guide_scale,
+            seed=request.seed,
+            offload_model=self.job.machine.offload_model,
+        )
 
     def save(self, request: Request, video: torch.Tensor, watch: Watch) -> tuple[Request, dict]:
         """Writes the video [3, F, H, W] in [-1, 1] and its record. Returns the request, with the path that the video

@@ -14,6 +14,7 @@ INPUTS = {  # by the kind of task: flags of the files that it looks at
     "flf2v": ("first_frame", "last_frame"),
     "vace": ("src_video", "src_mask", "src_ref_images"),
 }
+TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the mean over the prompts
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,22 @@ class Machine:
 @dataclass(frozen=True)
 class CacheSettings:
     """What the cache is to do: by the MagCache rule, or, with a `speedup`, by that. table: a name or a path, None to
-    choose it. dtype: of what is cached, None as computed; offload: whether it waits in CPU memory."""
+    choose it. dtype: of what is cached, None as computed; offload: whether it waits in CPU memory. quality: latent PSNR
+    in dB that the speed-up has to be promised, which then is the fastest one; constants: of the speed-up's rule, None
+    for those that hold without trials."""
 
     rule: magcache.Settings
     speedup: float | None = None
     table: str | None = None
     dtype: str | None = None
     offload: bool = False
+    quality: float | None = None
+    constants: "magcache.Constants | None" = None
 
     def __str__(self) -> str:
         if self.speedup is not None:
-            return f"speed-up {self.speedup:g}"
+            asked = f", the fastest for {self.quality:g} dB" if self.quality is not None else ""
+            return f"speed-up {self.speedup:g}{asked}"
         return f"thresh {self.rule.thresh:g}, K {self.rule.K}, retention {self.rule.retention_ratio:g}"
 
 
@@ -110,21 +116,24 @@ class Extension:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written, and where. calibration_dir: None unless the run measures ratios."""
+    """What is written, and where. calibration_dir: None unless the run measures ratios. trials: speed-ups that it
+    tries then, rising."""
 
     save_file: str | None
     overwrite: bool
     record: bool
     compare: bool
     calibration_dir: str | None
+    trials: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
     """A run, complete and checked, as far as that can be without the `wan` package and the input files. lines: what is
     to be made, one entry a video. prompt_file: where they come from, None for a single prompt. extension, cache: None
-    where they are not wanted. schedule: of every video; made_by: in words what chose it, table: of ratios, if one did.
-    script: path of the command. flags: all of them as they were given."""
+    where they are not wanted. schedule: of every video; made_by: in words what chose it, table: of ratios, if one did;
+    measured: trials that say what to expect of a speed-up and have chosen its constants, if there are some. script:
+    path of the command. flags: all of them as they were given."""
 
     sampling: Sampling
     inputs: Inputs
@@ -138,6 +147,7 @@ class Job:
     schedule: magcache.Schedule
     made_by: str | None
     table: magcache.RatioTable | None
+    measured: "magcache.trials.Measured | None"
     script: str
     flags: dict
 

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from magcache.app.choose_schedule import predict
 from magcache.app.job import Job
 from magcache.app.plan import reuse_by_branch
+from magcache.app.plot_trials import draw_trials
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
-from magcache.ratios import RatioTable, resample_nearest, split_branches
+from magcache.ratios import RatioTable, resample_nearest, split_branches, table_of
+from magcache.trials import read_trials
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
 
-def new_figure(rows: int, title: str | None, heights: Sequence[float] | None = None):
+def new_figure(rows: int, title: str | None, heights: Sequence[float] | None = None, sharex: bool = True):
     from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
 
     figure = Figure(figsize=(9, 1.5 + 2.2 * rows), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
-    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    return figure, figure.subplots(rows, 1, sharex=sharex, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
@@ -29,11 +31,17 @@ def save_figure(figure, path: str | os.PathLike) -> None:
 
 
 def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable | None = None) -> None:
-    """Draws ratio, its spread and the cosine distance over the steps of a calibration, as `make_table` makes it.
-    published: a table to draw beside it, stretched to the same width if its steps are others."""
+    """Draws ratio, its spread and the cosine distance over the steps of a calibration, as `make_table` makes it, and
+    its trials, if there are some. published: a table to draw beside it, stretched to the same width if its steps are
+    others."""
     steps, measured_on = table["calibrated_steps"], table["measured_on"]
     at = range(1, steps)
-    figure, (ratio, spread, distance) = new_figure(3, table["name"])
+    measured = read_trials(table_of(table))
+    figure, (ratio, spread, distance, *more) = new_figure(4 if measured else 3, table["name"], sharex=False)
+    for axes in (spread, distance):
+        axes.sharex(ratio)
+    if measured:
+        draw_trials(more[0], measured)
     for branch, (label, color) in enumerate(BRANCHES):
         values = table["mag_ratio"][branch::2]
         ratio.plot(at, values, marker=".", color=color, label=label)

@@ -26,13 +26,14 @@ LOG_SECONDS = 30  # between two lines where a bar would flood a log
 class Watch:
     """What happened in one generation. Every moment counts to one phase: text: text encoder. inputs: encoding of images
     and videos, the transformer's way to the GPU. computed, reused: calls of the transformer. sampler: the rest of the
-    steps. decode: VAE, and what comes after it. `calls` holds (whether it was reused, seconds) of every call so far."""
+    steps. decode: VAE, and what comes after it. `calls` holds (whether it was reused, seconds) of every call so far,
+    `latent` a copy of what was decoded, on the CPU; None where this process decodes nothing."""
 
     def __init__(self, schedule: Schedule, show: bool):
         self.schedule, self.show = schedule, show
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.calls: list[tuple[bool, float]] = []
-        self.bar = None
+        self.bar = self.latent = None
         self.start = self.clock = time.perf_counter()
         self.logged = -LOG_SECONDS
 
@@ -70,18 +71,27 @@ class Watch:
         if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
             self.tell()
 
-    def timed(self, function: Callable, before: str = "", after: str = "", check: bool = False) -> Callable:
-        """The function, with a lap of these phases before and after it. check: its first argument, as latents."""
+    def timed(self, function: Callable, before: str = "", after: str = "") -> Callable:
+        """The function, with a lap of these phases before and after it."""
 
         def run(*args, **kwargs):
             if before:
                 self.lap(before)
-            if check:
-                self.check(args[0])
             out = function(*args, **kwargs)
             if after:
                 self.lap(after)
             return out
+
+        return run
+
+    def decoding(self, decode: Callable) -> Callable:
+        """The VAE's method, with what is checked, kept and timed of it."""
+        timed = self.timed(decode, "sampler")
+
+        def run(latents, *args, **kwargs):
+            self.check(latents)
+            self.latent = latents[0].to("cpu", copy=True)
+            return timed(latents, *args, **kwargs)
 
         return run
 
@@ -135,6 +145,16 @@ def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, betwee
 
 
 @contextlib.contextmanager
+def bars_hidden(pipeline) -> Iterator[None]:
+    """Hides the pipeline's own bar over its steps."""
+    with contextlib.ExitStack() as stack:
+        for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
+            if "tqdm" in vars(module):
+                stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))
+        yield
+
+
+@contextlib.contextmanager
 def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool = True) -> Iterator[Watch]:
     """Watches `pipeline` while it generates one video in this block. schedule: of the calls, all of them computed where
     nothing is cached. cache: what `magcache.apply_magcache` returned, if it is applied. show: whether this process has
@@ -151,12 +171,9 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
         if isinstance(encoder, torch.nn.Module):
             stack.callback(encoder.register_forward_hook(watch.after_text).remove)
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            decode = watch.timed(vae.decode, "sampler", check=True)
-            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": decode}
+            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae.decode)}
             stack.enter_context(shadowed(vae, timed))
-        for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
-            if "tqdm" in vars(module):
-                stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))
+        stack.enter_context(bars_hidden(pipeline))
         try:
             yield watch
             watch.lap("decode")

@@ -15,6 +15,7 @@ import magcache
 from magcache.app.flags import make_parser
 from magcache.app.job import Job, Request
 from magcache.app.plan import reuse_by_branch
+from magcache.app.quality import describe_expectation
 from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"
@@ -22,7 +23,8 @@ MADE_BY = "magcache_generate.py"
 PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "calibration_dir", "magcache_plan", "compare")
+NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "magcache_trials")
+NOT_OF_ONE_VIDEO += ("calibration_dir", "magcache_plan", "compare")
 OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
 
 
@@ -48,6 +50,7 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
         "steps_by": job.made_by,
         "table": describe_table(job.table),
         "schedule": describe_schedule(job.schedule) if job.cache else None,
+        "expected": describe_expectation(job),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "calls": {"computed": sum(not reused for reused, _ in calls), "reused": sum(reused for reused, _ in calls)},
         "peak_memory": peak_memory(),
@@ -58,15 +61,15 @@ def replayed_values(job: Job, request: Request) -> dict:
     """The values of all flags that make the request again, from any folder."""
     values = job.values | ({"image": request.image} if request.image else {})
     values |= {name: absolute(name, values[name]) for name in PATHS}
-    if job.table:
-        values["mag_ratios"] = job.table.name if job.table.named else str(job.table.path.absolute())
+    if table := job.table or (job.measured and job.measured.table):
+        values["mag_ratios"] = table.name if table.named else str(table.path.absolute())
     again = request.path.with_stem(f"{request.path.stem}_again").absolute()
     return values | {"prompt": request.prompt, "base_seed": request.seed, "save_file": str(again)}
 
 
 def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
     left_out = [*NOT_OF_ONE_VIDEO, *OF_EXTENSION]
-    if job.cache and job.cache.speedup is not None:
+    if job.cache and job.cache.speedup is not None:  # or a quality, which is one by now
         left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
     return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]

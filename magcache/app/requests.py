@@ -163,6 +163,6 @@ def default_name(job: Job, prompt: str) -> str:
         rule = cache.rule
         settings = f"E{rule.thresh}_K{rule.K}_R{rule.retention_ratio}"
         if cache.speedup is not None:
-            settings = f"X{cache.speedup}"
+            settings = f"X{cache.speedup}" if cache.quality is None else f"Q{cache.quality}"
         parts = ["magcache", sampling.task, settings.replace(".", ""), *parts[1:]]
     return "_".join(parts) + endings_of(job)[0]

@@ -20,8 +20,10 @@ from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
 from magcache.app.prompts import slug
+from magcache.app.quality import expected_in_words
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths, free_paths
 from magcache.files import written_whole
+from magcache.trials import closeness
 
 FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
@@ -73,14 +75,21 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
     path = save_result(video, comparison_paths(request.path)[0], fps)
     plain.lap("save")
     scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
-    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}; {path.name}")
+    latents = ""
+    if watch.latent is not None and plain.latent is not None:
+        latent_psnr, relative_error = closeness(watch.latent, plain.latent)
+        latents = f", latent PSNR {latent_psnr:.2f} dB"
+        scores |= {"latent_psnr": latent_psnr, "latent_relative_error": relative_error}
+    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
+    if latents and (expected := expected_in_words(job)):
+        print(f"          of the latent PSNR {expected}, by trials")
     for file in scores["files"]:
         print(f"          {file}", flush=True)
     return scores | {"files": [file.name for file in (path, *scores["files"])]}
 
 
-def save_calibration(job: Job, runs: list[dict], done: list[Request]) -> None:
-    """Writes one table of the calibrated runs; `done` are their requests."""
+def save_calibration(job: Job, runs: list[dict], done: list[Request], trials: dict | None = None) -> None:
+    """Writes one table of the calibrated runs; `done` are their requests. trials: what the table holds of those."""
     sampling, ckpt_dir, sigmas = job.sampling, job.machine.ckpt_dir, job.sampling.noise_levels
     inputs = {flag: getattr(job.inputs, flag) for flag in sampling.input_flags}
     if done[0].image:
@@ -102,7 +111,8 @@ def save_calibration(job: Job, runs: list[dict], done: list[Request]) -> None:
     with contextlib.suppress(ValueError):
         published = magcache.load_table(magcache.choose_table(sampling.task, ckpt_dir, sampling.size)[0])
     folder = Path(job.output.calibration_dir)
-    path = write_calibration(folder, magcache.make_table(name, runs, measured_on), published)
+    table = magcache.make_table(name, runs, measured_on) | ({"trials": trials} if trials else {})
+    path = write_calibration(folder, table, published)
     print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -14,18 +13,11 @@ from magcache.app.choose_schedule import make_schedule, predict
 from magcache.app.errors import need_package, refuse_if
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
+from magcache.app.quality import quality_lines
 from magcache.files import is_special
 
 
 def show_plan(args: Namespace) -> None:
-    try:
-        print_plan(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # by `| head`, which has seen enough; Python flushes once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_plan(args: Namespace) -> None:
     picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
     if picture:
         need_package("matplotlib", "--magcache_plan with a picture")
@@ -49,6 +41,7 @@ def print_plan(args: Namespace) -> None:
         *([f"origin    {plan.table_origin(job.table)}"] if job.table else []),
         *run_lines(job, video, plan.token_count(frames, height, width, references)),
         "",
+        *quality_lines(job),
         *neighbour_lines(job),
     ]
     print(*(line.rstrip() for line in lines), sep="\n")
@@ -116,7 +109,7 @@ def neighbour_lines(job: Job) -> list[str]:
     if cache.speedup is not None:
         heading, most = "other     speed-ups", float(job.schedule.steps)
         speedups = sorted({min(max(cache.speedup + difference, 1.0), most) for difference in (-0.5, 0.0, 0.5)})
-        rows = {f"speedup {speedup:g}": [replace(cache, speedup=speedup)] for speedup in speedups}
+        rows = {f"speedup {speedup:.4g}": [replace(cache, speedup=speedup)] for speedup in speedups}
     else:
         heading = "other     thresh and K"
         doubled = min(2 * rule.thresh, sys.float_info.max)

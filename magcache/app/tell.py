@@ -4,7 +4,8 @@ import statistics
 import sys
 
 from magcache.app import plan, record
-from magcache.app.job import Job, Request
+from magcache.app.job import TRIAL_BUDGET, Job, Request
+from magcache.app.quality import expected_in_words
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
@@ -20,12 +21,17 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     if job.cache:
         bound = f"at most {schedule.speedup_bound:.2f}x faster"
         print(f"MagCache  {schedule.computed} of {calls} transformer calls computed, {bound}; {job.made_by}")
+        if expected := expected_in_words(job):
+            print(f"quality   latent PSNR {expected} (trials of table {job.measured.table.name})")
         if schedule.computed == calls:
             print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
     if job.calibrates:
         print(f"          their ratios are measured and written to {job.output.calibration_dir}/")
+        if speedups := job.output.trials:
+            named = ", ".join(f"{speedup:g}" for speedup in speedups)
+            print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs a prompt")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")

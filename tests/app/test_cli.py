@@ -182,6 +182,8 @@ FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/w
 VIDEO = ("--src_video", "{pictures}/film.mp4")
 RATIOS = ("--use_magcache", "--mag_ratios")
 FAST = ("--use_magcache", "--magcache_speedup")
+GOOD = ("--use_magcache", "--magcache_quality")
+TRIALS = ("--magcache_calibration", "--magcache_trials")
 PROMPTS = ("--prompt_file",)
 BAD = [
     ((), "--ckpt_dir is needed"),
@@ -221,7 +223,27 @@ BAD = [
     (("--ckpt_dir", "{ok}", *FAST, "2", "--magcache_K", "2"), "in place of --magcache_K: give one of them"),
     (("--ckpt_dir", "{ok}", *FAST, "51"), "--magcache_speedup must be between 1 and 50"),
     (("--ckpt_dir", "{ok}", *FAST, "nan"), "--magcache_speedup must be between 1 and 50"),
-    (("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"), "takes no ratio table: leave --mag_ratios out"),
+    (
+        ("--ckpt_dir", "{ok}", *FAST, "2", "--mag_ratios", "t2v-14B"),
+        "t2v-14B holds no trials, and --magcache_speedup takes",
+    ),
+    (("--ckpt_dir", "{ok}", "--magcache_quality", "40"), "--magcache_quality needs --use_magcache"),
+    (("--ckpt_dir", "{ok}", *GOOD, "0"), "--magcache_quality must be a positive number of dB, got 0.0"),
+    (("--ckpt_dir", "{ok}", *GOOD, "nan"), "--magcache_quality must be a positive number of dB, got nan"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40", "--magcache_speedup", "2"), "in place of --magcache_speedup"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40", "--retention_ratio", "0.2"), "in place of --retention_ratio: give one"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40"), "t2v-1.3B holds no trials; measure one by the same command with"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "nothing"), "--magcache_trials 2,2.5,3,4 in place of"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "{tables}/broken.json"), "broken.json cannot be read: "),
+    (("--ckpt_dir", "{ok}", "--magcache_trials", "2"), "--magcache_trials needs --magcache_calibration"),
+    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_trials", "2"), "needs --magcache_calibration"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "2,fast"), "takes speed-ups such as 2,2.5,3,4, got '2,fast'"),
+    (("--ckpt_dir", "{ok}", *TRIALS, ""), "takes speed-ups such as 2,2.5,3,4, got ''"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "1,2"), "must be above 1 and at most 50, got 1"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "2,nan"), "must be above 1 and at most 50, got nan"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "must be above 1 and at most 50, got 51"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "3,3.05"), "compute the same number of 50 steps: [16, 16]"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "1.2,1.3,1.4,1.5,1.6,2"), "uncached runs a prompt, more than 2.5: leave out"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "--prompt_file: cannot read none.txt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/empty.json"), "holds no prompt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/flat.json", "--prompt", "a"), "exclude each other"),
@@ -321,7 +343,8 @@ def folders(tmp_path_factory):
     (root / "tables").mkdir()
     other = {"mag_ratio": [0.9, 0.9], "measured_on": {"task": "i2v-14B"}}
     contents = {"empty": "", "odd": "[1, 1, 1]", "nan": "[0.9, NaN]", "absurd": "[1e30, 1]", "flat": "[0.9, 0.9]"}
-    for name, content in (contents | {"other": json.dumps(other)}).items():
+    contents |= {"other": json.dumps(other), "broken": json.dumps(other | {"trials": {"rows": 3}})}
+    for name, content in contents.items():
         (root / "tables" / f"{name}.json").write_text(content)
     (root / "prompts").mkdir()
     contents = {
@@ -547,9 +570,9 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
 def test_a_speedup(speedup, changed, tmp_path):
     flags = [value for name, given in changed.items() for value in (f"--{name}", given)]
     fast = demo("--use_magcache", "--magcache_speedup", speedup, *flags, "--save_file", tmp_path / "fast.mp4")
-    schedule = magcache.plan_speedup(
-        10, speedup, changed.get("sample_shift", 5.0), changed.get("sample_solver", "unipc")
-    )
+    settings = changed.get("sample_shift", 5.0), changed.get("sample_solver", "unipc")
+    constants = magcache.read_trials(magcache.load_table("t2v-tiny")).constants
+    schedule = magcache.plan_speedup(10, speedup, *settings, constants=constants)
     assert f"{schedule.computed} of 20 transformer calls computed, at most {schedule.speedup_bound:.2f}x" in fast.stdout
     assert f"reused {10 - schedule.computed // 2} of 10 cond" in fast.stdout
     sampling = {name.replace("sample_", ""): value for name, value in changed.items()}

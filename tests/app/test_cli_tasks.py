@@ -95,6 +95,27 @@ def test_every_task(task, tmp_path):
     magcache.plan(magcache.load_ratios(measured), STEPS, 0.1, 2)
 
 
+@pytest.mark.slow
+def test_trials_with_input_files(tmp_path):
+    """What a trial has measured is what a run of the same prompt and noise gives, with a video, a mask, references."""
+    task = "vace-1.3B"
+    kind, folder, flags, _ = TASKS[task]
+    checkpoint = write_checkpoint(kind, tmp_path / folder)
+    common = [sys.executable, TESTS.parent / "magcache_generate.py", "--task", task, "--ckpt_dir", checkpoint, *flags]
+    common += ["--sample_steps", 6, "--base_seed", 1, "--prompt", "a bird", "--save_file", tmp_path / "film.mp4"]
+    tried = ["--magcache_calibration", "--magcache_trials", "2", "--calibration_dir", tmp_path / "tables"]
+    for more in (tried, ["--use_magcache", "--magcache_speedup", "2", "--compare"]):
+        if more is not tried:
+            (path,) = (tmp_path / "tables").glob(f"{task}_*.json")
+            more += ["--mag_ratios", path]
+        result = subprocess.run(list(map(str, [*common, *more])), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    (forecast,) = magcache.read_trials(magcache.load_table(path)).forecasts
+    record = json.loads((tmp_path / "film.json").read_text())
+    assert record["comparison"]["latent_psnr"] == pytest.approx(forecast.psnr[0], abs=0.01)
+    assert record["expected"]["latent_psnr"]["mean"] == forecast.psnr[0]
+
+
 def test_prompt_extension(tmp_path):
     save_model(tmp_path / "qwen", "qwen2_5_vl")
     checkpoint = write_checkpoint("i2v", tmp_path / "Wan2.1-I2V-14B-480P")

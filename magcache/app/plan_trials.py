@@ -1,0 +1,60 @@
+"""Which trials a calibration makes, of the speed-ups that it is asked to try."""
+
+from collections.abc import Sequence
+
+from magcache import Settings, trials
+from magcache.app.errors import Refused, refuse_if
+from magcache.app.job import TRIAL_BUDGET, Sampling
+from magcache.schedule import CALLS_PER_STEP
+from magcache.speedup import DEFAULT, Constants, computed_steps
+
+_T2V, _I2V, _VACE = (Settings(0.12, 2), Settings(0.12, 4)), (Settings(0.12, 4), Settings(0.24, 6)), (Settings(0.02, 3),)
+PUBLISHED = {  # settings of a task, see calibration/README.md
+    "t2v-14B": (Settings(0.24, 6),),
+    "t2v-1.3B": _T2V,
+    "t2v-tiny": _T2V,
+    "t2i-14B": (Settings(),),
+    "i2v-14B": _I2V,
+    "i2v-tiny": _I2V,
+    "flf2v-14B": (Settings(0.12, 4),),
+    "vace-14B": _VACE,
+    "vace-1.3B": _VACE,
+}
+
+
+def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
+    """Of --magcache_trials, rising. Raises Refused."""
+    steps = sampling.sample_steps
+    try:
+        speedups = sorted(float(part) for part in text.split(","))
+    except ValueError as fault:
+        raise Refused(f"--magcache_trials takes speed-ups such as 2,2.5,3,4, got {text!r}") from fault
+    for speedup in speedups:
+        refuse_if(not 1 < speedup <= steps, f"--magcache_trials must be above 1 and at most {steps}, got {speedup:g}")
+    counts = [computed_steps(steps, speedup) for speedup in speedups]
+    same = f"--magcache_trials {text} names speed-ups that compute the same number of {steps} steps: {counts}"
+    refuse_if(len(set(counts)) < len(counts), same)
+    runs = sum(way.cost for way in forecasts(sampling, speedups, DEFAULT)) / (CALLS_PER_STEP * steps)
+    dear = f"--magcache_trials {text} would cost {runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
+    refuse_if(runs > TRIAL_BUDGET, f"{dear}: leave out the smallest speed-ups")
+    return tuple(speedups)
+
+
+def forecasts(sampling: Sampling, speedups: Sequence[float], constants: Constants) -> list[trials.Way]:
+    return [trials.forecast(speedup, sampling.noise_levels, constants) for speedup in speedups]
+
+
+def candidates(sampling: Sampling, speedups: Sequence[float]) -> list[trials.Way]:
+    """What the constants are chosen by: all that come into question, at the middle one of the speed-ups."""
+    speedup = speedups[len(speedups) // 2]
+    return [trials.forecast(speedup, sampling.noise_levels, constants) for constants in trials.CANDIDATES]
+
+
+def others(sampling: Sampling, speedups: Sequence[float], ratios: Sequence[float]) -> list[trials.Way]:
+    """What forecasts are compared with: fewer sampler steps at equal calls, and the task's published settings by the
+    ratios of this model, where they reuse anything."""
+    steps = sampling.sample_steps
+    fewer = [trials.fewer_steps(computed_steps(steps, speedup)) for speedup in speedups]
+    rules = PUBLISHED[sampling.task]
+    rows = [trials.by_ratios(ratios, steps, rule.thresh, rule.K, rule.retention_ratio) for rule in rules]
+    return fewer + [row for row in rows if any(row.schedule.reuse)]

@@ -1,0 +1,124 @@
+"""What the trials of a model's table say of a run: which speed-up a quality takes, and what to expect of it."""
+
+from dataclasses import asdict, replace
+
+import magcache
+from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, settings_of
+from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.job import CacheSettings, Job, Sampling
+
+HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration --magcache_trials 2,2.5,3,4")
+
+
+def use_trials(
+    sampling: Sampling, cache: CacheSettings | None, ckpt_dir: str
+) -> tuple[CacheSettings | None, "magcache.trials.Measured | None"]:
+    """What a speed-up or a quality takes from the trials of the model's table: the constants of the rule, and the
+    speed-up that a quality takes; and the trials, None where there are none. Says where they were run otherwise.
+    Raises Refused where trials are needed and missing, or promise the quality at no speed-up."""
+    if cache is None or (cache.speedup is None and cache.quality is None):
+        return cache, None
+    measured = find_trials(sampling, cache, ckpt_dir)
+    if not measured:
+        return cache, None
+    run = settings_of(sampling, ckpt_dir) | {"sample_steps": sampling.sample_steps}
+    for line in compare_settings(measured.table, run):
+        print(f"note: {line}; what its trials say holds for that")
+    if cache.quality is not None:
+        speedup = measured.fastest(cache.quality, sampling.sample_steps)
+        if speedup is None:
+            best = max(measured.speedups, key=lambda speedup: measured.expect(speedup).promised)
+            raise Refused(
+                f"--magcache_quality {cache.quality:g} is promised at no speed-up that table {measured.table.name} has "
+                f"tried: {measured.expect(best).promised:.1f} dB at {best:.3g}x is the most"
+            )
+        cache = replace(cache, speedup=speedup)
+    return replace(cache, constants=measured.constants), measured
+
+
+def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "magcache.trials.Measured | None":
+    name, notice, needed = cache.table, None, cache.quality is not None
+    try:
+        if not name:
+            name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
+        table = magcache.load_table(name)
+    except magcache.UnknownTableError as fault:
+        refuse_if(needed or bool(cache.table), f"{fault}; {HOW_TO_TRY}")
+        return None
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    with refusing(ValueError):
+        measured = magcache.read_trials(table)
+    without = f"ratio table {name} holds no trials"
+    refuse_if(needed and not measured, f"--magcache_quality: {without}; {HOW_TO_TRY}")
+    useless = f"{without}, and --magcache_speedup takes nothing else of a table: leave --mag_ratios out"
+    refuse_if(bool(cache.table) and not measured, useless)
+    if measured and notice:
+        print(f"note: {notice}")
+    return measured
+
+
+def expectation(job: Job) -> "magcache.trials.Expectation | None":
+    """Of the run; None without trials, or beyond the speed-ups that they have tried."""
+    return job.measured and job.measured.expect(job.schedule.speedup_bound)
+
+
+def expected_in_words(job: Job) -> str | None:
+    expected = expectation(job)
+    if not expected:
+        return None
+    return f"{expected.mean:.1f} dB expected, {expected.promised:.1f} dB or more in nine of ten videos"
+
+
+def describe_expectation(job: Job) -> dict | None:
+    """For a record."""
+    expected = expectation(job)
+    if not expected:
+        return None
+    prompts, name = len(job.measured.prompts), job.measured.table.name
+    return {"latent_psnr": asdict(expected), "table": name, "prompts": prompts}
+
+
+def quality_lines(job: Job) -> list[str]:
+    """The whole curve that the trials have measured, for the plan; none where there are no trials."""
+    if not job.measured:
+        return []
+    measured, steps = job.measured, job.sampling.sample_steps
+    name, prompts = measured.table.name, len(measured.prompts)
+    fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}
+    rows = [("speed-up", "calls", "expected", "promised", "fewer steps", "ahead by")]
+    rows += [curve_row(measured, forecast, fewer.get(forecast.calls)) for forecast in measured.forecasts]
+    said = expected_in_words(job) or "not tried at this speed-up"
+    lines = [
+        f"quality   {said}",
+        f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; "
+        "promised: reached by nine of ten",
+        *(" " * 10 + "".join(f"{cell:<13}" for cell in row) for row in rows),
+    ]
+    for row in measured.others:
+        if row.method == "thresh":
+            thresh, K, share = (f"{row.settings[key]:g}" for key in ("thresh", "K", "retention_ratio"))
+            setting = f"thresh {thresh}, K {K}, retention {share}: {row.calls} calls, {row.mean:.1f} dB"
+            ahead = measured.ahead(row)
+            lines.append(f"          {setting}" + (f"; forecasts ahead by {in_words(ahead)}" if ahead else ""))
+    for row in measured.better_without_cache():
+        speedup, count = measured.speedup_of(row), int(row.settings["steps"])
+        share = f"{count} of {measured.steps}" if steps == measured.steps else f"{count / measured.steps:.0%} of the"
+        line = f"at {speedup:.3g}x fewer sampler steps come closer than any cache: leave it out and take {share} steps"
+        lines.append(f"          {line}")
+    return lines
+
+
+def in_words(ahead: tuple[float, int]) -> str:
+    lead, prompts = ahead
+    return f"{lead:.1f} on {prompts} prompt{'s' if prompts > 1 else ''}"
+
+
+def curve_row(measured, forecast, fewer) -> tuple[str, ...]:
+    """Cells of a speed-up that was tried; fewer: the same calls by fewer sampler steps, if these were tried."""
+    speedup = measured.speedup_of(forecast)
+    expected, ahead = measured.expect(speedup), fewer and measured.ahead(fewer)
+    cells = (f"{speedup:.2f}x", str(forecast.calls), f"{expected.mean:.1f}", f"{expected.promised:.1f}")
+    if not ahead:
+        return (*cells, "not tried", "")
+    return (*cells, f"{fewer.mean:.1f}", in_words(ahead))

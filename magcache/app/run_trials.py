@@ -1,0 +1,198 @@
+"""The trials of a calibration: after the uncached run of a prompt the same prompt and noise again, in other ways.
+
+Only the denoise loop runs. What a trial has in common with the uncached run at its start is taken from that one.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+from magcache import Settings, patch, trials
+from magcache.app.errors import Failed
+from magcache.app.job import TRIAL_BUDGET, Job, Request
+from magcache.app.plan_trials import candidates, forecasts, others
+from magcache.app.processes import gathered
+from magcache.app.progress import LOG_SECONDS, bars_hidden
+from magcache.schedule import CALLS_PER_STEP
+from magcache.speedup import DEFAULT
+
+
+@dataclass
+class Recorded:
+    """Of one prompt's uncached run: the outputs of its first calls, and the final latent, on the CPU; None in processes
+    that get none. inputs: what texts, images and videos were encoded to, since the first trial."""
+
+    number: int
+    request: Request
+    outputs: list = field(default_factory=list)
+    latent: torch.Tensor | None = None
+    inputs: dict = field(default_factory=dict)
+
+
+class Remembered:
+    """Stands in for an encoder that every trial of a prompt calls alike: it works for the first one only."""
+
+    def __init__(self, encoder: Callable):
+        self.encoder, self.results, self.next = encoder, [], 0
+
+    def __call__(self, *args, **kwargs):
+        if self.next == len(self.results):
+            self.results.append(self.encoder(*args, **kwargs))
+        self.next += 1
+        return self.results[self.next - 1]
+
+    @property
+    def model(self):
+        """A text encoder's; one that stays where it is when there is nothing to do."""
+        stays = SimpleNamespace(to=lambda *args: None, cpu=lambda: None)
+        return stays if self.results else self.encoder.model
+
+
+class Rerun:
+    """A `magcache.patch.Runner`: a cache, for whose first calls there are outputs, which are wanted on a device where
+    they are known. tick: is called once for every call that computes."""
+
+    def __init__(self, cache: patch.Cache, known: Sequence[bool], outputs: list, device, tick: Callable[[], Any]):
+        self.cache, self.known, self.outputs, self.device, self.tick = cache, known, outputs, device, tick
+        self.calls, self.calls_per_step = cache.calls, cache.calls_per_step
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        if call < len(self.known) and self.known[call]:
+            out = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, copy=True), self.outputs[call])
+            if self.cache.schedule.target == "residual":
+                return out
+            return self.cache.run(call, model, lambda: out)
+        if not self.cache.skips(call):
+            self.tick()
+        return self.cache.run(call, model, forward)
+
+    def done(self, call: int, seconds: float) -> None:
+        self.cache.done(call, seconds)
+
+
+class TrialRuns:
+    """Tries the prompts of a calibration. generate(request, steps): makes a video with the pipeline. own: processes
+    that make it together, of `Processes.patient_group`. speaks: whether this one has the bar. count: of the prompts.
+
+    Where there are prompts enough, the first ones choose the constants of the speed-up rule, and wait for the rest of
+    their trials until then. Every prompt tries all speed-ups; fewer steps and the published settings take turns, as far
+    as the trials of the prompts so far stay within `TRIAL_BUDGET`.
+    """
+
+    def __init__(self, job: Job, pipeline, generate: Callable, own, speaks: bool, count: int):
+        self.sampling, self.speedups = job.sampling, job.output.trials
+        self.pipeline, self.generate, self.own, self.speaks, self.count = pipeline, generate, own, speaks, count
+        self.found = trials.Trials()
+        self.choosing = trials.choosing_prompts(count)
+        self.constants = None if self.choosing else DEFAULT
+        self.others: list[trials.Way] = []
+        self.waiting: list[Recorded] = []
+        self.recorded = self.allowed = self.spent = self.turn = 0
+        first_free = Settings().first_free_step(job.sampling.sample_steps)
+        ways = candidates(self.sampling, self.speedups)
+        for constants in trials.CANDIDATES:
+            ways += forecasts(self.sampling, self.speedups, constants)
+        self.wanted = max(CALLS_PER_STEP * first_free, *(len(way.known) for way in ways))  # outputs of a run
+
+    @contextmanager
+    def recording(self, request: Request) -> Iterator[None]:
+        """Keeps what the trials need of the uncached run in this block."""
+        kept = Recorded(self.recorded, request)
+
+        def keep_output(module, args, out):
+            if len(kept.outputs) < self.wanted:
+                kept.outputs.append(tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), out))
+
+        hook = self.pipeline.model.register_forward_hook(keep_output)
+        try:
+            yield
+        finally:
+            hook.remove()
+        self.waiting.append(kept)
+        self.recorded += 1
+
+    def try_prompt(self, latent: torch.Tensor | None, ratios: Sequence[float]) -> None:
+        """The trials that are due now, after the uncached run that was recorded last. latent, ratios: what came of it.
+        The ratios of the first prompt make the schedules of the published settings, whose tables are of one, too."""
+        self.waiting[-1].latent = latent
+        if not self.others:
+            self.others = others(self.sampling, self.speedups, ratios)
+        if self.constants is None:
+            recorded = self.waiting[-1]
+            self.try_ways(recorded, self.untried(recorded, candidates(self.sampling, self.speedups)))
+            if len(self.waiting) < self.choosing:
+                return
+            self.constants = self.found.choose(candidates(self.sampling, self.speedups))
+        for recorded in self.waiting:
+            self.allowed += round(TRIAL_BUDGET * CALLS_PER_STEP * self.sampling.sample_steps)
+            ways = self.untried(recorded, forecasts(self.sampling, self.speedups, self.constants))
+            self.try_ways(recorded, ways + self.affordable(sum(way.cost for way in ways)))
+        self.waiting.clear()
+
+    def untried(self, recorded: Recorded, ways: Sequence[trials.Way]) -> list[trials.Way]:
+        return [way for way in ways if recorded.number not in self.found.found.get(way, ())]
+
+    def affordable(self, due: int) -> list[trials.Way]:
+        """As many of the others, from the one whose turn it is, as are left of the budget beside the calls due."""
+        ways, left = [], self.allowed - self.spent - due
+        while len(ways) < len(self.others) and self.others[self.turn].cost <= left:
+            ways.append(self.others[self.turn])
+            left -= ways[-1].cost
+            self.turn = (self.turn + 1) % len(self.others)
+        return ways
+
+    def try_ways(self, recorded: Recorded, ways: Sequence[trials.Way]) -> None:
+        with tqdm(
+            total=sum(way.cost for way in ways),
+            desc=f"trials of prompt {recorded.number + 1} of {self.count}",
+            unit="call",
+            disable=not self.speaks,
+            mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
+        ) as bar:
+            for way in ways:
+                latent, close = self.latent(recorded, way, bar), None
+                try:
+                    if latent is not None:
+                        close = trials.closeness(latent, recorded.latent)
+                except ValueError as fault:
+                    raise Failed(f"the trial by {way.method} {way.settings} cannot be measured: {fault}") from fault
+                self.found.add(way, recorded.number, gathered(close, self.own)[0])
+                self.spent += way.cost
+
+    def latent(self, recorded: Recorded, way: trials.Way, bar: tqdm) -> torch.Tensor | None:
+        """The final latent, on the CPU; None where this process gets none."""
+        pipeline, schedule = self.pipeline, way.schedule
+        cache = patch.CACHES[schedule.target](schedule)
+        patch.attach(pipeline.model, Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update))
+        with self.only_denoising(recorded), bars_hidden(pipeline):
+            latent = self.generate(recorded.request, schedule.steps)
+        return None if latent is None else latent.cpu()
+
+    @contextmanager
+    def only_denoising(self, recorded: Recorded) -> Iterator[None]:
+        """Lets the pipeline return latents, and encode the prompt's inputs only once."""
+        pipeline = self.pipeline
+        encoders = ((pipeline, "text_encoder"), (pipeline.vae, "encode"), (getattr(pipeline, "clip", None), "visual"))
+        with ExitStack() as stack:
+            stack.enter_context(patch.shadowed(pipeline.vae, {"decode": lambda latents, *args, **kwargs: latents}))
+            for owner, name in encoders:
+                if hasattr(owner, name):
+                    known = recorded.inputs.setdefault(name, Remembered(getattr(owner, name)))
+                    known.next = 0
+                    stack.enter_context(patch.shadowed(owner, {name: known}))
+            yield
+
+    def entry(self, requests: Sequence[Request]) -> dict:
+        """For the table of the requests, which are the first ones."""
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        return self.found.entry(prompts, seeds, self.constants or DEFAULT)

@@ -1,0 +1,253 @@
+"""Trials: how close runs that spare calls come to the uncached run of the same prompt and noise, measured in the final
+latents; and what that says of a speed-up. No torch.
+
+They are part of a calibration, and stand in its table.
+"""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from magcache.ratios import RatioTable
+from magcache.schedule import CALLS_PER_STEP, Schedule
+from magcache.speedup import DEFAULT, Constants, plan_speedup
+from magcache.threshold import Settings, plan
+
+MEASURE = {
+    "psnr": "dB, of the final latent against the uncached one; peak: that one's largest minus its smallest value",
+    "relative_error": "root of the mean squared error over that of the uncached latent's mean square",
+}
+SETTINGS = {  # of a trial, by its method
+    "forecast": ("speedup", "floor", "decay"),
+    "fewer steps": ("steps",),
+    "thresh": ("thresh", "K", "retention_ratio"),
+}
+# of the speed-up rule, tried against the ones that hold without a calibration, which come first
+CANDIDATES = (DEFAULT, Constants(decay=0.1), Constants(decay=0.5), Constants(floor=0.004), Constants(floor=0.016))
+EQUAL = 150.0  # dB, of equal latents
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to spare calls. method: "forecast" (the speed-up rule), "fewer steps" (of the sampler, without a cache)
+    or "thresh" (the MagCache rule). settings: the method's, in the order of `SETTINGS`. schedule: of the run."""
+
+    method: str
+    settings: tuple[float, ...]
+    schedule: Schedule
+
+    @property
+    def known(self) -> tuple[bool, ...]:
+        """For every call at the start that the uncached run has, too: whether its output there is all that is wanted,
+        so that it need not compute. Fewer steps share the noise of the first; thresh has its retained steps, whose
+        last one has to leave a residual."""
+        schedule = self.schedule
+        if self.method == "forecast":
+            return tuple(True for _ in takewhile(lambda reused: not reused, schedule.reuse))
+        steps = 1 if self.method == "fewer steps" else Settings(*self.settings).first_free_step(schedule.steps)
+        return tuple(not used for used in schedule.used_later[: CALLS_PER_STEP * steps])
+
+    @property
+    def cost(self) -> int:
+        """Calls that a trial computes."""
+        return self.schedule.computed - sum(self.known)
+
+
+def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Way:
+    """sigmas: noise levels of the steps, see `magcache.noise_levels`."""
+    schedule = plan_speedup(len(sigmas), speedup, sigmas=sigmas, constants=constants)
+    return Way("forecast", (speedup, constants.floor, constants.decay), schedule)
+
+
+def fewer_steps(count: int) -> Way:
+    return Way("fewer steps", (count,), Schedule((None,) * CALLS_PER_STEP * count, target="output"))
+
+
+def by_ratios(ratios: Sequence[float], steps: int, thresh: float, K: int, retention_ratio: float) -> Way:
+    return Way("thresh", (thresh, K, retention_ratio), plan(ratios, steps, thresh, K, retention_ratio))
+
+
+def closeness(latent, truth) -> tuple[float, float]:
+    """(PSNR in dB, relative error) of a latent against the uncached one, tensors of any equal shape: see `MEASURE`.
+    Equal ones have `EQUAL`. Raises ValueError where a number is not finite."""
+    latent, truth = latent.double(), truth.double()
+    error, power = float((latent - truth).square().mean()), float(truth.square().mean())
+    if not math.isfinite(error + power):
+        raise ValueError("a latent holds numbers that are not finite")
+    peak = float(truth.max() - truth.min())
+    psnr = 10 * math.log10(peak**2 / error) if error and peak else EQUAL
+    return min(psnr, EQUAL), math.sqrt(error / power) if power else 0.0
+
+
+def choosing_prompts(count: int) -> int:
+    """How many of a calibration's prompts choose among the candidates: none of less than eight, as a few agree by
+    chance; else half of them, at most eight."""
+    return min(count // 2, 8) if count >= 8 else 0
+
+
+@dataclass
+class Trials:
+    """What has been tried so far: of every way, by the number of the prompt, its `closeness`."""
+
+    found: dict[Way, dict[int, tuple[float, float]]] = field(default_factory=dict)
+
+    def add(self, way: Way, prompt: int, close: tuple[float, float]) -> None:
+        self.found.setdefault(way, {})[prompt] = close
+
+    def choose(self, ways: Sequence[Way]) -> Constants:
+        """Of forecasts that differ in their constants those of the best one in the mean over the prompts that tried
+        all, if it is ahead of the first by more than the standard error of its lead, else those of the first."""
+        common = sorted(set.intersection(*(set(self.found.get(way, ())) for way in ways)))
+        psnrs = [[self.found[way][prompt][0] for prompt in common] for way in ways]
+        best = max(range(len(ways)), key=lambda i: sum(psnrs[i]))
+        lead = [a - b for a, b in zip(psnrs[best], psnrs[0], strict=True)]
+        clear = len(lead) > 1 and statistics.fmean(lead) > statistics.stdev(lead) / math.sqrt(len(lead))
+        _, floor, decay = ways[best if clear else 0].settings
+        return Constants(floor, decay)
+
+    def entry(self, prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
+        """For a table. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
+        rows = []
+        for way, found in self.found.items():
+            psnr, error = zip(*(found.get(number, (None, None)) for number in range(len(prompts))), strict=True)
+            row = {"method": way.method} | dict(zip(SETTINGS[way.method], way.settings, strict=True))
+            row |= {"calls": way.schedule.computed, "psnr": [p if p is None else round(p, 2) for p in psnr]}
+            rows.append(row | {"relative_error": [e if e is None else float(f"{e:.4g}") for e in error]})
+        chosen = {"floor": constants.floor, "decay": constants.decay}
+        return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": chosen, "rows": rows}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way that was tried. settings: by name. calls: computed ones. psnr: of every prompt, None where not tried."""
+
+    method: str
+    settings: dict[str, float]
+    calls: int
+    psnr: tuple[float | None, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """PSNR over the prompts that tried it."""
+        tried = [psnr for psnr in self.psnr if psnr is not None]
+        return statistics.fmean(tried) if tried else None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Latent PSNR in dB, see `MEASURE`. mean: over the prompts. promised: what nine of ten videos reach."""
+
+    mean: float
+    promised: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a table's trials say. steps: sampling steps of its runs. constants: chosen for the speed-up rule. forecasts:
+    those with them, the slowest first; others: fewer steps and thresh. prompts: numbers of those with all forecasts."""
+
+    table: RatioTable
+    steps: int
+    constants: Constants
+    forecasts: tuple[Row, ...]
+    others: tuple[Row, ...]
+    prompts: tuple[int, ...]
+
+    def speedup_of(self, row: Row) -> float:
+        """All calls over its computed ones."""
+        return CALLS_PER_STEP * self.steps / row.calls
+
+    @property
+    def speedups(self) -> list[float]:
+        """Of the forecasts, rising."""
+        return [self.speedup_of(row) for row in self.forecasts]
+
+    def psnr_at(self, speedup: float, prompt: int) -> float:
+        """A prompt's PSNR at a speed-up between the slowest and the fastest, on a line between the trials."""
+        at, rows = self.speedups, self.forecasts
+        right = min(bisect_right(at, speedup), len(at) - 1)
+        left = max(right - 1, 0)
+        share = (speedup - at[left]) / (at[right] - at[left]) if left < right else 0.0
+        return rows[left].psnr[prompt] * (1 - share) + rows[right].psnr[prompt] * share
+
+    def expect(self, speedup: float) -> Expectation | None:
+        """None beyond the slowest and the fastest speed-up that was tried.
+
+        The promise is the lower tenth of the prompts' PSNRs, the quantile at (prompts + 1) / 10 in their order: another
+        video is above the k-th lowest of n with chance 1 - k / (n + 1), however PSNRs are distributed. With less than
+        nine prompts the line through the two lowest is followed beyond them; one alone is its own promise. No speed-up
+        is promised more than a slower one.
+        """
+        at = self.speedups
+        if not at or not at[0] - 1e-6 <= speedup <= at[-1] + 1e-6:
+            return None
+        slower = [s for s in at if s < speedup] + [speedup]
+        lowest = min(lower_tenth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
+        return Expectation(statistics.fmean(self.psnr_at(speedup, prompt) for prompt in self.prompts), lowest)
+
+    def fastest(self, psnr: float, steps: int) -> float | None:
+        """The largest speed-up of a run of so many steps that is promised a PSNR; None if none is."""
+        for count in range(1, steps + 1):
+            expected = self.expect(steps / count)
+            if expected and expected.promised >= psnr:
+                return steps / count
+        return None
+
+    def ahead(self, row: Row) -> tuple[float, int] | None:
+        """By how many dB forecasts at equal calls were ahead of another way, in the mean over the prompts that tried
+        both, and how many these are; None if there are none, or nothing was tried on both sides of its speed-up."""
+        speedup = self.speedup_of(row)
+        common = [prompt for prompt in self.prompts if row.psnr[prompt] is not None]
+        if not common or not self.expect(speedup):
+            return None
+        return statistics.fmean(self.psnr_at(speedup, prompt) - row.psnr[prompt] for prompt in common), len(common)
+
+    def better_without_cache(self) -> list[Row]:
+        """Fewer sampler steps that come closer than any cache that computes no more calls does."""
+        found = []
+        for row in (row for row in self.others if row.method == "fewer steps"):
+            thresh = [
+                o.mean for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.mean is not None
+            ]
+            ahead = self.ahead(row)
+            if ahead and ahead[0] < 0 and row.mean > max(thresh, default=-math.inf):
+                found.append(row)
+        return found
+
+
+def lower_tenth(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=10)[0] if len(values) > 1 else values[0]
+
+
+def read_trials(table: RatioTable) -> Measured | None:
+    """None where the table holds no trials, or no prompt of it went through all of them. Raises ValueError with one
+    line where they cannot be read."""
+    if table.trials is None:
+        return None
+    try:
+        constants = Constants(**table.trials["constants"])
+        rows = [read_row(row) for row in table.trials["rows"]]
+        if len({len(row.psnr) for row in rows}) > 1:
+            raise ValueError("lists of different lengths")
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise ValueError(f"the trials of the ratio table {table.path} cannot be read: {fault!r}") from None
+    chosen = {"floor": constants.floor, "decay": constants.decay}
+    forecasts = [row for row in rows if row.method == "forecast" and row.settings.items() >= chosen.items()]
+    forecasts.sort(key=lambda row: -row.calls)
+    count = len(forecasts[0].psnr) if forecasts else 0
+    prompts = tuple(prompt for prompt in range(count) if all(row.psnr[prompt] is not None for row in forecasts))
+    if not prompts:
+        return None
+    others = tuple(row for row in rows if row.method != "forecast")
+    return Measured(table, table.steps, constants, tuple(forecasts), others, prompts)
+
+
+def read_row(row: dict) -> Row:
+    settings = {name: float(row[name]) for name in SETTINGS[row["method"]]}
+    psnr = tuple(value if value is None else float(value) for value in row["psnr"])
+    if not all(value is None or math.isfinite(value) for value in psnr) or not row["calls"] > 0:
+        raise ValueError(f"a row of {row['method']} holds no measurements")
+    return Row(row["method"], settings, int(row["calls"]), psnr)

@@ -1,0 +1,237 @@
+"""Trials of a real model: what they cost and measure, what a run by quality does with them, and what is said of it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_data import write_checkpoint
+from PIL import Image
+from trial_tables import fewer, table_with
+
+import magcache
+import magcache_generate
+import wan
+from magcache.app.checks import make_job
+from magcache.app.flags import make_parser
+from magcache.app.job import Request
+from magcache.app.plan_trials import PUBLISHED, others
+from magcache.app.run_trials import TrialRuns
+from magcache.patch import shadowed
+from wan.configs import WAN_CONFIGS
+
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / "magcache_generate.py"
+DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
+PROMPTS = ["a red circle moves left on a black background", "a blue square moves up on a white background"]
+FLAGS = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(DEMO)]
+SPEEDUPS = (2, 2.5, 3, 4, 5)
+
+
+def command(*arguments):
+    return [sys.executable, str(SCRIPT), *FLAGS, *map(str, arguments)]
+
+
+def run(*arguments):
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def latent_of(pipeline, prompt, seed, steps, schedule=None, size=(64, 64), frames=17):
+    magcache.remove_magcache(pipeline.model)
+    if schedule:
+        magcache.apply_magcache(pipeline.model, schedule)
+    with shadowed(pipeline.vae, {"decode": lambda latents: latents}):
+        return pipeline.generate(prompt, size, frames, sampling_steps=steps, seed=seed)
+
+
+def psnr(latent, truth):
+    latent, truth = latent.double().numpy(), truth.double().numpy()
+    return 20 * np.log10(np.ptp(truth) / np.sqrt(np.mean((latent - truth) ** 2)))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
+
+
+def test_costs_and_results(tmp_path):
+    """Eight prompts, of which four choose the constants: the calls of the model are counted, and what was measured is
+    measured again by whole runs."""
+    write_checkpoint("t2v", tmp_path)
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-1.3B"], str(tmp_path))
+    steps, count, ratios = 16, 8, [0.99, 0.98] * 15
+    flags = ["--sample_steps", steps, "--magcache_calibration", "--magcache_trials", ",".join(map(str, SPEEDUPS))]
+    job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*FLAGS, *flags)))))
+
+    def generate(request, steps):
+        return pipeline.generate(request.prompt, (32, 32), 1, sampling_steps=steps, seed=request.seed)
+
+    runs = TrialRuns(job, pipeline, generate, None, False, count)
+    requests = [Request(f"{number} circles", 5 + number, Path("x")) for number in range(count)]
+    calls, truths = [], []
+    hook = pipeline.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    for request in requests:
+        magcache.remove_magcache(pipeline.model)
+        with runs.recording(request), shadowed(pipeline.vae, {"decode": lambda latents: latents}):
+            truths.append(generate(request, steps))
+        runs.try_prompt(truths[-1], ratios)
+    hook.remove()
+    assert len(calls) - count * 2 * steps == runs.spent
+    assert runs.spent <= 2.5 * count * 2 * steps
+    found, chosen = runs.found.found, (runs.constants.floor, runs.constants.decay)
+    forecasts = [way for way in found if way.method == "forecast" and way.settings[1:] == chosen]
+    assert {way.settings[0] for way in forecasts} == set(SPEEDUPS)
+    assert all(set(found[way]) == set(range(count)) for way in forecasts)
+    compared = others(job.sampling, SPEEDUPS, ratios)
+    assert [way for way in found if way.method != "forecast"] == compared
+    assert max(len(found[way]) for way in compared) - min(len(found[way]) for way in compared) <= 1
+    for way in (forecasts[-1], compared[2], compared[-1]):
+        prompt, plain = max(found[way]), way.method == "fewer steps"
+        request, schedule = requests[prompt], None if plain else way.schedule
+        again = latent_of(pipeline, request.prompt, request.seed, way.schedule.steps, schedule, (32, 32), 1)
+        assert found[way][prompt][0] == pytest.approx(psnr(again, truths[prompt]), abs=1e-3)
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_settings_of_every_task(task):
+    assert set(PUBLISHED) == set(WAN_CONFIGS)
+    rules = {(rule.thresh, rule.K) for rule in PUBLISHED[task]}
+    commands = re.findall(rf"--task {task} .*--use_magcache(.*)$", (REPO / "calibration/README.md").read_text(), re.M)
+    for flags in commands:
+        given = [float(re.search(rf"--magcache_{flag} (\S+)", flags)[1]) for flag in ("thresh", "K")] if flags else None
+        assert given is None or tuple(given) in rules
+
+
+@pytest.mark.slow
+def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    where = ("--calibration_dir", tmp_path / "tables", "--save_file", tmp_path / "films")
+    tried = ("--magcache_calibration", "--magcache_trials", "1.5,2,3", "--sample_steps", 8, "--base_seed", 5)
+    assert "speed-ups 1.5, 2, 3, and others; at most 2.5" in run(
+        "--prompt_file", tmp_path / "prompts.txt", *tried, *where
+    )
+    (path,) = (tmp_path / "tables").glob("t2v-tiny_*.json")
+    table = json.loads(path.read_text())
+    assert len(table["mag_ratio"]) == 14
+    assert table["trials"]["prompts"] == PROMPTS
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.height > picture.width
+    measured = magcache.read_trials(magcache.load_table(path))
+    at_2 = measured.forecasts[1]
+    truth, latent = (
+        latent_of(pipeline, PROMPTS[1], 6, 8, schedule) for schedule in (None, magcache.plan_speedup(8, 2))
+    )
+    assert at_2.psnr[1] == pytest.approx(psnr(latent, truth), abs=0.01)
+
+    asked = measured.expect(2).promised
+    film = tmp_path / "film.mp4"
+    flags = ("--prompt", PROMPTS[1], "--base_seed", 6, "--sample_steps", 8, "--save_file", film)
+    said = run("--use_magcache", "--magcache_quality", asked - 1e-3, "--mag_ratios", path, "--compare", *flags)
+    assert "8 of 16 transformer calls computed" in said
+    expected = f"{measured.expect(2).mean:.1f} dB expected, {asked:.1f} dB or more in nine of ten videos"
+    assert f"quality   latent PSNR {expected}" in said
+    assert f", latent PSNR {at_2.psnr[1]:.2f} dB; film_uncached.mp4" in said
+    assert f"of the latent PSNR {expected}, by trials" in said
+    assert "note: " not in said
+    record = json.loads(film.with_suffix(".json").read_text())
+    assert record["expected"]["latent_psnr"] == {"mean": measured.expect(2).mean, "promised": asked}
+    assert record["comparison"]["latent_psnr"] == pytest.approx(at_2.psnr[1], abs=0.01)
+    again = make_job(make_parser(SCRIPT).parse_args(record["command"][2:]))
+    assert again.schedule == magcache.plan_speedup(8, 2, constants=measured.constants)
+
+
+@pytest.mark.slow
+def test_what_was_tried_before_a_stop_is_kept(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--base_seed", 5)
+    where = ("--calibration_dir", tmp_path / "tables", "--save_file", tmp_path / "films")
+    process = subprocess.Popen(
+        command("--magcache_calibration", "--magcache_trials", "2,3", *flags, *where),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    seen = b""
+    while b"trials of prompt 2 of 2" not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"stopped in the trials of prompt 2 of 2; what was measured until then is written" in err
+    (path,) = (tmp_path / "tables").glob("t2v-tiny_*.json")
+    measured = magcache.read_trials(magcache.load_table(path))
+    assert measured.prompts == (0,)
+    assert len(measured.forecasts[0].psnr) == 2
+    assert len(json.loads(path.read_text())["measured_on"]["prompts"]) == 2
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    def lines(*flags):
+        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *FLAGS, *map(str, flags), "--magcache_plan"])
+        magcache_generate.main()
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+@pytest.fixture
+def table(tmp_path):
+    """50 steps, four prompts; fewer steps are ahead at 5x, on the two prompts that tried them."""
+    forecasts = {50: [60, 62, 64, 66], 40: [50, 52, 54, 56], 20: [30, 32, 34, 36]}
+    others = [fewer(50, [50, None, None, 56]), fewer(20, [34, None, None, 40])]
+    others.append(("thresh", {"thresh": 0.12, "K": 2, "retention_ratio": 0.2}, 40, [40, None, None, None]))
+    constants = {"floor": 0.016, "decay": 0.1}
+    on = {"task": "t2v-tiny", "size": "64*64", "sample_steps": 50, "sample_shift": 5.0}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(table_with(forecasts, others, constants=constants, **on)))
+    return path
+
+
+def test_the_plan_of_a_quality(plan, table):
+    lines = plan("--magcache_quality", 40, "--mag_ratios", table)
+    assert lines[0] == "28 of 100 DiT calls computed, at most 3.57x"  # on the way from 49 dB at 2.5x to 29 dB at 5x
+    assert lines[1].endswith("speed-up 3.57143, the fastest for 40 dB")
+    assert "quality   44.4 dB expected, 40.4 dB or more in nine of ten videos" in lines
+    text = "\n".join(lines)
+    assert re.search(r"^ +2\.00x +50 +63\.0 +59\.0 +53\.0 +10\.0 on 2 prompts$", text, re.M)
+    assert re.search(r"^ +2\.50x +40 +53\.0 +49\.0 +not tried$", text, re.M)
+    assert re.search(r"^ +5\.00x +20 +33\.0 +29\.0 +37\.0 +-4\.0 on 2 prompts$", text, re.M)
+    assert "thresh 0.12, K 2, retention 0.2: 40 calls, 40.0 dB; forecasts ahead by 10.0 on 1 prompt" in text
+    (better,) = (line.strip() for line in lines if "closer than any cache" in line)
+    assert better == ("at 5x fewer sampler steps come closer than any cache: leave it out and take 10 of 50 steps")
+    assert "note: " not in text
+    schedule = magcache.plan_speedup(50, 50 / 14, constants=magcache.Constants(0.016, 0.1))
+    (row,) = (line.split()[1] for line in lines if line.startswith("cond"))
+    assert [mark == "." for mark in row] == list(schedule.reuse[::2])
+
+
+def test_a_speedup_takes_the_constants_of_a_table(plan, table):
+    lines = plan("--magcache_speedup", 2.5, "--mag_ratios", table)
+    assert "quality   53.0 dB expected, 49.0 dB or more in nine of ten videos" in lines
+    assert "quality   not tried at this speed-up" in plan("--magcache_speedup", 8, "--mag_ratios", table)
+
+
+def test_trials_of_other_settings_are_said(plan, table):
+    flags = ("--sample_steps", 30, "--sample_shift", 3)
+    (note,) = (line for line in plan("--magcache_speedup", 2, "--mag_ratios", table, *flags) if "note: " in line)
+    assert note.startswith(f"note: ratio table {table} was measured with --sample_steps 50, --sample_shift 5.0; ")
+
+
+def test_a_quality_that_none_reaches(monkeypatch, capsys, table):
+    flags = ["--use_magcache", "--magcache_quality", "61", "--mag_ratios", str(table)]
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *FLAGS, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"promised at no speed-up that table {table} has tried: 59.0 dB at 2x is the most")
