@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +34,44 @@ def check_wan(sampling: Sampling, machine: Machine) -> Any:
     if sampling.kind == "flf2v" and sampling.frame_num != 81 and is_stock_wan():
         only = "the wan package here makes flf2v videos of 81 frames only"
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
+    check_machine(machine)
     check_checkpoint(sampling, machine, WAN_CONFIGS)
     return WAN_CONFIGS[task]
+
+
+OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")
+
+
+def check_machine(machine: Machine) -> None:
+    """Refuses what Wan2.1's own `wan` does not have, and what does not run on this machine."""
+    if not (given := [name for name in OF_OUR_WAN if getattr(machine, name)]):
+        return
+    refuse_if(is_stock_wan(), f"--{given[0]} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
+    from wan.utils.machine import choose_attention, try_compiler
+
+    with refusing(ValueError):
+        if machine.attn_backend:
+            choose_attention(machine.attn_backend, torch_device())
+        if machine.compile:
+            try_compiler(torch_device())
+
+
+def torch_device() -> str:
+    """Where this process computes."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def placement(machine: Machine) -> dict:
+    """The arguments of a pipeline that only the `wan` of this repository takes."""
+    if is_stock_wan():
+        return {}
+    import torch
+
+    dtype = machine.dit_dtype and getattr(torch, machine.dit_dtype)
+    how = {"compile": machine.compile, "vae_tiling": machine.vae_tiling}
+    return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
@@ -144,7 +181,7 @@ def damaged_file() -> tuple[type[Exception], ...]:
     return (DamagedFile,)
 
 
-def device_name() -> str:
+def device_name(machine: Machine) -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, float32"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine.dit_dtype or 'float32'}"

@@ -33,6 +33,7 @@ class BaseWanAttentionBlock(WanAttentionBlock):
         super().__init__(*args)
         self.block_id = block_id
 
+    @torch.compiler.disable(recursive=False)  # else every block_id is compiled anew
     def forward(self, x: torch.Tensor, hints: list[torch.Tensor], context_scale: float, **kwargs) -> torch.Tensor:
         x = super().forward(x, **kwargs)
         return x if self.block_id is None else x + hints[self.block_id] * context_scale
@@ -46,6 +47,9 @@ class VaceWanModel(WanModel):
 
     Raises ValueError for another model_type, or vace_layers that are not distinct main blocks.
     """
+
+    _keep_in_fp32_modules = [*WanModel._keep_in_fp32_modules, "vace_patch_embedding"]
+    _repeated_blocks = ["BaseWanAttentionBlock", "VaceWanAttentionBlock"]
 
     @register_to_config
     def __init__(
