@@ -30,7 +30,7 @@ from magcache.app import plan
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.machine import attention_backends
+from wan.utils.machine import attention_backends, keep_freed_memory
 from wan.utils.samplers import make_sampler
 
 PARTS = ("forward", "loop", "dtypes", "compile", "attention", "vae")
@@ -120,7 +120,8 @@ class Subject:
 
 def computing(dtype: torch.dtype | None = None):
     """As the pipelines do: under bfloat16 autocast on CUDA and where weights are rounded."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or dtype not in (None, torch.float32))
+    rounded = dtype not in (None, torch.float32)
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or rounded)
 
 
 def seconds(function, *args, **kwargs) -> float:
@@ -133,22 +134,29 @@ def seconds(function, *args, **kwargs) -> float:
     return time.perf_counter() - start
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matrix product, in the dtype that the model computes in."""
+def matmul_rate(dtype: torch.dtype, product: int) -> float:
+    """FLOPs a second of large square matrix products, as many as it takes for so many FLOPs, in the dtype that the
+    model computes in."""
     side = 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds(torch.matmul, a, b) for _ in range(3))
+    count = 1 + product // (2 * side**3)
+    return count * 2 * side**3 / seconds(lambda: [torch.matmul(a, b) for _ in range(count)])
 
 
 def measure_forward(subject: Subject, rounds: int) -> list[dict]:
     model, arguments = subject.model(HELD), subject.arguments()
-    peer, rows = subject.peer(model), {"ours": [], "diffusers": []}
+    peer, dtype = subject.peer(model), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     calls = {"ours": model} | ({"diffusers": peer} if peer else {})
-    rates = []
+    rows, rates = {name: [] for name in calls}, []
     for number in range(rounds + 1):
-        rates.append(matmul_rate(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
+        around = []  # our call, since other work on the machine slows both alike
         for name in sorted(calls, reverse=number % 2 == 1):
+            if name == "ours":
+                around.append(matmul_rate(dtype, subject.flops() // 10))
             rows[name].append(seconds(calls[name], **arguments))
+            if name == "ours":
+                around.append(matmul_rate(dtype, subject.flops() // 10))
+        rates.append(statistics.harmonic_mean(around))
     rates, rows = rates[1:], {name: times[1:] for name, times in rows.items()}  # the first round warms up
     shares = [subject.flops() / time / rate for time, rate in zip(rows["ours"], rates, strict=True)]
     found = [
@@ -283,6 +291,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed alone")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args(arguments)
+    if DEVICE.type == "cpu":
+        keep_freed_memory()  # as the pipelines do
     subject = Subject(args.task, args.size, args.frame_num, args.layers)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sides = f"{args.size}, {args.frame_num} frames, {subject.tokens} tokens, {subject.shape.num_layers} layers"

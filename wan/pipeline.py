@@ -15,6 +15,7 @@ from wan.distributed.groups import current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
+from wan.utils.machine import keep_freed_memory
 from wan.utils.offload import offload_text_encoder, offload_transformer
 from wan.utils.samplers import make_sampler
 
@@ -31,17 +32,17 @@ class Sampling:
 
 
 class WanPipeline:
-    """Loads a checkpoint folder in the official layout. `keeps_encoders`, True at first: set it to False before the last
-    `generate`, and text and image encoder are freed as soon as they are done.
+    """Loads a checkpoint folder in the official layout. Set `keeps_encoders` to False before the last `generate`, and
+    text and image encoder are freed as soon as they are done.
 
     config: one of `wan.configs.WAN_CONFIGS`. checkpoint_dir: the folder. device_id: the CUDA device; without CUDA
     everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`. init_on_cpu
     is upstream's and changes nothing: the transformer is always loaded to the CPU.
 
-    dit_dtype: of the weights of the transformer's linear layers within its blocks; all others stay float32. torch.float32,
-    torch.bfloat16 or torch.float8_e4m3fn; with the latter two the transformer runs under bfloat16 autocast on the CPU,
-    too. None: bfloat16 on CUDA, where autocast rounds to it in any case, save with dit_fsdp, which does so by itself;
-    float32 on the CPU. offload_blocks: so many blocks of the transformer are on the GPU at a time, and leaf by leaf the
+    dit_dtype: of the weights of the linear layers in the transformer's blocks; all others stay float32. torch.float32,
+    torch.bfloat16 or torch.float8_e4m3fn; with the latter two it runs under bfloat16 autocast on the CPU, too. None:
+    float32 on the CPU and with dit_fsdp, which rounds by itself; else bfloat16, to which autocast rounds in any case.
+    offload_blocks: so many blocks of the transformer are on the GPU at a time, and leaf by leaf the
     text encoder; 0 for all of them, as offload_model says. compile: the transformer's blocks, by torch.compile.
     vae_tiling: the VAE works in tiles.
 
@@ -75,6 +76,8 @@ class WanPipeline:
             raise RuntimeError("use_usp, t5_fsdp and dit_fsdp need wan.distributed.groups.start_groups before")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{device_id}" if cuda else "cpu")
+        if not cuda:
+            keep_freed_memory()
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
         self.t5_fsdp, self.dit_fsdp, self.offload_blocks = t5_fsdp, dit_fsdp, offload_blocks
         self.dit_dtype = dit_dtype or (torch.bfloat16 if cuda and not dit_fsdp else torch.float32)

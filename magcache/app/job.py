@@ -66,8 +66,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Machine:
-    """The model's folder, how it is spread over the GPUs, and how it fits them; None, where there is a choice, for the default of the
-    `wan` package."""
+    """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default."""
 
     ckpt_dir: str
     offload_model: bool

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -54,7 +55,7 @@ def rope_apply(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
@@ -74,7 +75,10 @@ class Attention(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
         """q, k, v [B, L, heads, head_dim] -> [B, L, dim]; v's dtype, the autocast one, is that of the attention."""
-        return dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask).flatten(2)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if v.device.type == "cpu":  # each head in one piece: torch's attention there gains more than the copies cost
+            q, k, v = (u.transpose(1, 2).contiguous().transpose(1, 2) for u in (q, k, v))
+        return dispatch_attention_fn(q, k, v, attn_mask=mask).flatten(2)
 
 
 class WanSelfAttention(Attention):
@@ -142,9 +146,10 @@ class WanAttentionBlock(nn.Module):
 
         Where ranks share the tokens, L is this rank's part and seq_lens counts those of all."""
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).chunk(6, dim=1)
-        x = x + gate_sa * self.self_attn(modulate(self.norm1(x.float()), shift_sa, scale_sa), seq_lens, freqs)
+        modulated = modulate(self.norm1(x.float()), shift_sa, scale_sa)
+        x = torch.addcmul(x, gate_sa, self.self_attn(modulated, seq_lens, freqs))
         x = x + self.cross_attn(self.norm3(x), context)
-        return x + gate_ffn * self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn))
+        return torch.addcmul(x, gate_ffn, self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn)))
 
 
 class Head(nn.Module):
@@ -196,11 +201,11 @@ class WanModel(ModelMixin, ConfigMixin):
     reads them from the tensors."""
 
     # all but the weights of the blocks' linear layers, which autocast rounds to bfloat16 in any case
-    _keep_in_fp32_modules = [
+    _keep_in_fp32_modules: ClassVar = [
         *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
         *("modulation", "norm_q", "norm_k", "norm_k_img", "norm3", "bias"),
     ]
-    _repeated_blocks = ["WanAttentionBlock"]  # to compile
+    _repeated_blocks: ClassVar = ["WanAttentionBlock"]  # to compile
 
     @register_to_config
     def __init__(

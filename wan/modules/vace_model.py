@@ -1,5 +1,7 @@
 """The VACE transformer: the Wan2.1 DiT with a side branch that turns a control video into hints for the main blocks."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import register_to_config
@@ -48,8 +50,8 @@ class VaceWanModel(WanModel):
     Raises ValueError for another model_type, or vace_layers that are not distinct main blocks.
     """
 
-    _keep_in_fp32_modules = [*WanModel._keep_in_fp32_modules, "vace_patch_embedding"]
-    _repeated_blocks = ["BaseWanAttentionBlock", "VaceWanAttentionBlock"]
+    _keep_in_fp32_modules: ClassVar = [*WanModel._keep_in_fp32_modules, "vace_patch_embedding"]
+    _repeated_blocks: ClassVar = ["BaseWanAttentionBlock", "VaceWanAttentionBlock"]
 
     @register_to_config
     def __init__(

@@ -1,5 +1,7 @@
 """What this machine can do, asked before anything is loaded."""
 
+import ctypes
+
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -50,3 +52,11 @@ def try_compiler(device: torch.device | str) -> None:
         torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as fault:  # no compiler, no triton, no Python headers
         raise ValueError(f"torch.compile does not work here: {str(fault).strip().splitlines()[0]}") from fault
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed for what is allocated next. Elsewhere than with glibc it does nothing. On a
+    CPU every large tensor is otherwise new memory, and getting it costs as much as computing many a tensor."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap, which would go back when freed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
