@@ -10,15 +10,15 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from golden_data import write_checkpoint
-from test_full_size import conditioning, make_model
+from full_size import make_model
+from peak import Peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import magcache_generate
+from examples.card import Subject
 from magcache.app import needs, plan, tell
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
-from peak import Peak
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
@@ -60,9 +60,11 @@ def test_every_flag(tmp_path):
     for name, flags in (("cached", ()), ("all_cached", RUNS["all"])):
         cache = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
         commands.append([*TASK, *prompt, *flags, *cache, "--save_file", tmp_path / f"{name}.mp4"])
-    (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
-    script = [REPO / "tests" / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
-    result = subprocess.run([sys.executable, *map(str, script)], capture_output=True, text=True, timeout=600)
+    runs = json.dumps([[str(SCRIPT), *map(str, command)] for command in commands])
+    code = "import json, runpy, sys\n"
+    code += "for sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, runs]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "device    CPU, float8_e4m3fn" in result.stdout
     films = {path.stem: iio.imread(path) for path in tmp_path.glob("*.mp4")}
@@ -112,16 +114,12 @@ def test_the_weights_are_counted(task):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "vace-1.3B"])
 def test_activations_are_those_that_are_allocated(task, autocast):
-    shape, latent = plan.SHAPES[task], (16, 5, 30, 52)
-    tokens = 5 * 30 * 52 // 4
+    subject = Subject(task, "832*480", 81, layers=3)
     with FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model = make_model(task)
-        given = {"x": [torch.empty(latent)], "t": torch.tensor([500]), "context": [torch.empty(512, 4096)]}
-        given |= conditioning(task, latent) | {"seq_len": tokens}
-        model(**given)  # after which the rotations are kept
+        model, given = subject.model(torch.float32), subject.arguments()
         with Peak() as peak:
             model(**given)
-    assert needs.call_bytes(shape, tokens, autocast) == pytest.approx(peak.bytes, rel=0.1)
+    assert needs.call_bytes(subject.shape, subject.tokens, autocast) == pytest.approx(peak.bytes, rel=0.1)
 
 
 def job_of(*flags):
