@@ -10,6 +10,7 @@ loop: denoising with and without caches, against the bound (all calls / computed
 dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; errors are those of the velocity.
 compile: the call with compiled blocks. attention: the model's own attention by every backend that is installed.
 vae: the VAE decodes the video, whole and in tiles.
+Times are wall times; with a single CPU thread, of which OMP_NUM_THREADS=1 makes sure, those of that thread alone.
 Memory is the most that was allocated on the card in that part; it is not measured on a CPU.
 """
 
@@ -125,13 +126,15 @@ def computing(dtype: torch.dtype | None = None):
 
 
 def seconds(function, *args, **kwargs) -> float:
+    # one thread's own time does not depend on what else the machine does
+    clock = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function(*args, **kwargs)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def matmul_rate(dtype: torch.dtype, product: int) -> float:

@@ -22,7 +22,8 @@ from magcache.app.flags import make_parser
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
-TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 6, "--base_seed", 3)
+TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 5, "--base_seed", 3)
+CACHE = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
 RUNS = {
     "plain": (),
     "bfloat16": ("--dit_dtype", "bfloat16"),
@@ -32,7 +33,11 @@ RUNS = {
     "tiling": ("--vae_tiling",),
     "compiled": ("--compile",),
     "attention": ("--attn_backend", "_native_math"),
-    "all": ("--dit_dtype", "bfloat16", "--offload_blocks", "--vae_tiling", "--compile", "--attn_backend", "native"),
+    "cached": CACHE,
+    "all": (
+        *("--dit_dtype", "bfloat16", "--offload_blocks", "--vae_tiling", "--compile"),
+        *("--attn_backend", "native", *CACHE),
+    ),
 }
 # PSNR in dB against the plain run, which calls no autocast; None: equal
 CLOSE = {"offload": None, "offload_two": None, "tiling": None, "compiled": 60, "attention": 60, "bfloat16": 35}
@@ -57,9 +62,6 @@ def psnr(frames, reference):
 def test_every_flag(tmp_path):
     prompt = ("--prompt", "a green square moves up on a gray background")
     commands = [[*TASK, *prompt, *flags, "--save_file", tmp_path / f"{name}.mp4"] for name, flags in RUNS.items()]
-    for name, flags in (("cached", ()), ("all_cached", RUNS["all"])):
-        cache = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
-        commands.append([*TASK, *prompt, *flags, *cache, "--save_file", tmp_path / f"{name}.mp4"])
     runs = json.dumps([[str(SCRIPT), *map(str, command)] for command in commands])
     code = "import json, runpy, sys\n"
     code += "for sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -71,8 +73,7 @@ def test_every_flag(tmp_path):
     for name, least in CLOSE.items():
         assert psnr(films[name], films["plain"]) >= (least or np.inf), name
     assert 20 < psnr(films["float8"], films["bfloat16"]) < 60
-    assert psnr(films["all"], films["bfloat16"]) > 35
-    assert psnr(films["all_cached"], films["cached"]) > 30
+    assert psnr(films["all"], films["cached"]) > 30
     assert not np.array_equal(films["cached"], films["plain"])
     record = json.loads((tmp_path / "all.json").read_text())
     assert {"--compile", "--vae_tiling", "--offload_blocks", "--dit_dtype"} <= set(record["command"])
