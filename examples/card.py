@@ -108,13 +108,15 @@ class Subject:
             sizes = {name: getattr(shape, name) for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers")}
             heads = {"num_attention_heads": config.num_heads, "attention_head_dim": shape.dim // config.num_heads}
             peer = diffusers.WanTransformer3DModel(in_channels=shape.in_dim, **sizes, **heads, **image)
-        peer.load_state_dict(convert_wan_transformer_to_diffusers(dict(model.state_dict())), assign=True)
+        state = convert_wan_transformer_to_diffusers(dict(model.state_dict()))
+        if "img_emb.emb_pos" in state:  # which the converter does not know
+            state["condition_embedder.image_embedder.pos_embed"] = state.pop("img_emb.emb_pos")
+        peer.load_state_dict(state, assign=True)
         peer.rope = type(peer.rope)(shape.dim // config.num_heads, peer.config.patch_size, 1024).to(DEVICE)
 
         def call(x, t, seq_len, context, y=None, clip_fea=None):
             latents = torch.cat([x[0], *(y or [])])[None]
-            images = None if clip_fea is None else clip_fea
-            return peer.eval()(latents, t, context[0][None], images, return_dict=False)[0]
+            return peer.eval()(latents, t, context[0][None], clip_fea, return_dict=False)[0]
 
         return call
 
