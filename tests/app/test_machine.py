@@ -39,8 +39,8 @@ RUNS = {
         *("--attn_backend", "native", *CACHE),
     ),
 }
-# PSNR in dB against the plain run, which calls no autocast; None: equal
-CLOSE = {"offload": None, "offload_two": None, "tiling": None, "compiled": 60, "attention": 60, "bfloat16": 35}
+# PSNR in dB of the files against the plain run, which is under no autocast; None: equal
+CLOSE = {"offload": None, "offload_two": None, "tiling": None, "compiled": 45, "attention": 45, "bfloat16": 35}
 
 
 def refusal(monkeypatch, capsys, *flags):
