@@ -42,8 +42,8 @@ class Calibration:
         positions = torch.arange(residual.shape[1])
         if self.group is not None:  # too low only for parts of unequal length, which hold no padding
             positions += torch.distributed.get_rank(self.group) * len(positions)
-        lengths = kwargs.get("seq_lens", torch.full(residual.shape[:1], len(positions)))  # diffusers pads nothing
-        is_token = positions < lengths.cpu()[:, None]
+        lengths = kwargs.get("seq_lens", [len(positions)] * len(residual))  # diffusers pads nothing
+        is_token = positions < torch.as_tensor(lengths).cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         branch = call % CALLS_PER_STEP
         before, self.previous[branch] = self.previous[branch], residual

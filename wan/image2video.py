@@ -26,7 +26,9 @@ class ImagePipeline(WanPipeline):
         """Images [3, H, W] in [-1, 1] -> features [len(images), tokens, width] on the device."""
         self.clip.model.to(self.device)
         features = self.clip.visual([image[:, None] for image in images])
-        if offload_model:
+        if not self.keeps_encoders:
+            self.clip = None
+        elif offload_model:
             self.clip.model.cpu()
         return features
 

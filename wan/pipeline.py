@@ -15,6 +15,8 @@ from wan.distributed.groups import current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
+from wan.utils.machine import keep_freed_memory
+from wan.utils.offload import offload_text_encoder, offload_transformer
 from wan.utils.samplers import make_sampler
 
 
@@ -30,11 +32,19 @@ class Sampling:
 
 
 class WanPipeline:
-    """Loads a checkpoint folder in the official layout.
+    """Loads a checkpoint folder in the official layout. Set `keeps_encoders` to False before the last `generate`, and
+    text and image encoder are freed as soon as they are done.
 
     config: one of `wan.configs.WAN_CONFIGS`. checkpoint_dir: the folder. device_id: the CUDA device; without CUDA
     everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`. init_on_cpu
     is upstream's and changes nothing: the transformer is always loaded to the CPU.
+
+    dit_dtype: of the weights of the linear layers in the transformer's blocks; all others stay float32. torch.float32,
+    torch.bfloat16 or torch.float8_e4m3fn; with the latter two it runs under bfloat16 autocast on the CPU, too. None:
+    float32 on the CPU and with dit_fsdp, which rounds by itself; else bfloat16, to which autocast rounds in any case.
+    offload_blocks: so many blocks of the transformer are on the GPU at a time, and leaf by leaf the
+    text encoder; 0 for all of them, as offload_model says. compile: the transformer's blocks, by torch.compile.
+    vae_tiling: the VAE works in tiles.
 
     Several processes make a video together after `wan.distributed.groups.start_groups`: rank: this one's in its group,
     of which the first decodes. use_usp: they share the tokens. dit_fsdp, t5_fsdp: they share the weights of transformer
@@ -55,14 +65,23 @@ class WanPipeline:
         use_usp: bool = False,
         t5_cpu: bool = False,
         init_on_cpu: bool = True,
+        *,
+        dit_dtype: torch.dtype | None = None,
+        offload_blocks: int = 0,
+        compile: bool = False,
+        vae_tiling: bool = False,
     ):
         groups = current_groups()
         if (use_usp and not groups.sequence) or ((t5_fsdp or dit_fsdp) and not groups.mesh):
             raise RuntimeError("use_usp, t5_fsdp and dit_fsdp need wan.distributed.groups.start_groups before")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{device_id}" if cuda else "cpu")
+        if not cuda:
+            keep_freed_memory()
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
-        self.t5_fsdp, self.dit_fsdp = t5_fsdp, dit_fsdp
+        self.t5_fsdp, self.dit_fsdp, self.offload_blocks = t5_fsdp, dit_fsdp, offload_blocks
+        self.dit_dtype = dit_dtype or (torch.bfloat16 if cuda and not dit_fsdp else torch.float32)
+        self.keeps_encoders = True
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
         # the text encoder waits on the CPU and visits the GPU for every prompt, as the DiT needs the room
@@ -72,10 +91,19 @@ class WanPipeline:
             from wan.distributed.fsdp import shard_text_encoder
 
             shard_text_encoder(self.text_encoder.model, groups.mesh)
+        elif offload_blocks and not t5_cpu:
+            offload_text_encoder(self.text_encoder.model, self.device)
         self.vae = WanVAE(vae_pth=os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
-        self.model = self.model_class.from_pretrained(checkpoint_dir).eval().requires_grad_(False)
+        if vae_tiling:
+            self.vae.model.enable_tiling()
+        self.model = self.model_class.from_pretrained(checkpoint_dir, torch_dtype=self.dit_dtype)
+        self.model.requires_grad_(False)
         if use_usp:
             self.model.share_sequences(groups.sequence)
+        if compile:
+            self.model.compile_repeated_blocks()
+        if offload_blocks:
+            offload_transformer(self.model, self.device, offload_blocks)
         if dit_fsdp:
             from wan.distributed.fsdp import shard_transformer
 
@@ -90,10 +118,13 @@ class WanPipeline:
         empty n_prompt stands for the config's."""
         texts = [prompt, n_prompt or self.sample_neg_prompt]
         device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
-        if not self.t5_fsdp:
+        stays = self.t5_fsdp or self.offload_blocks  # where it is
+        if not stays:
             self.text_encoder.model.to(device)
         features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
-        if offload_model and not self.t5_fsdp:
+        if not self.keeps_encoders:
+            self.text_encoder = None
+        elif offload_model and not stays:
             self.text_encoder.model.cpu()
         return features[0], features[1]
 
@@ -125,12 +156,10 @@ class WanPipeline:
 
     @contextmanager
     def inference(self):
-        """No gradients; bfloat16 autocast on CUDA, plain float32 on the CPU."""
+        """No gradients; bfloat16 autocast on CUDA and where weights are rounded, else plain float32."""
+        autocasts = self.device.type == "cuda" or self.dit_dtype != torch.float32
         try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.type, self.param_dtype, enabled=self.device.type == "cuda"),
-            ):
+            with torch.inference_mode(), torch.autocast(self.device.type, self.param_dtype, enabled=autocasts):
                 yield
         except BaseException:
             if hasattr(self.model, "reset_iter_state"):  # FSDP's, for the next video
@@ -145,7 +174,8 @@ class WanPipeline:
         """
         sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
         cond, uncond = ({"context": context} | given for context in contexts)
-        if not self.dit_fsdp:
+        stays = self.dit_fsdp or self.offload_blocks  # where it is
+        if not stays:
             self.model.to(self.device)
         with self.inference():
             for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
@@ -153,7 +183,7 @@ class WanPipeline:
                 velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
                 velocity = velocity_uncond + how.guide_scale * (velocity_cond - velocity_uncond)
                 latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-        if how.offload_model and not self.dit_fsdp:
+        if how.offload_model and not stays:
             self.model.cpu()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -86,7 +86,13 @@ def check_effects(args: Namespace) -> None:
 
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags for several GPUs that the number of processes does not fit; a plan is for any machine."""
-    spread = {name: getattr(args, name) for name in ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")}
+    names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")
+    fitting = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")
+    spread = {name: getattr(args, name) for name in (*names, *fitting)}
+    at_least = f"--offload_blocks must be at least 1, got {args.offload_blocks}"
+    refuse_if(args.offload_blocks is not None and args.offload_blocks < 1, at_least)
+    for flag in ("offload_blocks", "compile"):
+        refuse_if(bool(getattr(args, flag)) and args.dit_fsdp, f"--{flag} and --dit_fsdp exclude each other")
     least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
     refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
     if args.magcache_plan:

@@ -133,7 +133,7 @@ def make_page(
     return string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(request.path.name),
         prompt=escape(request.prompt),
-        facts="<br>".join(map(escape, (video, f"MagCache: {job.made_by}, {job.cache}", device_name()))),
+        facts="<br>".join(map(escape, (video, f"MagCache: {job.made_by}, {job.cache}", device_name(job.machine)))),
         tiles=tiles(schedule, scores, *seconds),
         media="".join(media),
         hidden=" hidden" if count == 1 else "",

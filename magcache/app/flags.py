@@ -71,6 +71,15 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
     add("--ulysses_size", type=int, default=1, help="GPUs that share the attention heads")
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
+    dtype = (
+        "of the DiT's large weights (default: bfloat16 on CUDA, the same to the bit; float32 on CPU, with --dit_fsdp)"
+    )
+    add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
+    blocks = "so many blocks of the DiT (default: 1) on the GPU at a time, of the text encoder one layer"
+    add("--offload_blocks", nargs="?", const=1, type=int, metavar="N", help=blocks)
+    add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+    add("--attn_backend", metavar="NAME", help="attention, by diffusers' name: flash, sage, ... (default: torch's own)")
+    add("--vae_tiling", action="store_true", help="VAE in tiles, for large videos on small cards")
 
     add = parser.add_argument_group("prompt extension").add_argument
     add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")

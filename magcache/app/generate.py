@@ -30,7 +30,7 @@ from magcache.app.record import make_record, record_path, save_record
 from magcache.app.results import compare_results, save_calibration, save_result
 from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
-from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, sharing_group
+from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, placement, sharing_group
 
 Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
 
@@ -70,7 +70,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as fault:
-        less = "--offload_model True, --t5_cpu, --magcache_offload, a smaller --size or fewer frames need less"
+        less = "--offload_blocks, --offload_model True, --vae_tiling, a smaller --size or fewer frames need less"
         raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
     except (OSError, *damaged_file()) as fault:
         raise Failed(first_line(fault)) from fault
@@ -101,7 +101,7 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
 def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
     """Returns the task's pipeline."""
     sampling, machine = job.sampling, job.machine
-    device = device_name()
+    device = device_name(machine)
     if processes.world > 1:
         device = f"{processes.world} processes, {device}"
     print(f"device    {device}; loading {machine.ckpt_dir}", flush=True)
@@ -109,7 +109,7 @@ def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
         slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
         print(f"note: there is no CUDA device; {slow}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
-    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1}
+    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | placement(machine)
     return getattr(wan, PIPELINES[sampling.kind])(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
 
 
@@ -142,6 +142,7 @@ class Making:
         if self.job.output.trials:
             self.trials = TrialRuns(self.job, self.pipeline, self.generate, self.own, self.speaks, len(requests))
         bar = None if self.job.goes_on and self.speaks else True  # True: there is none
+        self.runs_left = len(requests) * (2 if self.job.output.compare else 1)
         try:
             for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=bar), 1):
                 if self.job.prompt_file:
@@ -208,6 +209,8 @@ class Making:
         magcache.remove_magcache(self.pipeline.model)
         if runner:
             patch.attach(self.pipeline.model, runner)
+        self.runs_left -= 1
+        self.pipeline.keeps_encoders = self.runs_left > 0 or bool(self.trials)  # of the `wan` of this repository
         with watched(self.pipeline, schedule, cache, self.speaks) as watch:
             self.watch = watch
             video = self.generate(request, self.job.sampling.sample_steps)

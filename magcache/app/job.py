@@ -67,7 +67,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Machine:
-    """The model's folder, and how it is spread over the GPUs."""
+    """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default."""
 
     ckpt_dir: str
     offload_model: bool
@@ -76,6 +76,11 @@ class Machine:
     dit_fsdp: bool
     ulysses_size: int
     ring_size: int
+    dit_dtype: str | None = None
+    offload_blocks: int | None = None
+    compile: bool = False
+    attn_backend: str | None = None
+    vae_tiling: bool = False
 
     @property
     def shards(self) -> int:

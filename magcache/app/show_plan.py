@@ -13,6 +13,7 @@ from magcache.app.choose_schedule import make_schedule, predict
 from magcache.app.errors import need_package, refuse_if
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
+from magcache.app.needs import is_real, needs_of
 from magcache.app.quality import quality_lines
 from magcache.files import is_special
 
@@ -39,7 +40,7 @@ def show_plan(args: Namespace) -> None:
         headline(job),
         f"schedule  {chosen_by(job)}",
         *([f"origin    {plan.table_origin(job.table)}"] if job.table else []),
-        *run_lines(job, video, plan.token_count(frames, height, width, references)),
+        *run_lines(job, video, plan.token_count(frames, height, width, references), (frames, height, width)),
         "",
         *quality_lines(job),
         *neighbour_lines(job),
@@ -60,8 +61,8 @@ def chosen_by(job: Job) -> str:
     return f"{job.made_by}, {job.cache}"
 
 
-def run_lines(job: Job, video: str, tokens: int) -> list[str]:
-    """video: in words. tokens: of a call."""
+def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -> list[str]:
+    """video: in words. tokens: of a call. pixels: (frames, height, width)."""
     schedule, shape = job.schedule, plan.shape_of(job.sampling.task, job.machine.ckpt_dir)
     cached, full = plan.run_flops(schedule, shape, tokens)
     return [
@@ -73,6 +74,7 @@ def run_lines(job: Job, video: str, tokens: int) -> list[str]:
         f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
         f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
         f"memory    {memory(job, plan.cached_bytes(schedule, shape, tokens, job.cache.dtype))}",
+        *([f"needs     {needs_of(job, shape, tokens, pixels)}"] if is_real(job) else []),
     ]
 
 

@@ -5,7 +5,9 @@ import sys
 
 from magcache.app import plan, record
 from magcache.app.job import TRIAL_BUDGET, Job, Request
+from magcache.app.needs import is_real, needs_of_run, warning
 from magcache.app.quality import expected_in_words
+from magcache.app.wan_package import is_stock_wan
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
@@ -27,6 +29,8 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
             print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
+    if is_real(job) and not is_stock_wan():
+        tell_needs(job, shape)
     if job.calibrates:
         print(f"          their ratios are measured and written to {job.output.calibration_dir}/")
         if speedups := job.output.trials:
@@ -39,6 +43,20 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
         print(f"result    {requests[0].path}", flush=True)
     if groups > len(requests):
         print(f"note: {len(requests)} videos for {groups} groups of processes; the others have nothing to do")
+
+
+def tell_needs(job: Job, pixels: tuple[int, int, int]) -> None:
+    """What the run takes of the card's memory, with a warning if that is more than is free there."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    needs = needs_of_run(job, pixels, cuda)
+    if not cuda:
+        print(f"needs     {plan.number_of_bytes(needs.host)} for the weights of the transformer ({needs.dtype})")
+        return
+    print(f"needs     about {needs}")
+    if line := warning(needs, torch.cuda.mem_get_info()[0]):
+        print(line, file=sys.stderr)
 
 
 def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:

@@ -34,11 +34,11 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
     refuse_if(task not in configs, f"the wan package here has no task {task}")
     sizes = all_sizes[task]
     refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
+    check_machine(machine)
     if is_stock_wan():
         check_stock(sampling, inputs)
     check_checkpoint(sampling, machine, configs)
     if not is_stock_wan():
-        choose_attention(os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"))
         check_encoders(sampling, machine, configs[task])
     return configs[task]
 
@@ -79,6 +79,47 @@ def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as fault:
         raise Refused(f"{first_line(fault)}: download it again") from fault
+
+
+OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")
+
+
+def check_machine(machine: Machine) -> None:
+    """Refuses what Wan2.1's own `wan` does not have, and what does not run on this machine. Makes the attention backend
+    that is asked for that of all attention."""
+    given = [name for name in OF_OUR_WAN if getattr(machine, name)]
+    if is_stock_wan():
+        for name in given:
+            raise Refused(f"--{name} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
+        return
+    from diffusers.utils import constants
+
+    constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
+    from wan.utils.machine import choose_attention, try_compiler
+
+    attention = machine.attn_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+    with refusing(ValueError):
+        choose_attention(attention, torch_device())
+        if machine.compile:
+            try_compiler(torch_device())
+
+
+def torch_device() -> str:
+    """Where this process computes."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def placement(machine: Machine) -> dict:
+    """The arguments of a pipeline that only the `wan` of this repository takes."""
+    if is_stock_wan():
+        return {}
+    import torch
+
+    dtype = machine.dit_dtype and getattr(torch, machine.dit_dtype)
+    how = {"compile": machine.compile, "vae_tiling": machine.vae_tiling}
+    return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
@@ -129,8 +170,6 @@ def start_processes(processes: Processes, job: Job):
     """
     with refusing(ValueError):
         processes.connect()
-    if not is_stock_wan():
-        try_attention()
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     if differences := processes.differences(compared):
@@ -149,34 +188,6 @@ def start_processes(processes: Processes, job: Job):
         one = "--magcache_calibration needs one group of processes"
         raise Refused(f"{one}, and {processes.world} processes with {shared}")
     return group
-
-
-def choose_attention(name: str) -> None:
-    """Makes a backend that of all attention in diffusers. Refuses one that is unknown or not installed."""
-    from diffusers.utils import constants
-
-    constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one the import fails
-    from diffusers.models import attention_dispatch as attention
-
-    known = [backend.value for backend in attention._AttentionBackendRegistry.list_backends()]
-    refuse_if(name not in known, f"there is no attention backend {name!r}, only {', '.join(known)}")
-    backend = attention.AttentionBackendName(name)
-    with refusing(RuntimeError):
-        attention._check_attention_backend_requirements(backend)
-    attention._AttentionBackendRegistry.set_active_backend(backend)
-
-
-def try_attention() -> None:
-    """Refuses a chosen attention backend that does not work on this device."""
-    import torch
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        dispatch_attention_fn(*torch.zeros(3, 1, 64, 2, 128, device=device, dtype=dtype))
-    except Exception as fault:  # each backend has its own
-        name = _AttentionBackendRegistry.get_active_backend()[0].value
-        raise Refused(f"attention backend {name} cannot be used here: {first_line(fault)}") from fault
 
 
 def start_xfuser(processes: Processes, machine: Machine) -> SimpleNamespace:
@@ -224,7 +235,7 @@ def damaged_file() -> tuple[type[Exception], ...]:
     return (DamagedFile,)
 
 
-def device_name() -> str:
+def device_name(machine: Machine) -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, float32"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine.dit_dtype or 'float32'}"

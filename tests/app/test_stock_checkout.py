@@ -178,6 +178,8 @@ def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
         (("--task", "flf2v-14B", "--first_frame", IMAGE, "--last_frame", IMAGE), "81 frames only, --frame_num is 5"),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
         (("--task", "t2v-1.3B", "--ckpt_dir", "damaged"), "Wan2.1_VAE.pth, is it complete"),
+        (("--dit_dtype", "bfloat16"), "--dit_dtype needs the wan package of magcache_generate.py"),
+        (("--vae_tiling", "--attn_backend", "flash"), "--attn_backend needs the wan package"),
     ],
 )
 def test_what_is_refused(flags, message, checkout):

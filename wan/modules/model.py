@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -54,7 +55,7 @@ def rope_apply(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
@@ -74,18 +75,21 @@ class Attention(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
         """q, k, v [B, L, heads, head_dim] -> [B, L, dim]; v's dtype, the autocast one, is that of the attention."""
-        return dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask).flatten(2)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if v.device.type == "cpu":  # each head in one piece: torch's attention there gains more than the copies cost
+            q, k, v = (u.transpose(1, 2).contiguous().transpose(1, 2) for u in (q, k, v))
+        return dispatch_attention_fn(q, k, v, attn_mask=mask).flatten(2)
 
 
 class WanSelfAttention(Attention):
     sequence = None  # what shares the tokens with other ranks, see `WanModel.share_sequences`
 
-    def forward(self, x: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_lens: list[int], freqs: torch.Tensor) -> torch.Tensor:
         q = rope_apply(self.query(x), freqs)
         k = rope_apply(self.split_heads(self.norm_k(self.k(x).float())), freqs)
         v = self.split_heads(self.v(x))
         if self.sequence:
-            return self.o(self.sequence.attend(q.to(v.dtype), k.to(v.dtype), v, int(seq_lens[0])).flatten(2))
+            return self.o(self.sequence.attend(q.to(v.dtype), k.to(v.dtype), v, seq_lens[0]).flatten(2))
         return self.o(self.attend(q, k, v, padding_mask(seq_lens, x.shape[1], x.device)))
 
 
@@ -115,11 +119,12 @@ def stack_padded(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
     return torch.stack([F.pad(u, (0, 0, 0, length - u.shape[0])) if u.shape[0] < length else u for u in sequences])
 
 
-def padding_mask(seq_lens: torch.Tensor, length: int, device: torch.device) -> torch.Tensor | None:
-    """True for real tokens, bool [B, 1, 1, length]; None where nothing is padded. seq_lens [B] is on the CPU."""
-    if bool((seq_lens == length).all()):
+def padding_mask(seq_lens: list[int], length: int, device: torch.device) -> torch.Tensor | None:
+    """True for real tokens, bool [B, 1, 1, length]; None where nothing is padded."""
+    if all(tokens == length for tokens in seq_lens):
         return None
-    return (torch.arange(length) < seq_lens[:, None])[:, None, None].to(device)
+    positions = torch.arange(length, device=device)
+    return torch.stack([positions < tokens for tokens in seq_lens])[:, None, None]
 
 
 class WanAttentionBlock(nn.Module):
@@ -134,16 +139,17 @@ class WanAttentionBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: torch.Tensor, e: torch.Tensor, seq_lens: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor
+        self, x: torch.Tensor, e: torch.Tensor, seq_lens: list[int], freqs: torch.Tensor, context: torch.Tensor
     ) -> torch.Tensor:
-        """x [B, L, dim], e float32 [B, 6, dim], seq_lens int [B] on the CPU, freqs see `rope_apply`, context
+        """x [B, L, dim], e float32 [B, 6, dim], seq_lens the tokens of every sample, freqs see `rope_apply`, context
         [B, image tokens + text_len, dim]. Returns [B, L, dim]; the modulation keeps it in float32 under autocast.
 
         Where ranks share the tokens, L is this rank's part and seq_lens counts those of all."""
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).chunk(6, dim=1)
-        x = x + gate_sa * self.self_attn(modulate(self.norm1(x.float()), shift_sa, scale_sa), seq_lens, freqs)
+        modulated = modulate(self.norm1(x.float()), shift_sa, scale_sa)
+        x = torch.addcmul(x, gate_sa, self.self_attn(modulated, seq_lens, freqs))
         x = x + self.cross_attn(self.norm3(x), context)
-        return x + gate_ffn * self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn))
+        return torch.addcmul(x, gate_ffn, self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn)))
 
 
 class Head(nn.Module):
@@ -193,6 +199,13 @@ class WanModel(ModelMixin, ConfigMixin):
     """The Wan2.1 DiT; see `forward`. model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and
     clip_dim are the widths of the text and image features; official config files do not hold them, `from_pretrained`
     reads them from the tensors."""
+
+    # all but the weights of the blocks' linear layers, which autocast rounds to bfloat16 in any case
+    _keep_in_fp32_modules: ClassVar = [
+        *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
+        *("modulation", "norm_q", "norm_k", "norm_k_img", "norm3", "bias"),
+    ]
+    _repeated_blocks: ClassVar = ["WanAttentionBlock"]  # to compile
 
     @register_to_config
     def __init__(
@@ -290,7 +303,7 @@ class WanModel(ModelMixin, ConfigMixin):
         return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
 
     def embed_patches(self, x: list[torch.Tensor], seq_len: int):
-        """Returns tokens [B, seq_len, dim] padded with zeros, their counts int [B] (on the CPU), the RoPE rotations
+        """Returns tokens [B, seq_len, dim] padded with zeros, their counts, the RoPE rotations
         [B or 1, seq_len, head_dim / 2] (1 for padding) and the grids (frames, rows, columns) in patches.
 
         Where ranks share the tokens, tokens and rotations are this rank's part, without padding."""
@@ -304,7 +317,7 @@ class WanModel(ModelMixin, ConfigMixin):
             if len(set(grids)) > 1:
                 raise ValueError("samples of different grids cannot be shared by ranks")
             seq_len = longest
-        seq_lens = torch.tensor([u.shape[0] for u in tokens])
+        seq_lens = [u.shape[0] for u in tokens]
         tokens = stack_padded(tokens, seq_len)
         freqs = self.rotations(grids, seq_len, tokens.device)
         return self.part(tokens), seq_lens, self.part(freqs), grids
@@ -313,9 +326,9 @@ class WanModel(ModelMixin, ConfigMixin):
         """This rank's part of x [B, L, ...]."""
         return self.sequence.split(x) if self.sequence else x
 
-    def gathered(self, x: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    def gathered(self, x: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
         """All ranks' parts x [B, L, C] of sequences of seq_lens tokens."""
-        return self.sequence.gather(x, int(seq_lens[0])) if self.sequence else x
+        return self.sequence.gather(x, seq_lens[0]) if self.sequence else x
 
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
         """RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are kept, since

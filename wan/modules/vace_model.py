@@ -1,5 +1,7 @@
 """The VACE transformer: the Wan2.1 DiT with a side branch that turns a control video into hints for the main blocks."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import register_to_config
@@ -33,6 +35,7 @@ class BaseWanAttentionBlock(WanAttentionBlock):
         super().__init__(*args)
         self.block_id = block_id
 
+    @torch.compiler.disable(recursive=False)  # else every block_id is compiled anew
     def forward(self, x: torch.Tensor, hints: list[torch.Tensor], context_scale: float, **kwargs) -> torch.Tensor:
         x = super().forward(x, **kwargs)
         return x if self.block_id is None else x + hints[self.block_id] * context_scale
@@ -46,6 +49,9 @@ class VaceWanModel(WanModel):
 
     Raises ValueError for another model_type, or vace_layers that are not distinct main blocks.
     """
+
+    _keep_in_fp32_modules: ClassVar = [*WanModel._keep_in_fp32_modules, "vace_patch_embedding"]
+    _repeated_blocks: ClassVar = ["BaseWanAttentionBlock", "VaceWanAttentionBlock"]
 
     @register_to_config
     def __init__(

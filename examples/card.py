@@ -1,0 +1,335 @@
+"""What this machine will do with a Wan2.1 model, before its checkpoint is downloaded: the real sizes, random weights.
+
+python -m examples.card --task t2v-14B --size 1280*720
+
+Prints a table, and the same as JSON in the last line. `--layers` and `--frame_num` make it small enough for a CPU.
+Parts, of which `--only` picks some:
+forward: seconds of a computed call, and the share of the machine's own matrix multiplication rate that it reaches, by
+the FLOPs of `magcache.app.plan`. In the same rounds diffusers' WanTransformer3DModel with the same weights.
+loop: denoising with and without caches, against the bound (all calls / computed ones); reused and forecast calls.
+dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; errors are those of the velocity.
+compile: the call with compiled blocks. attention: the model's own attention by every backend that is installed.
+vae: the VAE decodes the video, whole and in tiles.
+Times are wall times; with a single CPU thread, of which OMP_NUM_THREADS=1 makes sure, those of that thread alone.
+Memory is the most that was allocated on the card in that part; it is not measured on a CPU.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+import magcache
+from magcache.app import plan
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceWanModel
+from wan.utils.machine import attention_backends, keep_freed_memory
+from wan.utils.samplers import make_sampler
+
+PARTS = ("forward", "loop", "dtypes", "compile", "attention", "vae")
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HELD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the weights, by default
+TOO_LARGE = ("flex", "_native_math")  # backends that hold all scores
+
+
+class Subject:
+    """The task's model and its inputs. layers: None for all."""
+
+    def __init__(self, task: str, size: str, frames: int, layers: int | None):
+        width, height = map(int, size.split("*"))
+        self.task, self.kind, shape = task, task.split("-")[0], plan.SHAPES[task]
+        layers = layers or shape.num_layers
+        self.vace_layers = [i for i in range(0, shape.num_layers, 2 if "1.3B" in task else 5) if i < layers]
+        hints = len(self.vace_layers) if shape.vace_blocks else 0
+        self.shape = replace(shape, num_layers=layers, vace_blocks=hints)
+        self.tokens = plan.token_count(frames, height, width)
+        self.latent_shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
+
+    def model(self, dtype: torch.dtype) -> WanModel:
+        """With random weights, the same whatever the dtype, made on the device."""
+        config, shape = WAN_CONFIGS[self.task], self.shape
+        names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_layers", "text_dim")
+        sizes = {name: getattr(shape, name) for name in names} | {"num_heads": config.num_heads}
+        with torch.device("meta"):
+            if self.kind == "vace":
+                model = VaceWanModel(self.vace_layers, shape.vace_in_dim, **sizes)
+            else:
+                positions = shape.image_tokens if self.kind == "flf2v" else 0
+                image = {"in_dim": shape.in_dim, "clip_dim": shape.clip_dim, "clip_positions": positions}
+                model = WanModel({"t2i": "t2v"}.get(self.kind, self.kind), **sizes, **image)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        for name, parameter in list(model.named_parameters()):
+            values = torch.randn(parameter.shape, generator=generator, device=DEVICE)
+            values = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.02 * values
+            kept = set(name.split(".")) & set(model._keep_in_fp32_modules)
+            owner, _, own_name = name.rpartition(".")
+            value = torch.nn.Parameter(values.to(torch.float32 if kept else dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), own_name, value)
+        return model.eval()
+
+    def arguments(self) -> dict:
+        """Of a call."""
+        generator, shape = torch.Generator(DEVICE).manual_seed(1), self.shape
+
+        def noise(*sides):
+            return torch.randn(sides, generator=generator, device=DEVICE)
+
+        given = {"x": [noise(*self.latent_shape)], "t": torch.tensor([500], device=DEVICE), "seq_len": self.tokens}
+        given["context"] = [noise(shape.text_len, shape.text_dim)]
+        if self.kind == "vace":
+            given["vace_context"] = [noise(shape.vace_in_dim, *self.latent_shape[1:])]
+        elif shape.image_tokens:
+            given["y"] = [noise(shape.in_dim - 16, *self.latent_shape[1:])]
+            given["clip_fea"] = noise(shape.image_tokens // plan.CLIP_TOKENS, plan.CLIP_TOKENS, shape.clip_dim)
+        return given
+
+    def flops(self) -> int:
+        return plan.call_flops(self.shape, self.tokens)[0]
+
+    def peer(self, model: WanModel):
+        """diffusers' transformer with the weights of this one, called with the same arguments; None for VACE."""
+        if self.kind == "vace":
+            return None
+        config, shape = WAN_CONFIGS[self.task], self.shape
+        image = {}
+        if shape.image_tokens:
+            image = {"image_dim": shape.clip_dim, "added_kv_proj_dim": shape.dim}
+            image |= {"pos_embed_seq_len": shape.image_tokens} if self.kind == "flf2v" else {}
+        with torch.device("meta"):
+            sizes = {name: getattr(shape, name) for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers")}
+            heads = {"num_attention_heads": config.num_heads, "attention_head_dim": shape.dim // config.num_heads}
+            peer = diffusers.WanTransformer3DModel(in_channels=shape.in_dim, **sizes, **heads, **image)
+        state = convert_wan_transformer_to_diffusers(dict(model.state_dict()))
+        if "img_emb.emb_pos" in state:  # which the converter does not know
+            state["condition_embedder.image_embedder.pos_embed"] = state.pop("img_emb.emb_pos")
+        peer.load_state_dict(state, assign=True)
+        peer.rope = type(peer.rope)(shape.dim // config.num_heads, peer.config.patch_size, 1024).to(DEVICE)
+
+        def call(x, t, seq_len, context, y=None, clip_fea=None):
+            latents = torch.cat([x[0], *(y or [])])[None]
+            return peer.eval()(latents, t, context[0][None], clip_fea, return_dict=False)[0]
+
+        return call
+
+
+def computing(dtype: torch.dtype | None = None):
+    """As the pipelines do: under bfloat16 autocast on CUDA and where weights are rounded."""
+    rounded = dtype not in (None, torch.float32)
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or rounded)
+
+
+def seconds(function, *args, **kwargs) -> float:
+    # one thread's own time does not depend on what else the machine does
+    clock = time.process_time if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    function(*args, **kwargs)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def matmul_rate(dtype: torch.dtype, product: int) -> float:
+    """FLOPs a second of large square matrix products, as many as it takes for so many FLOPs, in the dtype that the
+    model computes in."""
+    side = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+    count = 1 + product // (2 * side**3)
+    return count * 2 * side**3 / seconds(lambda: [torch.matmul(a, b) for _ in range(count)])
+
+
+def measure_forward(subject: Subject, rounds: int) -> list[dict]:
+    model, arguments = subject.model(HELD), subject.arguments()
+    peer, dtype = subject.peer(model), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    calls = {"ours": model} | ({"diffusers": peer} if peer else {})
+    rows, rates = {name: [] for name in calls}, []
+    for number in range(rounds + 1):
+        around = []  # our call, since other work on the machine slows both alike
+        for name in sorted(calls, reverse=number % 2 == 1):
+            if name == "ours":
+                around.append(matmul_rate(dtype, subject.flops() // 10))
+            rows[name].append(seconds(calls[name], **arguments))
+            if name == "ours":
+                around.append(matmul_rate(dtype, subject.flops() // 10))
+        rates.append(statistics.harmonic_mean(around))
+    rates, rows = rates[1:], {name: times[1:] for name, times in rows.items()}  # the first round warms up
+    shares = [subject.flops() / time / rate for time, rate in zip(rows["ours"], rates, strict=True)]
+    found = [
+        {
+            "what": "computed call",
+            "seconds": statistics.median(rows["ours"]),
+            "share_of_matmul": statistics.median(shares),
+            "matmul_flops": statistics.median(rates),
+        }
+    ]
+    if peer:
+        ratios = [ours / theirs for ours, theirs in zip(rows["ours"], rows["diffusers"], strict=True)]
+        difference = error(model(**arguments)[0], peer(**arguments)[0])
+        peers = {"seconds": statistics.median(rows["diffusers"]), "error": difference}
+        found.append({"what": "diffusers' WanTransformer3DModel", **peers, "ours_over_it": statistics.median(ratios)})
+    return found
+
+
+def error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative, in the L2 norm."""
+    return float((value - reference).norm() / reference.norm())
+
+
+def denoise(model: WanModel, arguments: dict, steps: int) -> None:
+    sampler, (latent,) = make_sampler("unipc", steps, 5.0, DEVICE), arguments["x"]
+    for t in sampler.timesteps:
+        cond, uncond = (model(**arguments | {"x": [latent], "t": t[None]})[0] for _ in range(2))
+        latent = sampler.step((uncond + 5 * (cond - uncond))[None], t, latent[None], return_dict=False)[0][0]
+
+
+def measure_loop(subject: Subject, steps: int) -> list[dict]:
+    model, arguments = subject.model(HELD), subject.arguments()
+    plain, rows = seconds(denoise, model, arguments, steps), []
+    rows.append({"what": f"{steps} steps uncached", "seconds": plain})
+    ratios = (1.0,) * (2 * steps)  # every second step
+    for name, schedule in (
+        ("reused residuals", magcache.plan(ratios, steps, 1.0, 1, 0.0)),
+        ("forecasts", magcache.plan_speedup(steps, 2)),
+    ):
+        cache = magcache.apply_magcache(model, schedule)
+        cached = seconds(denoise, model, arguments, steps)
+        calls = [value for _, skipped, value in cache.log if skipped]
+        rows.append(
+            {
+                "what": f"{steps} steps, {name}",
+                "seconds": cached,
+                "faster": plain / cached,
+                "bound": schedule.speedup_bound,
+                "seconds_a_call": statistics.median(calls),
+            }
+        )
+    return rows
+
+
+def measure_dtypes(subject: Subject, rounds: int) -> list[dict]:
+    rows, reference, arguments = [], None, subject.arguments()
+    for dtype in DTYPES:
+        clear()
+        with computing(torch.bfloat16):
+            model = subject.model(dtype)
+            out = model(**arguments)[0]
+            reference = out if reference is None else reference
+            times = [seconds(model, **arguments) for _ in range(rounds)]
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        row = {"what": f"weights in {dtype}".replace("torch.", ""), "seconds": statistics.median(times)}
+        rows.append(row | {"weight_bytes": size, "error": error(out, reference)} | memory())
+        del model
+    return rows
+
+
+def measure_compile(subject: Subject, rounds: int) -> list[dict]:
+    model, arguments = subject.model(HELD), subject.arguments()
+    model.compile_repeated_blocks()
+    first = seconds(model, **arguments)
+    times = [seconds(model, **arguments) for _ in range(rounds)]
+    return [{"what": "compiled blocks", "seconds": statistics.median(times), "seconds_of_the_first": first}]
+
+
+def measure_attention(subject: Subject, rounds: int) -> list[dict]:
+    heads = WAN_CONFIGS[subject.task].num_heads
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    q = torch.randn(1, subject.tokens, heads, subject.shape.dim // heads, device=DEVICE, dtype=dtype)
+    rows = []
+    for name in attention_backends(DEVICE):
+        if name in TOO_LARGE:
+            continue
+        backend = AttentionBackendName(name)
+        times = [seconds(dispatch_attention_fn, q, q, q, backend=backend) for _ in range(rounds + 1)][1:]
+        rows.append({"what": f"attention by {name}", "seconds": statistics.median(times)})
+    return rows
+
+
+def measure_vae(subject: Subject) -> list[dict]:
+    with DEVICE:
+        vae = diffusers.AutoencoderKLWan().eval().requires_grad_(False)
+    latent, rows = torch.randn(1, *subject.latent_shape, device=DEVICE), []
+    for name in ("VAE decodes", "VAE decodes in tiles"):
+        clear()
+        rows.append({"what": name, "seconds": seconds(vae.decode, latent)} | memory())
+        vae.enable_tiling()
+    return rows
+
+
+def clear() -> None:
+    gc.collect()
+    torch.compiler.reset()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory() -> dict:
+    return {"peak_bytes": torch.cuda.max_memory_allocated()} if DEVICE.type == "cuda" else {}
+
+
+def shown(name: str, value) -> str:
+    if isinstance(value, str):
+        return value
+    if name.endswith("bytes"):
+        value = plan.number_of_bytes(value)
+    return f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="t2v-1.3B", choices=tuple(plan.SHAPES))
+    parser.add_argument("--size", default="832*480", help="width*height, multiples of 16")
+    parser.add_argument("--frame_num", type=int, default=81, help="4n+1")
+    parser.add_argument("--layers", type=int, help="of the transformer (default: all)")
+    parser.add_argument("--steps", type=int, default=10, help="of the loops")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed alone")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
+    args = parser.parse_args(arguments)
+    if DEVICE.type == "cpu":
+        keep_freed_memory()  # as the pipelines do
+    subject = Subject(args.task, args.size, args.frame_num, args.layers)
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    sides = f"{args.size}, {args.frame_num} frames, {subject.tokens} tokens, {subject.shape.num_layers} layers"
+    print(f"{name}, torch {torch.__version__}; {args.task}, {sides}, {subject.flops():.3g} FLOPs a call", flush=True)
+    report = {"device": name, "torch": torch.__version__} | vars(args) | {"tokens": subject.tokens, "rows": []}
+    measures = {
+        "forward": (measure_forward, args.rounds),
+        "loop": (measure_loop, args.steps),
+        "dtypes": (measure_dtypes, args.rounds),
+        "compile": (measure_compile, args.rounds),
+        "attention": (measure_attention, args.rounds),
+        "vae": (measure_vae,),
+    }
+    for part in PARTS:
+        if part not in args.only:
+            continue
+        clear()
+        measure, *settings = measures[part]
+        try:
+            with computing():
+                rows = measure(subject, *settings)
+        except torch.OutOfMemoryError as fault:
+            rows = [{"what": f"{part}: out of memory", "error": str(fault).splitlines()[0]}]
+        if part not in ("dtypes", "vae"):
+            rows[0] |= memory()
+        for row in rows:
+            what, *rest = (shown(key, value) for key, value in row.items())
+            print(f"{what:<34} {', '.join(rest)}", flush=True)
+        report["rows"] += rows
+    print(json.dumps(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Flags that make a model fit its card, from the command line, and what is said of the memory that a run needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from full_size import make_model
+from peak import Peak
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import magcache_generate
+from examples.card import Subject
+from magcache.app import needs, plan, tell
+from magcache.app.checks import make_job
+from magcache.app.flags import make_parser
+
+REPO = Path(__file__).parents[2]
+SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
+TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 5, "--base_seed", 3)
+CACHE = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
+RUNS = {
+    "plain": (),
+    "bfloat16": ("--dit_dtype", "bfloat16"),
+    "float8": ("--dit_dtype", "float8_e4m3fn"),
+    "offload": ("--offload_blocks",),
+    "offload_two": ("--offload_blocks", 2, "--t5_cpu"),
+    "tiling": ("--vae_tiling",),
+    "compiled": ("--compile",),
+    "attention": ("--attn_backend", "_native_math"),
+    "cached": CACHE,
+    "all": (
+        *("--dit_dtype", "bfloat16", "--offload_blocks", "--vae_tiling", "--compile"),
+        *("--attn_backend", "native", *CACHE),
+    ),
+}
+# PSNR in dB of the files against the plain run, which is under no autocast; None: equal
+CLOSE = {"offload": None, "offload_two": None, "tiling": None, "compiled": 45, "attention": 45, "bfloat16": 35}
+
+
+def refusal(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *map(str, (*TASK, "--prompt", "a fox", *flags))])
+    with pytest.raises(SystemExit) as stopped:
+        magcache_generate.main()
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def psnr(frames, reference):
+    error = np.square(frames.astype(float) - reference).mean()
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+@pytest.mark.slow
+def test_every_flag(tmp_path):
+    prompt = ("--prompt", "a green square moves up on a gray background")
+    commands = [[*TASK, *prompt, *flags, "--save_file", tmp_path / f"{name}.mp4"] for name, flags in RUNS.items()]
+    runs = json.dumps([[str(SCRIPT), *map(str, command)] for command in commands])
+    code = "import json, runpy, sys\n"
+    code += "for sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, runs]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "device    CPU, float8_e4m3fn" in result.stdout
+    films = {path.stem: iio.imread(path) for path in tmp_path.glob("*.mp4")}
+    for name, least in CLOSE.items():
+        assert psnr(films[name], films["plain"]) >= (least or np.inf), name
+    assert 20 < psnr(films["float8"], films["bfloat16"]) < 60
+    assert psnr(films["all"], films["cached"]) > 30
+    assert not np.array_equal(films["cached"], films["plain"])
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert {"--compile", "--vae_tiling", "--offload_blocks", "--dit_dtype"} <= set(record["command"])
+
+
+def test_what_is_refused(monkeypatch, capsys):
+    assert "attention backend flash does not run here" in refusal(monkeypatch, capsys, "--attn_backend", "flash")
+    assert "there is no attention backend 'fast'; here run" in refusal(monkeypatch, capsys, "--attn_backend", "fast")
+    assert "--offload_blocks must be at least 1" in refusal(monkeypatch, capsys, "--offload_blocks", 0)
+
+
+@pytest.mark.slow
+def test_a_machine_without_compiler(tmp_path):
+    command = [sys.executable, SCRIPT, *TASK, "--prompt", "a fox", "--compile"]
+    without = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(list(map(str, command)), env=os.environ | without, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = (line for line in result.stderr.splitlines() if "error: " in line)
+    assert "torch.compile does not work here" in line
+
+
+TASKS = ("t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B", "vace-1.3B", "vace-14B")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_weights_are_counted(task):
+    with torch.device("meta"):
+        model = make_model(task)
+    for dtype in ("float32", "bfloat16", "float8_e4m3fn"):
+        held = sum(
+            4 * p.numel()
+            if set(name.split(".")) & set(model._keep_in_fp32_modules)
+            else p.numel() * getattr(torch, dtype).itemsize
+            for name, p in model.named_parameters()
+        )
+        assert needs.weight_bytes(plan.SHAPES[task], dtype) == held
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "vace-1.3B"])
+def test_activations_are_those_that_are_allocated(task, autocast):
+    subject = Subject(task, "832*480", 81, layers=3)
+    with FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model, given = subject.model(torch.float32), subject.arguments()
+        with Peak() as peak:
+            model(**given)
+    assert needs.call_bytes(subject.shape, subject.tokens, autocast) == pytest.approx(peak.bytes, rel=0.1)
+
+
+def job_of(*flags):
+    return make_job(make_parser(SCRIPT).parse_args(["--ckpt_dir", "x", "--prompt", "a", *map(str, flags)]))
+
+
+def test_the_warning_before_loading(monkeypatch, capsys):
+    """On a machine that says it has a card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags, gigabytes, warned in (
+        (("--task", "t2v-14B"), 24, True),
+        (("--task", "t2v-14B"), 80, False),
+        (("--task", "t2v-14B", "--offload_blocks"), 24, False),
+        (("--task", "t2v-1.3B", "--size", "832*480"), 12, True),
+        (("--task", "t2v-1.3B", "--size", "832*480", "--t5_cpu"), 12, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda size=gigabytes: (size * 10**9, size * 10**9))
+        job = job_of(*flags)
+        width, height = job.sampling.pixels
+        tell.tell_needs(job, (81, height, width))
+        said = capsys.readouterr()
+        assert said.out.startswith("needs     about ")
+        assert ("warning: this run needs about" in said.err) == warned, flags
+
+
+def test_needs_of_a_run_without_a_card(capsys):
+    tell.tell_needs(job_of("--task", "t2v-14B"), (81, 720, 1280))
+    assert capsys.readouterr().out == "needs     57.2 GB for the weights of the transformer (float32)\n"

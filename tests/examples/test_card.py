@@ -1,0 +1,41 @@
+"""What examples.card measures, on a model that takes seconds; its times are only sane, its other numbers exact."""
+
+import json
+
+import pytest
+import torch
+
+from examples import card
+from wan.modules.model import WanModel
+
+
+def test_report(capsys):
+    parts = ("forward", "loop", "dtypes", "attention")
+    flags = ["--task", "t2v-tiny", "--size", "64*64", "--frame_num", "5", "--layers", "2", "--steps", "4"]
+    report = card.main([*flags, "--rounds", "1", "--only", *parts])
+    out = capsys.readouterr().out.splitlines()
+    assert json.loads(out[-1]) == json.loads(json.dumps(report))
+    rows = {row["what"]: row for row in report["rows"]}
+    assert len(out) == len(rows) + 2
+    assert report["tokens"] == 2 * 4 * 4
+    assert rows["diffusers' WanTransformer3DModel"]["error"] < 1e-5
+    assert rows["weights in bfloat16"]["error"] == 0
+    assert 0 < rows["weights in float8_e4m3fn"]["error"] < 0.05
+    assert rows["weights in bfloat16"]["weight_bytes"] < rows["weights in float32"]["weight_bytes"]
+    for name in ("reused residuals", "forecasts"):
+        row = rows[f"4 steps, {name}"]
+        assert row["bound"] == 2
+        assert 0 < row["seconds_a_call"] < rows["computed call"]["seconds"]
+    assert "attention by native" in rows
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+@torch.inference_mode()
+def test_diffusers_transformer_has_the_same_weights(task):
+    """Of every kind that it knows."""
+    subject = card.Subject(task, "64*64", 5, layers=1)
+    small = {"dim": 160, "ffn_dim": 64, "text_dim": 32, "clip_dim": 24}
+    subject.shape = card.replace(subject.shape, **small)
+    model, arguments = subject.model(torch.float32), subject.arguments()
+    assert isinstance(model, WanModel)
+    assert card.error(model(**arguments)[0], subject.peer(model)(**arguments)[0]) < 1e-5
