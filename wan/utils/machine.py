@@ -1,6 +1,7 @@
 """What this machine can do, asked before anything is loaded."""
 
 import ctypes
+import warnings
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -19,7 +20,8 @@ def try_attention(name: str, device: torch.device | str) -> None:
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     q = torch.zeros(1, 64, 2, 128, dtype=dtype, device=device)
     try:
-        with attention_backend(name):
+        with attention_backend(name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slow ones
             dispatch_attention_fn(q, q, q)
     except Exception as fault:  # of packages that are missing, too old, made for other devices
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
