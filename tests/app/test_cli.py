@@ -238,7 +238,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--magcache_trials", "2"), "--magcache_trials needs --magcache_calibration"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_trials", "2"), "needs --magcache_calibration"),
     (("--ckpt_dir", "{ok}", *TRIALS, "2,fast"), "takes speed-ups such as 2,2.5,3,4, got '2,fast'"),
-    (("--ckpt_dir", "{ok}", *TRIALS, ""), "takes speed-ups such as 2,2.5,3,4, got ''"),
+    (("--ckpt_dir", "{ok}", *TRIALS, ""), "--magcache_trials is empty"),
     (("--ckpt_dir", "{ok}", *TRIALS, "1,2"), "must be above 1 and at most 50, got 1"),
     (("--ckpt_dir", "{ok}", *TRIALS, "2,nan"), "must be above 1 and at most 50, got nan"),
     (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "must be above 1 and at most 50, got 51"),
