@@ -74,7 +74,7 @@ def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -
         f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
         f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
         f"memory    {memory(job, plan.cached_bytes(schedule, shape, tokens, job.cache.dtype))}",
-        *([f"needs     {needs_of(job, shape, tokens, pixels)}"] if is_real(job) else []),
+        *([f"needs     about {needs_of(job, shape, tokens, pixels)}"] if is_real(job) else []),
     ]
 
 
