@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import reprlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,5 +59,4 @@ def reason_in(fault: Exception) -> str:
 def need_package(name: str, what: str) -> None:
     """Refuses a flag whose package is missing."""
     package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
-    missing = name not in sys.modules and importlib.util.find_spec(name) is None
-    refuse_if(missing, f"{what} needs the package {name}: pip install {package}")
+    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")
