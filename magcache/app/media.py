@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def read_image(path: str) -> Image.Image:
     if is_special(path):
         raise ValueError(f"cannot read {path}: it is no regular file")
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore")  # of what can be read all the same
             file.load()
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # decoders of damaged files raise anything

@@ -81,7 +81,7 @@ def read_object(line: str) -> dict:
         raise ValueError(f'must be an object such as {{"prompt": "..."}}, got {line[:40]}')
     for key, value in values.items():
         if key not in types:
-            raise ValueError(f'"{key[:40]}" is none of {", ".join(types)}')
+            raise ValueError(f"{json.dumps(key[:80])} is none of {', '.join(types)}")
         if type(value) is not types[key]:  # a bool is an int, too
             wanted = "a whole number" if types[key] is int else "text"
             raise ValueError(f'"{key}" must be {wanted}, got {shortened(value)}')
