@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,6 +33,8 @@ def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which are ignored where the tests are in background
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     torch.set_num_threads(1)  # of two processes with two threads each, one waits for the other
     if arrange:
         arrange()
