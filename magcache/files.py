@@ -1,12 +1,18 @@
 """Files that are written whole or not at all, and JSON that may hold anything."""
 
+import hashlib
+import itertools
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextmanager
@@ -17,17 +23,39 @@ def written_whole(path: str | os.PathLike, replace: bool = True) -> Iterator[Pat
     replace: whether it also takes the place of a file that is at `path` by then; else that raises FileExistsError.
     """
     path = Path(path)
-    # not of `tempfile`, whose files only their owner may read; short, as `path` may have as long a name as there can be
-    part = path.with_name(f"{secrets.token_hex(8)}.part{path.suffix}")
+    part, lock = own_part(path)
     try:
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # some file systems tell only now that they are full
         if not replace:
             open(path, "x").close()
-        os.replace(part, path)
-    finally:
+        os.replace(part, path)  # after which the part's name may be another process's
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    finally:
+        lock.close()
+
+
+def own_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A file beside `path` that no other process writes to, and what locks it while it is open. One that a killed
+    process has left is taken over, so that a rerun leaves nothing of it."""
+    # short, as `path` may have as long a name as there can be; not of `tempfile`, which only their owner may read
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    for number in itertools.count():
+        part = path.with_name(f"{digest}{number or ''}.part{path.suffix}")
+        lock = open(part, "ab")  # noqa: SIM115
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(part)):
+                return part, lock
+        except (BlockingIOError, FileNotFoundError):  # another's, which is being written or has just become `path`
+            pass
+        except OSError:  # a file system without locks
+            return part, lock
+        lock.close()
 
 
 def is_special(path: str | os.PathLike) -> bool:
