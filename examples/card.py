@@ -28,6 +28,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 
 import magcache
 from magcache.app import plan
+from magcache.app.errors import first_line
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -320,7 +321,7 @@ def main(arguments: list[str] | None = None) -> dict:
             with computing():
                 rows = measure(subject, *settings)
         except torch.OutOfMemoryError as fault:
-            rows = [{"what": f"{part}: out of memory", "error": str(fault).splitlines()[0]}]
+            rows = [{"what": f"{part}: out of memory", "error": first_line(fault)}]
         if part not in ("dtypes", "vae"):
             rows[0] |= memory()
         for row in rows:

@@ -8,7 +8,7 @@ import math
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
 from magcache.ratios import RatioTable
@@ -116,8 +116,7 @@ class Trials:
             row = {"method": way.method} | dict(zip(SETTINGS[way.method], way.settings, strict=True))
             row |= {"calls": way.schedule.computed, "psnr": [p if p is None else round(p, 2) for p in psnr]}
             rows.append(row | {"relative_error": [e if e is None else float(f"{e:.4g}") for e in error]})
-        chosen = {"floor": constants.floor, "decay": constants.decay}
-        return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": chosen, "rows": rows}
+        return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": asdict(constants), "rows": rows}
 
 
 @dataclass(frozen=True)
@@ -234,8 +233,8 @@ def read_trials(table: RatioTable) -> Measured | None:
             raise ValueError("lists of different lengths")
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise ValueError(f"the trials of the ratio table {table.path} cannot be read: {fault!r}") from None
-    chosen = {"floor": constants.floor, "decay": constants.decay}
-    forecasts = [row for row in rows if row.method == "forecast" and row.settings.items() >= chosen.items()]
+    chosen = asdict(constants).items()
+    forecasts = [row for row in rows if row.method == "forecast" and row.settings.items() >= chosen]
     forecasts.sort(key=lambda row: -row.calls)
     count = len(forecasts[0].psnr) if forecasts else 0
     prompts = tuple(prompt for prompt in range(count) if all(row.psnr[prompt] is not None for row in forecasts))

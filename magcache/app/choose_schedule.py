@@ -45,16 +45,22 @@ def compare_settings(table: RatioTable, run: dict) -> list[str]:
     return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
 
 
+def find_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable, str | None]:
+    """The table that the flags name, or else that of the model; a notice on how it was chosen. Raises ValueError, of
+    `magcache.choose_table` and `magcache.load_table`."""
+    name, notice = cache.table, None
+    if not name:
+        name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
+    return magcache.load_table(name), notice
+
+
 def choose_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable | None, str]:
     """Returns the ratio table, None where none is needed, and in words what chooses the steps. Says where the table was
     measured on something else. Raises Refused if there is no table that can be used."""
     if cache.speedup is not None:
         return None, "outputs forecast along the noise level"
-    name, notice = cache.table, None
     try:
-        if not name:
-            name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
-        table = magcache.load_table(name)
+        table, notice = find_table(sampling, cache, ckpt_dir)
     except magcache.UnknownTableError as fault:
         other = "" if cache.table else ", or name the table of another model there"
         raise Refused(f"{fault}; {HOW_TO_CALIBRATE}{other}") from fault
@@ -65,7 +71,7 @@ def choose_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tup
         notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for line in notices:
         print(f"note: {line}")
-    return table, f"table {name}"
+    return table, f"table {table.name}"
 
 
 def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioTable | None) -> Schedule:

@@ -38,7 +38,8 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 
 def first_line(fault: Exception) -> str:
-    return (str(fault) or "?").splitlines()[0]
+    """Of its message; its type, if it has none."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
 
 
 def shortened(value: object) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 
 import magcache
-from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, settings_of
+from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
 
@@ -37,11 +37,9 @@ def use_trials(
 
 
 def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "magcache.trials.Measured | None":
-    name, notice, needed = cache.table, None, cache.quality is not None
+    needed = cache.quality is not None
     try:
-        if not name:
-            name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
-        table = magcache.load_table(name)
+        table, notice = find_table(sampling, cache, ckpt_dir)
     except magcache.UnknownTableError as fault:
         refuse_if(needed or bool(cache.table), f"{fault}; {HOW_TO_TRY}")
         return None
@@ -49,7 +47,7 @@ def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "mag
         raise Refused(str(fault)) from fault
     with refusing(ValueError):
         measured = magcache.read_trials(table)
-    without = f"ratio table {name} holds no trials"
+    without = f"ratio table {table.name} holds no trials"
     refuse_if(needed and not measured, f"--magcache_quality: {without}; {HOW_TO_TRY}")
     useless = f"{without}, and --magcache_speedup takes nothing else of a table: leave --mag_ratios out"
     refuse_if(bool(cache.table) and not measured, useless)

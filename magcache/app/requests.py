@@ -90,18 +90,22 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
 def check_replaced(job: Job, requests: list[Request]) -> None:
     """Says which files will be replaced. A video, its record and its comparison take the places of earlier ones, but of
     no other files."""
-    kind = "image" if job.sampling.kind == "t2i" else "video"
+    kind, replaced = "image" if job.sampling.kind == "t2i" else "video", []
     for request in requests:
         path, record = request.path, record_path(request.path)
-        other = request.replaces and path.exists() and not is_empty(path) and not prompts.is_result(path)
-        refuse_if(other, f"{path} exists and is no {kind}: move it, or choose another --save_file")
+        if request.replaces and path.exists() and not is_empty(path):
+            replaced.append(path)
+            wrong = f"{path} exists and is no {kind}: move it, or choose another --save_file"
+            refuse_if(not prompts.is_result(path), wrong)
         other = job.output.record and record.exists() and not read_record(record)
         refuse_if(other, f"{record} exists and is no record of a video: move it, or use --magcache_record off")
+        if not job.output.compare:
+            continue
         earlier = compared_files(record)
-        for file in comparison_paths(path) if job.output.compare else ():
+        for file in comparison_paths(path):
             other = file.exists() and file.name not in earlier
             refuse_if(other, f"{file} exists and is of no earlier --compare: move it, or choose another --save_file")
-    if replaced := [str(r.path) for r in requests if r.replaces and r.path.exists() and not is_empty(r.path)]:
+    if replaced:
         files = replaced[0] if len(replaced) == 1 else f"{len(replaced)} files, the first {replaced[0]},"
         print(f"note: {files} will be replaced")
 

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import write_checkpoint
+from interrupted import interrupted
 from PIL import Image
 
 import magcache
@@ -546,22 +546,8 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
     flags = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3000, "--prompt", PROMPT]
     flags += ["--magcache_calibration", "--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "film.mp4"]
     command = [sys.executable, "-u", REPO / "magcache_generate.py", *flags]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        # a shell's background jobs ignore Ctrl-C, and so would this one
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    seen = b""
-    while not re.search(rb" [1-9]\d*/3000", seen):  # in the progress bar
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+    code, err = interrupted(command, rb" [1-9]\d*/3000")  # in the progress bar
+    assert code == 130
     assert re.search(rb"stopped in prompt 1 of 1, after \d+ of 6000 calls; nothing is written", err)
     assert list(tmp_path.iterdir()) == []
 

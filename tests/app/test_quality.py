@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_data import write_checkpoint
+from interrupted import interrupted
 from PIL import Image
 from trial_tables import fewer, table_with
 
@@ -151,21 +151,9 @@ def test_what_was_tried_before_a_stop_is_kept(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--base_seed", 5)
     where = ("--calibration_dir", tmp_path / "tables", "--save_file", tmp_path / "films")
-    process = subprocess.Popen(
-        command("--magcache_calibration", "--magcache_trials", "2,3", *flags, *where),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    seen = b""
-    while b"trials of prompt 2 of 2" not in seen:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+    stopped = command("--magcache_calibration", "--magcache_trials", "2,3", *flags, *where)
+    code, err = interrupted(stopped, b"trials of prompt 2 of 2")
+    assert code == 130
     assert b"stopped in the trials of prompt 2 of 2; what was measured until then is written" in err
     (path,) = (tmp_path / "tables").glob("t2v-tiny_*.json")
     measured = magcache.read_trials(magcache.load_table(path))

@@ -54,6 +54,12 @@ def flags_of(kind: str, folder: Path) -> list:
     )
 
 
+def torchrun(**changed: str) -> dict[str, str]:
+    """The variables of its first process of two."""
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    return variables | changed
+
+
 def damaged(change: Callable[[Path], object], kind: str = "t2v", *flags) -> Callable[[Path], list]:
     """A checkpoint folder that the function changes."""
 
@@ -354,49 +360,49 @@ VALUES = [
         TINY,
         2,
         "WORLD_SIZE=abc is no whole number: start the processes with torchrun",
-        {"WORLD_SIZE": "abc", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+        torchrun(WORLD_SIZE="abc"),
     ),
     Case(
         "world empty",
         TINY,
         2,
         "WORLD_SIZE= is no whole number",
-        {"WORLD_SIZE": "", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+        torchrun(WORLD_SIZE=""),
     ),
     Case(
         "rank no number",
         TINY,
         2,
         "RANK=abc is no whole number",
-        {"WORLD_SIZE": "2", "RANK": "abc", "LOCAL_RANK": "abc", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+        torchrun(RANK="abc", LOCAL_RANK="abc"),
     ),
     Case(
         "rank negative",
         TINY,
         2,
         "RANK=-1 is no whole number",
-        {"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+        torchrun(RANK="-1"),
     ),
     Case(
         "port no number",
         TINY,
         2,
         "MASTER_PORT=http is no whole number",
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+        torchrun(MASTER_PORT="http"),
     ),
     Case(
         "rank beyond",
         TINY,
         2,
         "RANK=2 must be below WORLD_SIZE=2",
-        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"},
+        torchrun(RANK="2"),
     ),
     Case(
         "address of nobody",
         TINY,
         2,
         "MASTER_ADDR=nobody.invalid leads nowhere",
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nobody.invalid", "MASTER_PORT": "29511"},
+        torchrun(MASTER_ADDR="nobody.invalid"),
     ),
     Case(
         "no attention backend",

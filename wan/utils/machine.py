@@ -11,6 +11,8 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
+from magcache.app.errors import first_line
+
 
 def try_attention(name: str, device: torch.device | str) -> None:
     """Runs a tiny attention by this backend of diffusers. Raises ValueError, with the reason, if it does not run on the
@@ -24,8 +26,7 @@ def try_attention(name: str, device: torch.device | str) -> None:
             warnings.simplefilter("ignore")  # of slow ones
             dispatch_attention_fn(q, q, q)
     except Exception as fault:  # of packages that are missing, too old, made for other devices
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise ValueError(f"attention backend {name} does not run here: {reason}") from fault
+        raise ValueError(f"attention backend {name} does not run here: {first_line(fault)}") from fault
 
 
 def attention_backends(device: torch.device | str) -> list[str]:
@@ -53,7 +54,7 @@ def try_compiler(device: torch.device | str) -> None:
     try:
         torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as fault:  # no compiler, no triton, no Python headers
-        raise ValueError(f"torch.compile does not work here: {str(fault).strip().splitlines()[0]}") from fault
+        raise ValueError(f"torch.compile does not work here: {first_line(fault)}") from fault
 
 
 def keep_freed_memory() -> None:
