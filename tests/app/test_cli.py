@@ -515,6 +515,7 @@ def test_calibrate_then_use(tmp_path):
     assert "note: " not in cached.stdout
 
 
+@pytest.mark.slow
 def test_calibration_on_several_prompts(tmp_path):
     prompts = ["a red circle moves left on a black background", "a blue square moves up on a white background"]
     (tmp_path / "prompts.txt").write_text(f"{prompts[0]}\n\n  {prompts[1]}\n")
@@ -552,7 +553,10 @@ def test_an_aborted_calibration_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("speedup", "changed"), [(2, {}), (3.2, {"sample_shift": 3.0, "sample_solver": "dpm++"})])
+@pytest.mark.parametrize(
+    ("speedup", "changed"),
+    [(2, {}), pytest.param(3.2, {"sample_shift": 3.0, "sample_solver": "dpm++"}, marks=pytest.mark.slow)],
+)
 def test_a_speedup(speedup, changed, tmp_path):
     flags = [value for name, given in changed.items() for value in (f"--{name}", given)]
     fast = demo("--use_magcache", "--magcache_speedup", speedup, *flags, "--save_file", tmp_path / "fast.mp4")

@@ -174,6 +174,7 @@ def test_comparison_files(compared):
     assert scores["ssim"] == pytest.approx(sum(scores["ssim_by_frame"]) / 17)
 
 
+@pytest.mark.slow
 def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
     """The others go on, with the cache."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))

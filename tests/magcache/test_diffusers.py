@@ -423,6 +423,7 @@ def test_together(change, order, target, model, tmp_path):
     assert torch.equal(alone, plain) == (change in (group_offload, leaf_offload, compile_blocks))
 
 
+@pytest.mark.slow
 def test_context_parallel(model, tmp_path):
     """Two processes: forecasts are those of one, and a residual is refused, as its tokens are split in the blocks."""
     repo, here = Path(__file__).parents[2], Path(__file__).parent
