@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import tempfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -220,7 +221,11 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
 def check_writable(folder: Path) -> None:
     """The folder, or the first above it that exists, must take files."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
-    refuse_if(not existing.is_dir() or not os.access(existing, os.W_OK), f"cannot write to {folder}")
+    try:  # asking for permission is not enough: in /proc and on a full file system it is granted
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as fault:
+        raise Refused(f"cannot write to {folder}: {fault.strerror}") from fault
     check_names(folder / "x")
 
 

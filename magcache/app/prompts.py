@@ -47,11 +47,13 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     lines = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompt")
+    if holds("\n".join(line for _, line in lines), list):
+        raise ValueError(f"{path} is a JSON list: write its objects without the brackets, one on each line")
     is_json = Path(path).suffix.lower() == ".jsonl" or lines[0][1].startswith("{")
     wanted = []
     for number, line in lines:
         try:
-            if not is_json and line.startswith("{") and is_object(line):
+            if not is_json and holds(line, dict):
                 raise ValueError("this is JSON, and the first line is not: write all of them as JSON, or none")
             values = read_object(line) if is_json else {"prompt": line}
             seed = values.pop("seed", base_seed + len(wanted))
@@ -63,9 +65,10 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     return wanted
 
 
-def is_object(line: str) -> bool:
+def holds(text: str, kind: type) -> bool:
+    """Whether the text is JSON of that kind."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(text), kind)
     except (ValueError, RecursionError):
         return False
 

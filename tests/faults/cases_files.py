@@ -488,6 +488,7 @@ PIPES = [
     ),
     Case("result a pipe", pipe("p.mp4", *TINY, "--save_file", "p.mp4"), 2, "p.mp4 exists and is no regular file"),
     Case("record a pipe", pipe("p.json", *TINY, "--save_file", "p.mp4"), 2, "p.json exists and is no record"),
+    Case("result folder takes nothing", [*TINY, "--save_file", "/proc/a.mp4"], 2, "cannot write to /proc: "),
     Case("result folder a device", [*TINY, "--save_file", "/dev/null/a.mp4"], 2, "cannot write|does not exist"),
     Case(
         "calibration a pipe", pipe("p", *TINY, "--magcache_calibration", "--calibration_dir", "p"), 2, "cannot write to"

@@ -65,6 +65,8 @@ CASES = [
         for shift in ("1e-300", "1e-46", "1e30", "0", "-1", "inf", "nan")
     ),
     Case("shift 1e-300 with DPM++", [*ONE, "--sample_shift", "1e-300", "--sample_solver", "dpm++"], 2, "float32"),
+    Case("a JSON list", prompts('[{"prompt": "a dog"}]'), 2, "is a JSON list: write its objects without the brackets"),
+    Case("a JSON list on many lines", prompts('[\n  {\n    "prompt": "a dog"\n  }\n]\n'), 2, "is a JSON list"),
     Case("plain text, then JSON", prompts('a cat\n{"prompt": "a dog"}'), 2, "line 2: this is JSON, and the first line"),
     Case("JSON, then plain text", prompts('{"prompt": "a dog"}\na cat'), 2, "line 2: no JSON"),
     Case("a prompt file of empty lines", prompts("\n \n\n"), 2, "holds no prompt"),
