@@ -69,6 +69,7 @@ def test_token_ids(tmp_path, tokenizer_class):
 def test_tokens_are_cut_to_the_text(tmp_path):
     torch.save(read_tensors("pipelines/common/models_t5_umt5-xxl-enc-bf16.safetensors"), tmp_path / "t5.pth")
     encoder = T5EncoderModel(8, torch.float32, "cpu", tmp_path / "t5.pth", GOLDEN / "pipelines/common/tokenizer")
-    one, short, long = encoder(["", "dog", "dog " * 20], "cpu")
+    with pytest.warns(UserWarning, match=r"has 61 tokens, of which the model reads the first 8: dog dog .*\.\.\.$"):
+        one, short, long = encoder(["", "dog", "dog " * 20], "cpu")
     assert len(one) == 1  # </s> alone
     assert len(one) < len(short) < len(long) == 8
