@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,13 +78,16 @@ class Speaker:
 
 @contextmanager
 def speaking_safely() -> Iterator[None]:
-    """In this block standard output and error are a `Speaker` each; one that was closed goes nowhere."""
+    """In this block standard output and error are a `Speaker` each; one that was closed goes nowhere. Warnings are one
+    line, without their place in the code."""
+    before_warnings, warnings.formatwarning = warnings.formatwarning, lambda message, *place: f"warning: {message}\n"
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     for name, stream in before.items():
         setattr(sys, name, Speaker(stream or open(os.devnull, "w")))  # noqa: SIM115
     try:
         yield
     finally:
+        warnings.formatwarning = before_warnings
         for name, stream in before.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)

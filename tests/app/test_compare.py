@@ -112,7 +112,8 @@ def test_record(compared):
     assert found["peak_memory"]["bytes"] > 1e8
     assert f"seed {found['seed']}" in result.stdout
     assert len(result.stdout.split("now the same")[1].splitlines()) + 2 <= 10
-    assert len(result.stderr.splitlines()) == 4  # no terminal: first and last step of both runs
+    assert len(result.stderr.splitlines()) == 6  # no terminal: first and last step of both runs, after a warning each
+    assert result.stderr.count("warning: the text has 21 tokens, of which the model reads the first 16: ") == 2
 
 
 def test_a_record_has_all_of_a_schedule():
