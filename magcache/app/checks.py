@@ -221,7 +221,7 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
 def check_writable(folder: Path) -> None:
     """The folder, or the first above it that exists, must take files."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
-    try:  # asking for permission is not enough: in /proc and on a full file system it is granted
+    try:  # asking for permission is not enough: in /proc it is granted
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as fault:
