@@ -132,13 +132,13 @@ def free_paths(path: Path) -> Iterator[Path]:
 def result_path(job: Job, prompt: str, save_file: str | None) -> Path:
     """save_file, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
     path = checked_path(job, save_file) if save_file else Path(default_name(job, prompt))
+    check_writable(path.parent)
     check_result(job, path)
     return path
 
 
 def check_result(job: Job, path: Path) -> None:
-    """Refuses a result that cannot be written with all that goes beside it."""
-    check_writable(path.parent)
+    """Refuses a name that cannot be written, with all that goes beside it, into a folder that takes files."""
     beside = [".json"] if job.output.record else []
     beside += [f"_uncached{path.suffix}", "_compare.html"] if job.output.compare else []
     check_names(path, *beside)

@@ -95,12 +95,13 @@ class T5EncoderModel:
         """Encodes every text on `device`. Returns one [tokens of the text incl. </s>, dim] each. Warns of a text whose
         end the model does not read."""
         texts = [whitespace_clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        for text, tokens in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
-            if len(tokens) > self.text_len:
-                known = f"the text has {len(tokens)} tokens, of which the model reads the first {self.text_len}"
-                warnings.warn(f"{known}: {text[:60]}...", stacklevel=3)
         settings = {"padding": "max_length", "truncation": True, "max_length": self.text_len, "return_tensors": "pt"}
         batch = self.tokenizer(texts, **settings).to(device)
+        for text, encoding in zip(texts, batch.encodings, strict=True):
+            if encoding.overflowing:
+                count = len(self.tokenizer(text, verbose=False).input_ids)
+                known = f"the text has {count} tokens, of which the model reads the first {self.text_len}"
+                warnings.warn(f"{known}: {text[:60]}...", stacklevel=3)
         features = self.model(batch.input_ids, batch.attention_mask).last_hidden_state
         lengths = batch.attention_mask.sum(dim=1).tolist()
         return [u[:length] for u, length in zip(features, lengths, strict=True)]
