@@ -218,9 +218,14 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
     return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir, trials)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the first above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if os.path.exists(parent))
+
+
 def check_writable(folder: Path) -> None:
     """The folder, or the first above it that exists, must take files."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+    existing = nearest_existing(folder)
     try:  # asking for permission is not enough: in /proc it is granted
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -235,7 +240,7 @@ def check_names(path: Path, *endings: str) -> None:
     refuse_if("\0" in str(path), f"{str(path)!r} is no file name")
     if os.name != "posix":
         return
-    existing = next(parent for parent in (absolute, *absolute.parents) if os.path.exists(parent))
+    existing = nearest_existing(absolute)
     most, longest = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
     beside = [path.stem + ending for ending in endings]
     name = max((*absolute.parts, *beside), key=lambda name: len(os.fsencode(name)))
