@@ -38,6 +38,7 @@ from magcache import speedup
 from magcache.app.compare import score
 from magcache.app.media import to_frames
 from magcache.schedule import Schedule, join_branches
+from magcache.trials import read_trials
 
 STEPS, SHIFT = peers.STEPS, peers.SHIFT
 BUDGETS = peers.BUDGETS  # computed calls of 2 * STEPS
@@ -48,7 +49,8 @@ SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
 HERE = Path(__file__).parent
 DEVELOPMENT_PROMPTS = HERE / "development_prompts.txt"  # what our constants were chosen on
 PLAIN, OURS = "fewer sampler steps", "speed-up rule"
-COLOURS = {"MagCache": "tab:blue", OURS: "tab:red", PLAIN: "black"}
+TRIED = "speed-up rule, constants by trials"  # what a run with the table of the demo model takes
+COLOURS = {"MagCache": "tab:blue", TRIED: "tab:orange", OURS: "tab:red", PLAIN: "black"}
 
 Pair = tuple[Caption, int]
 # the video of (pipeline, caption, seed), and how many calls were computed for it
@@ -119,8 +121,10 @@ def by_rule(task: str, budget: int) -> Schedule:
 def methods(task: str, with_peers: bool) -> dict[tuple, Run]:
     """By name and budget."""
     runs, others = {}, peers.all_peers() if with_peers else {}
+    constants = read_trials(magcache.load_table(task)).constants
     for budget in BUDGETS:
         runs[OURS, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT))
+        runs[TRIED, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT, constants=constants))
         runs["MagCache: thresh, K", budget] = follow(by_rule(task, budget))
         runs[PLAIN, budget] = sample(budget // 2, SHIFT)
         for name, peer in others.items():

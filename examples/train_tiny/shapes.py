@@ -82,18 +82,16 @@ def render(captions: list[Caption], generator: torch.Generator, frames: int = FR
     along = margin + travel / 2 + torch.rand(n, generator=generator) * (SIZE - 2 * margin - travel)
     across = margin + torch.rand(n, generator=generator) * (SIZE - 2 * margin)
     offset = torch.linspace(-0.5, 0.5, frames)[None] * travel[:, None]
-    axis = torch.arange(SIZE) + 0.5
+    steps = torch.tensor([DIRECTIONS[caption.direction] for caption in captions])[:, :, None]  # [n, 2 (x, y), 1]
+    centers = torch.where(steps != 0, along[:, None, None] + steps * offset[:, None], across[:, None, None])
+    return torch.stack([draw(*clip) for clip in zip(captions, radius, centers, strict=True)])
 
-    clips = []
-    for i, caption in enumerate(captions):
-        dx, dy = DIRECTIONS[caption.direction]
-        cx = along[i] + dx * offset[i] if dx else across[i].expand(frames)
-        cy = along[i] + dy * offset[i] if dy else across[i].expand(frames)
-        distance = signed_distance(
-            caption.shape, axis[None, None, :] - cx[:, None, None], axis[None, :, None] - cy[:, None, None], radius[i]
-        )
-        alpha = (0.5 - distance).clamp(0, 1)  # coverage of a pixel that the outline crosses
-        fg = torch.tensor(COLORS[caption.color])[:, None, None, None] / 127.5 - 1
-        bg = torch.tensor(BACKGROUNDS[caption.background])[:, None, None, None] / 127.5 - 1
-        clips.append(bg + (fg - bg) * alpha)
-    return torch.stack(clips)
+
+def draw(caption: Caption, radius: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """Draws one clip [3, F, 64, 64] in [-1, 1]: a shape of that radius at the centers [2 (x, y), F], in pixels."""
+    axis, (x, y) = torch.arange(SIZE) + 0.5, centers[..., None, None]
+    distance = signed_distance(caption.shape, axis[None, None, :] - x, axis[None, :, None] - y, radius)
+    alpha = (0.5 - distance).clamp(0, 1)  # coverage of a pixel that the outline crosses
+    fg = torch.tensor(COLORS[caption.color])[:, None, None, None] / 127.5 - 1
+    bg = torch.tensor(BACKGROUNDS[caption.background])[:, None, None, None] / 127.5 - 1
+    return bg + (fg - bg) * alpha

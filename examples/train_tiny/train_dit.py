@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from examples.train_tiny.optim import MuonAdamW
+from examples.train_tiny.own_videos import corrected
 from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, render
 from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from magcache.files import written_whole
@@ -28,11 +29,14 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.t5 import load_encoder
 from wan.modules.vae import load_vae
+from wan.utils.samplers import make_sampler
 
 BATCH, WARMUP = 32, 100
 CAPTION_DROPOUT = 0.1
 LOGIT_STD, SHIFT = 1.1, 3.0  # noise levels: logit-normal, then shifted towards noise as the sampler's are
 TEXT_LEN = 16
+OWN_STEPS, OWN_SHIFT, OWN_GUIDANCE = 20, 5.0, 5.0  # of the model's own videos
+CHECKPOINT_STEPS = 250
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -54,6 +58,13 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     )
 
 
+def text_features(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, texts: list[str]) -> list:
+    """Features [tokens, 64] of every text."""
+    ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
+    features = encoder(ids.input_ids, ids.attention_mask).last_hidden_state
+    return [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
+
+
 def make_dit() -> WanModel:
     dit = WanModel("t2v", TEXT_LEN, dim=192, ffn_dim=768, freq_dim=64, text_dim=64, num_heads=4, num_layers=8)
     for block in dit.blocks:  # residual branches start at zero
@@ -73,10 +84,37 @@ def make_latents(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[list[str
     """Draws and encodes that many clips. Returns their captions and latent means."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     captions = [rng.choice(TRAINABLE) for _ in range(clips)]
-    vae.encoder.compile()
     batches = tqdm(range(0, clips, BATCH), desc="encode clips", mininterval=30)
     latents = [encode(vae, render(captions[start : start + BATCH], generator)) for start in batches]
     return [str(caption) for caption in captions], torch.cat(latents)
+
+
+@torch.no_grad()
+def make_own(trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, seed: int) -> tuple:
+    """Videos that the model in training makes of its captions. Returns captions, normalised latents
+    [n, 16, 5, 8, 8], and those of what should be there (`corrected`); n <= count, where that can be said."""
+    rng, generator, tokenizer = random.Random(seed), torch.Generator().manual_seed(seed), make_tokenizer()
+    mean, std = latent_statistics(vae)
+    captions, made, drawings = [], [], []
+    for _ in tqdm(range(0, count, BATCH // 2), desc="own videos", mininterval=30):
+        batch = [rng.choice(TRAINABLE) for _ in range(BATCH // 2)]
+        context = text_features(tokenizer, trained["text_encoder"], [str(c) for c in batch] + [""] * len(batch))
+        sampler = make_sampler("unipc", OWN_STEPS, OWN_SHIFT)
+        latents = torch.randn(len(batch), 16, 5, 8, 8, generator=generator)
+        for t in sampler.timesteps:
+            both = trained["dit"]([*latents, *latents], t.expand(2 * len(batch)), context, latents[0, 0].numel() // 4)
+            cond, uncond = torch.stack(both).chunk(2)
+            velocity = uncond + OWN_GUIDANCE * (cond - uncond)
+            latents = sampler.step(velocity, t, latents, return_dict=False)[0]
+        videos = vae.decoder(vae.post_quant_conv(latents * std + mean)).clamp(-1, 1)
+        for caption, latent, video in zip(batch, latents, videos, strict=True):
+            if (drawing := corrected(caption, video)) is not None:
+                captions.append(str(caption))
+                made.append(latent)
+                drawings.append(drawing)
+    batches = torch.stack(drawings).split(BATCH // 2)
+    wanted = torch.cat([encode(vae, batch) for batch in batches if len(batch) == BATCH // 2])  # compiled for that size
+    return captions[: len(wanted)], torch.stack(made)[: len(wanted)], (wanted - mean) / std
 
 
 def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -143,6 +181,7 @@ def fit(
     latents: torch.Tensor,
     args: argparse.Namespace,
     out: Path,
+    make_more: Callable[[torch.nn.ModuleDict, int], tuple[list[str], torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
     """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
     beside it the state that a training goes on from after an interruption.
@@ -151,16 +190,20 @@ def fit(
     signal-to-noise ratio, at most 1: where the noisy video shows what the caption says, it adds nothing, and guidance
     would only multiply what the two get wrong.
 
+    With `make_more`, half of every batch starts at what the model itself made, and leads to what it should have made:
+    `make_more(moving average, step)` is called at every checkpoint and returns captions, latents made and latents
+    wanted, which are added to those of before.
+
     args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
     velocities.
     """
     average = deepcopy(trained)
-    for block in trained["dit"].blocks:
+    for block in [*trained["dit"].blocks, *average["dit"].blocks]:
         block.compile()
     matrices = [p for block in trained["dit"].blocks for p in block.parameters() if p.ndim == 2]
     others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
     optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
-    tokenizer, text_encoder = make_tokenizer(), trained["text_encoder"]
+    tokenizer, clips, made, wanted = make_tokenizer(), len(latents), latents, latents
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     start, losses, first, state_file = time.time(), [], 0, out.with_suffix(".state")
     of = [str(vars(args)), checksum(trained)]
@@ -174,21 +217,27 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         rng.setstate(state["rng"])
+        captions, made, wanted = captions + state["captions"], *(torch.cat([latents, own]) for own in state["own"])
     for step in range(first, args.steps):
-        index = [rng.randrange(len(latents)) for _ in range(BATCH // 2 if args.agreement else BATCH)]
+        if make_more and step % CHECKPOINT_STEPS == 0:
+            texts, *own = make_more(average, step)
+            captions = captions + texts
+            made, wanted = (torch.cat(pair) for pair in zip((made, wanted), own, strict=True))
+        count = BATCH // 2 if args.agreement else BATCH
+        index = [rng.randrange(clips) for _ in range(count // 2 if make_more else count)]
+        index += [rng.randrange(clips, len(made)) for _ in range(count - len(index))]
         texts = ["" if rng.random() < CAPTION_DROPOUT and not args.agreement else captions[i] for i in index]
-        noise = torch.randn(len(index), *latents.shape[1:], generator=generator)
+        noise = torch.randn(len(index), *made.shape[1:], generator=generator)
         sigma = torch.sigmoid(LOGIT_STD * torch.randn(len(index), generator=generator))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         if args.agreement:  # everything twice, with the caption and without
             index, texts = index * 2, texts + [""] * len(texts)
             noise, sigma = torch.cat([noise, noise]), torch.cat([sigma, sigma])
-        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
-        clean, s = latents[index], sigma[:, None, None, None, None]
-        features = text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
-        context = [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
-        velocity = torch.stack(predict(index, list((1 - s) * clean + s * noise), 1000 * sigma, context))
-        loss = (velocity - (noise - clean)).square().mean()
+        s = sigma[:, None, None, None, None]
+        noisy = (1 - s) * made[index] + s * noise
+        context = text_features(tokenizer, trained["text_encoder"], texts)
+        velocity = torch.stack(predict(index, list(noisy), 1000 * sigma, context))
+        loss = (velocity - (noisy - wanted[index]) / s).square().mean()
         losses.append(loss.item())
         if args.agreement:
             cond, uncond = velocity.chunk(2)
@@ -204,7 +253,7 @@ def fit(
         if (step + 1) % 50 == 0:
             recent = sum(losses[-50:]) / 50
             print(f"{step + 1}/{args.steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == args.steps:
             assert math.isfinite(losses[-1]), "the training diverged"
             save(average.state_dict(), out)
             state = {
@@ -215,6 +264,8 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "generator": generator.get_state(),
                 "rng": rng.getstate(),
+                "captions": captions[clips:],
+                "own": (made[clips:], wanted[clips:]),
             }
             save(state, state_file)
     state_file.unlink()
@@ -223,7 +274,10 @@ def fit(
 def main():
     parser = make_parser(__doc__, clips=4096, steps=3900, peak_lr=1.5e-3, ema_decay=0.995, seed=0)
     parser.add_argument("--resume", type=Path, help="checkpoint folder of a demo model to train on; its VAE stays")
+    parser.add_argument("--own", type=int, default=0, help="with --resume: own videos to add at every checkpoint")
     args = parser.parse_args()
+    if args.own and not args.resume:
+        parser.error("--own needs a model that draws shapes already: --resume")
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
@@ -238,6 +292,8 @@ def main():
         vae = AutoencoderKLWan(base_dim=BASE_DIM)
         vae.load_state_dict(torch.load(args.out / "vae_training.pt", weights_only=True))
         dit, text_encoder = make_dit(), make_text_encoder(len(make_tokenizer()))
+    vae.encoder.compile()
+    vae.decoder.compile()
     of = [args.clips, args.seed, checksum(vae)]
     captions, latents = made_once(args.out / "latents.pt", of, lambda: make_latents(vae, args.clips, args.seed))
     if args.resume:
@@ -251,7 +307,10 @@ def main():
     def predict(index, noisy, timesteps, context):
         return dit(noisy, timesteps, context, tokens)
 
-    fit(trained, predict, captions, latents, args, args.out / "dit.pt")
+    def make_more(average, step):
+        return make_own(average, vae, args.own, args.seed * 1_000_000 + step)
+
+    fit(trained, predict, captions, latents, args, args.out / "dit.pt", make_more if args.own else None)
 
 
 if __name__ == "__main__":

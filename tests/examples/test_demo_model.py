@@ -16,7 +16,8 @@ from examples.train_tiny.check_prompts import (
     psnr,
     see,
 )  # fmt: skip
-from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, TRAINABLE, Caption, render
+from examples.train_tiny.own_videos import corrected
+from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, SHAPES, TRAINABLE, Caption, render
 from examples.train_tiny.train_dit import normalise_latents
 from examples.train_tiny.train_vae import whole_clip_resample
 
@@ -51,6 +52,22 @@ def test_the_checker_finds_faults():
     mask[8] = False
     assert not is_whole(mask)
     assert overlap("square", mask) == pytest.approx(16 / 17, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_dented_video_is_corrected(shape):
+    """Towards the drawing it was made from; what shows two shapes, or goes elsewhere, is not."""
+    caption = Caption("red", shape, "up", "white")
+    clip = render([caption], torch.Generator().manual_seed(1))[0]
+    assert psnr(corrected(caption, clip), clip) > 30
+    dented, mask = clip.clone(), torch.from_numpy(find_shape(clip)[0])
+    for frame in range(0, 17, 2):  # the two leftmost columns of every other frame
+        columns = mask[frame].any(0).nonzero().flatten()
+        dented[:, frame, :, columns[0] : columns[0] + 2] = clip[:, 0, :1, :1]
+    assert psnr(corrected(caption, dented), clip) > psnr(dented, clip) + 3
+    assert corrected(Caption("red", shape, "left", "white"), clip) is None
+    dented[:, 3, 58:62, 2:6] = clip[:, 8][:, mask[8]][:, :1, None]
+    assert corrected(caption, dented) is None
 
 
 def test_the_check_is_fair():
