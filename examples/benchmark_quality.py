@@ -66,8 +66,8 @@ class Result:
 
 
 def unseen_pairs(count: int) -> list[Pair]:
-    """Random captions, none of which was calibrated, checked or tuned on, with seeds of their own."""
-    # the second half of the check came later; it shares no caption with the first 24 of these
+    """Random captions, none of which was calibrated or tuned on, with seeds of their own. 24 of them, as in the
+    tables, were not checked either; the second half of the check came later, and 48 share one with it."""
     seen = {str(caption) for caption, _ in [*check_pairs()[:24], *peers.own_pairs(6, 9000), *peers.own_pairs(6, 9100)]}
     for file in (HERE / "train_tiny" / "calibration_prompts.txt", DEVELOPMENT_PROMPTS):
         seen |= set(file.read_text(encoding="utf-8").splitlines())

@@ -3,7 +3,7 @@
 python -m examples.peers [--task i2v-tiny] [--only NAME ...]  PSNR and computed calls at the settings in SETTINGS
 python -m examples.peers --tune [--budgets 26 20]             looks for such settings, minutes per peer
 python -m examples.peers --tune --refit                       the same, but only for new thresholds
-python -m examples.peers --fit                                fits the polynomial of the TeaCache rule
+python -m examples.peers --fit --pairs 4                      fits the polynomial of the TeaCache rule
 
 Without a cache: fewer sampler steps. Written here after their papers: the TeaCache rule (arXiv 2411.19108), the
 EasyCache rule (arXiv 2507.02860). Somebody else's code on the same weights, in diffusers' `WanTransformer3DModel`:
@@ -641,7 +641,7 @@ SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
 
 
 def own_pairs(count: int, seed: int) -> list[tuple[Caption, int]]:
-    """(caption, seed) pairs with seeds from `seed` on, 9000 or more, that nothing else uses."""
+    """(caption, seed) pairs with seeds from `seed` on, 9000 or more."""
     captions = random.Random(seed).sample(CAPTIONS, count)
     return [(caption, seed + i) for i, caption in enumerate(captions)]
 

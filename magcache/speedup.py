@@ -90,7 +90,8 @@ def forecast_weights(
             weights.append((1.0,))
         else:
             (a, b), j = (snr[i] for i in last), snr[step]
-            slope = math.exp(-decay * (j - b) ** 2) * (j - a) / (a - b)
+            # b may be pure noise, infinitely far away
+            slope = 0.0 if math.isinf(b) else math.exp(-decay * (j - b) ** 2) * (j - a) / (a - b)
             weights.append((1 + slope, -slope))
     return tuple(weights)
 

@@ -98,18 +98,26 @@ def find_shape(video: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Ten
     return mask.numpy(), pixels[:, mask].median(dim=1).values, background
 
 
+def centers(mask: np.ndarray) -> torch.Tensor:
+    """Of the masks [F, 64, 64], in pixels, [2 (x, y), F]; 0 where there is nothing."""
+    axis, frames = torch.arange(SIZE) + 0.5, torch.from_numpy(mask).float()
+    return torch.stack([frames.sum(1) @ axis, frames.sum(2) @ axis]) / frames.sum((1, 2)).clamp(min=1)
+
+
+def direction(path: torch.Tensor) -> str:
+    """Of centers [2 (x, y), F]; "none" for less than 5 pixels."""
+    moved = path[:, -3:].mean(1) - path[:, :3].mean(1)
+    nearest_one = max(DIRECTIONS, key=lambda name: (torch.tensor(DIRECTIONS[name]).float() @ moved).item())
+    return nearest_one if moved.abs().max() >= 5 else "none"
+
+
 def see(video: torch.Tensor) -> Caption:
-    """Reads a caption off a video [3, F, 64, 64] in [-1, 1]; a direction of "none" means less than 5 pixels."""
+    """Reads a caption off a video [3, F, 64, 64] in [-1, 1]."""
     mask, color, background = find_shape(video)
-    axis, weights = torch.arange(SIZE).float(), torch.from_numpy(mask).float()
-    x = (weights.sum(1) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
-    y = (weights.sum(2) * axis).sum(1) / weights.sum((1, 2)).clamp(min=1)
-    moved = torch.stack([x[-3:].mean() - x[:3].mean(), y[-3:].mean() - y[:3].mean()])
-    direction = max(DIRECTIONS, key=lambda name: (torch.tensor(DIRECTIONS[name]).float() @ moved).item())
     return Caption(
         nearest(color, COLORS),
         max(SHAPES, key=lambda shape: overlap(shape, mask[::4])),
-        direction if moved.abs().max() >= 5 else "none",
+        direction(centers(mask)),
         nearest(background, BACKGROUNDS),
     )
 

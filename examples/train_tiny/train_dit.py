@@ -91,11 +91,11 @@ def make_latents(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[list[str
 
 @torch.no_grad()
 def make_own(trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, seed: int) -> tuple:
-    """Videos that the model in training makes of its captions. Returns captions, normalised latents
-    [n, 16, 5, 8, 8], and those of what should be there (`corrected`); n <= count, where that can be said."""
+    """Videos that the model in training makes of its captions, count of them rounded up to whole batches. Returns, of
+    those that can be corrected, captions, normalised latents [n, 16, 5, 8, 8], and those of the `corrected` video."""
     rng, generator, tokenizer = random.Random(seed), torch.Generator().manual_seed(seed), make_tokenizer()
     mean, std = latent_statistics(vae)
-    captions, made, drawings = [], [], []
+    captions, made, wanted = [], [], []
     for _ in tqdm(range(0, count, BATCH // 2), desc="own videos", mininterval=30):
         batch = [rng.choice(TRAINABLE) for _ in range(BATCH // 2)]
         context = text_features(tokenizer, trained["text_encoder"], [str(c) for c in batch] + [""] * len(batch))
@@ -107,14 +107,14 @@ def make_own(trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, se
             velocity = uncond + OWN_GUIDANCE * (cond - uncond)
             latents = sampler.step(velocity, t, latents, return_dict=False)[0]
         videos = vae.decoder(vae.post_quant_conv(latents * std + mean)).clamp(-1, 1)
-        for caption, latent, video in zip(batch, latents, videos, strict=True):
-            if (drawing := corrected(caption, video)) is not None:
-                captions.append(str(caption))
-                made.append(latent)
-                drawings.append(drawing)
-    batches = torch.stack(drawings).split(BATCH // 2)
-    wanted = torch.cat([encode(vae, batch) for batch in batches if len(batch) == BATCH // 2])  # compiled for that size
-    return captions[: len(wanted)], torch.stack(made)[: len(wanted)], (wanted - mean) / std
+        drawings = [corrected(caption, video) for caption, video in zip(batch, videos, strict=True)]
+        kept = [i for i, drawing in enumerate(drawings) if drawing is not None]
+        captions += [str(batch[i]) for i in kept]
+        made.append(latents[kept])
+        for i in kept:
+            videos[i] = drawings[i]
+        wanted.append((encode(vae, videos)[kept] - mean) / std)  # of all, as the encoder is compiled for that many
+    return captions, torch.cat(made), torch.cat(wanted)
 
 
 def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -265,7 +265,7 @@ def fit(
                 "generator": generator.get_state(),
                 "rng": rng.getstate(),
                 "captions": captions[clips:],
-                "own": (made[clips:], wanted[clips:]),
+                "own": (made[clips:].clone(), wanted[clips:].clone()),  # views would be saved with all they are of
             }
             save(state, state_file)
     state_file.unlink()

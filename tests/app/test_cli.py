@@ -244,6 +244,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "must be above 1 and at most 50, got 51"),
     (("--ckpt_dir", "{ok}", *TRIALS, "3,3.05"), "compute the same number of 50 steps: [16, 16]"),
     (("--ckpt_dir", "{ok}", *TRIALS, "1.2,1.3,1.4,1.5,1.6,2"), "uncached runs a prompt, more than 2.5: leave out"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "1.5,1.75,2,2.5,3,4"), "would cost 2.87 uncached runs"),  # 2.2, and the constants
     (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "--prompt_file: cannot read none.txt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/empty.json"), "holds no prompt"),
     (("--ckpt_dir", "{ok}", *PROMPTS, "{tables}/flat.json", "--prompt", "a"), "exclude each other"),

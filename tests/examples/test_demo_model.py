@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 
+from examples.train_tiny import train_dit
 from examples.train_tiny.check_prompts import (
     check_pairs,
     find_shape,
@@ -18,7 +19,6 @@ from examples.train_tiny.check_prompts import (
 )  # fmt: skip
 from examples.train_tiny.own_videos import corrected
 from examples.train_tiny.shapes import DIRECTIONS, HELD_OUT, SHAPES, TRAINABLE, Caption, render
-from examples.train_tiny.train_dit import normalise_latents
 from examples.train_tiny.train_vae import whole_clip_resample
 
 
@@ -70,6 +70,21 @@ def test_a_dented_video_is_corrected(shape):
     assert corrected(caption, dented) is None
 
 
+@pytest.mark.slow
+def test_own_videos_are_where_the_model_put_them(monkeypatch):
+    pipeline = load_demo("t2v-tiny")
+    trained = torch.nn.ModuleDict({"text_encoder": pipeline.text_encoder.model, "dit": pipeline.model})
+    monkeypatch.setattr(train_dit, "BATCH", 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(WanResample, "forward", whole_clip_resample)
+        captions, made, wanted = train_dit.make_own(trained, pipeline.vae.model, 4, seed=3)
+    assert len(captions) == len(made) == len(wanted) > 2
+    for caption, before, after in zip(captions, *map(pipeline.vae.decode, (made, wanted)), strict=True):
+        assert str(see(after)) == caption
+        assert overlap(see(after).shape, find_shape(after)[0]) > 0.94
+        assert psnr(after, before) > 18
+
+
 def test_the_check_is_fair():
     captions = [caption for caption, _ in check_pairs()]
     assert len(set(captions)) == 48
@@ -107,7 +122,7 @@ def test_normalised_latents_decode_to_the_same_video():
     clips = torch.rand(3, 3, 5, 16, 16) * 2 - 1
     raw = vae.encode(clips).latent_dist.mean
     video = vae.decode(raw, return_dict=False)[0]
-    normalised = normalise_latents(vae, raw)
+    normalised = train_dit.normalise_latents(vae, raw)
     assert normalised.mean((0, 2, 3, 4)).abs().max() < 1e-4
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     stored = vae.encode(clips).latent_dist.mean

@@ -76,6 +76,12 @@ def test_a_straight_line_along_log_snr_is_met_without_decay(steps, shift, data):
             assert sum(w * v for w, v in zip(weights, last, strict=False)) == pytest.approx(line[step], rel=1e-6)
 
 
+def test_there_is_no_slope_from_pure_noise():
+    """Where DPM++ starts; without decay, too, which would be 0 times infinity."""
+    schedule = magcache.plan_steps({0, 3}, 10, solver="dpm++", decay=0.0)
+    assert schedule.weights[2 * 5] == (1.0, 0.0)
+
+
 def test_the_slope_decays_with_the_way():
     sigmas = magcache.noise_levels(20, 5.0)
     weights = forecast_weights({0, 4, 7}, sigmas)
