@@ -118,10 +118,11 @@ def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None
     raise UnknownTableError(f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}")
 
 
-def save_table(path: str | os.PathLike, table: dict) -> None:
-    """Writes a table as JSON, whole or not at all. Raises FileExistsError rather than replace a file."""
+def save_table(path: str | os.PathLike, table: dict, replace: bool = False) -> None:
+    """Writes a table as JSON, whole or not at all. Raises FileExistsError rather than replace a file, but for
+    `replace`."""
     path = Path(path)
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(f"{path} exists; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:

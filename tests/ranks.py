@@ -126,9 +126,11 @@ def fail_within_a_block(model, run) -> None:
 
 
 def who_agrees(group) -> list:
-    """What `agreed` says if all are well, if all fail alike, each in its own words, and if one fails alone."""
+    """What `agreed` says if all are well, if all fail alike, each in its own words, and if one fails alone: the first,
+    which decodes, or another."""
     answers, rank = [], dist.get_rank(group)
-    for fault in (None, MemoryError(f"GPU {rank} is full"), ValueError("alone") if rank else None):
+    alone = ("ValueError", "alone")
+    for fault in (None, ("MemoryError", f"GPU {rank} is full"), None if rank else alone, alone if rank else None):
         try:
             answers.append(agreed(fault, group))
         except RuntimeError as error:

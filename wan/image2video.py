@@ -24,12 +24,14 @@ class ImagePipeline(WanPipeline):
 
     def encode_images(self, images: list[torch.Tensor], offload_model: bool) -> torch.Tensor:
         """Images [3, H, W] in [-1, 1] -> features [len(images), tokens, width] on the device."""
-        self.clip.model.to(self.device)
-        features = self.clip.visual([image[:, None] for image in images])
-        if not self.keeps_encoders:
-            self.clip = None
-        elif offload_model:
-            self.clip.model.cpu()
+        try:
+            self.clip.model.to(self.device)
+            features = self.clip.visual([image[:, None] for image in images])
+        finally:  # after a failure, too: another video may come
+            if not self.keeps_encoders:
+                self.clip = None
+            elif offload_model:
+                self.clip.model.cpu()
         return features
 
     def condition(self, images: list[torch.Tensor], shape: tuple[int, int, int, int], frame_num: int) -> torch.Tensor:

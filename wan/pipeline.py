@@ -119,13 +119,15 @@ class WanPipeline:
         texts = [prompt, n_prompt or self.sample_neg_prompt]
         device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
         stays = self.t5_fsdp or self.offload_blocks  # where it is
-        if not stays:
-            self.text_encoder.model.to(device)
-        features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
-        if not self.keeps_encoders:
-            self.text_encoder = None
-        elif offload_model and not stays:
-            self.text_encoder.model.cpu()
+        try:
+            if not stays:
+                self.text_encoder.model.to(device)
+            features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
+        finally:  # after a failure, too: another video may come
+            if not self.keeps_encoders:
+                self.text_encoder = None
+            elif offload_model and not stays:
+                self.text_encoder.model.cpu()
         return features[0], features[1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
@@ -175,18 +177,20 @@ class WanPipeline:
         sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
         cond, uncond = ({"context": context} | given for context in contexts)
         stays = self.dit_fsdp or self.offload_blocks  # where it is
-        if not stays:
-            self.model.to(self.device)
-        with self.inference():
-            for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
-                velocity_cond = self.model([latent], t=t[None], **cond)[0]
-                velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
-                velocity = velocity_uncond + how.guide_scale * (velocity_cond - velocity_uncond)
-                latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-        if how.offload_model and not stays:
-            self.model.cpu()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            if not stays:
+                self.model.to(self.device)
+            with self.inference():
+                for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
+                    velocity_cond = self.model([latent], t=t[None], **cond)[0]
+                    velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
+                    velocity = velocity_uncond + how.guide_scale * (velocity_cond - velocity_uncond)
+                    latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
+        finally:  # after a failure, too: another video may come
+            if how.offload_model and not stays:
+                self.model.cpu()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:

@@ -96,11 +96,19 @@ def make_machine(args: Namespace) -> Machine:
         refuse_if(bool(getattr(args, flag)) and args.dit_fsdp, f"--{flag} and --dit_fsdp exclude each other")
     least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
     refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
-    if args.magcache_plan:
-        return Machine(args.ckpt_dir or args.task, True, **spread)
-    with refusing(ValueError):
-        world = Processes.from_environment().world
     size = args.ulysses_size * args.ring_size
+    if args.magcache_plan:
+        sharded = args.dit_fsdp or args.t5_fsdp
+        if sharded and size == 1:
+            print("note: the weights are sharded over all processes, whose number is not known here; 2 are taken")
+        world = max(size, 2 if sharded else 1)
+    else:
+        with refusing(ValueError):
+            world = Processes.from_environment().world
+    offload = world == 1 if args.offload_model is None else args.offload_model
+    machine = Machine(args.ckpt_dir or args.task, offload, **spread, world=world)
+    if args.magcache_plan:
+        return machine
     ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
     if world == 1:
         for flag in ("t5_fsdp", "dit_fsdp"):
@@ -112,7 +120,7 @@ def make_machine(args: Namespace) -> Machine:
     if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
         print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
     refuse_if(not args.ckpt_dir, "--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
-    return Machine(args.ckpt_dir, world == 1 if args.offload_model is None else args.offload_model, **spread)
+    return machine
 
 
 def make_sampling(args: Namespace) -> Sampling:

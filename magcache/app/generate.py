@@ -27,7 +27,7 @@ from magcache.app.media import to_frames
 from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
 from magcache.app.record import make_record, record_path, save_record
-from magcache.app.results import compare_results, save_calibration, save_result
+from magcache.app.results import CalibrationFile, compare_results, save_result
 from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
 from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, placement, sharing_group
@@ -48,6 +48,8 @@ def make_all(
             with timed(seconds, "extend"):
                 if expander:
                     requests = [replace(r, prompt=extend_prompt(job, r, expander, inputs)) for r in requests]
+                    if hasattr(expander, "free"):  # of a language model on this machine; Wan2.1's own cannot
+                        expander.free()
                 requests = gathered(requests, everyone)[0]  # the others wait as long as it takes
         requests = prompts.share(requests, group.index, group.count)
         failures = []
@@ -94,7 +96,8 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
     except Exception as raised:
         if not goes_on:
             raise
-        fault = raised
+        # not the exception, whose traceback holds all that the failed video has on the GPU
+        fault = type(raised).__name__, first_line(raised)
     return result, agreed(fault, group) if goes_on else None
 
 
@@ -135,7 +138,9 @@ class Making:
         self.inputs = inputs
         self.runs, self.watches, self.failures = [], [], []
         self.watch, self.saved = None, 0  # the latest one; how many videos
-        self.trials = None
+        self.trials = self.table = None
+        if job.calibrates:
+            self.table = CalibrationFile(job)
 
     def make(self, requests: list[Request]) -> None:
         """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
@@ -151,6 +156,8 @@ class Making:
                     print(f"video     {video}, seed {request.seed}: {request.prompt}", flush=True)
                 self.watch = None
                 self.make_one(request)
+                if self.runs and self.speaks and number < len(requests):
+                    self.save_table(requests)  # nothing that comes later can take it away
         except BaseException as fault:
             reached = self.reached(number, len(requests))
             if self.calibration and self.speaks and (len(self.runs) < len(requests) or self.trials):
@@ -160,8 +167,13 @@ class Making:
             raise
         finally:
             if self.runs and self.speaks:
-                done = requests[: len(self.runs)]
-                save_calibration(self.job, self.runs, done, self.trials and self.trials.entry(done))
+                self.save_table(requests)
+                self.table.finish()
+
+    def save_table(self, requests: list[Request]) -> None:
+        """The calibration of those that were measured."""
+        done = requests[: len(self.runs)]
+        self.table.write(self.runs, done, self.trials and self.trials.entry(done))
 
     def reached(self, number: int, count: int) -> str:
         """How far the number-th of so many requests came, and what there is of all of them."""

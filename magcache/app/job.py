@@ -81,11 +81,17 @@ class Machine:
     compile: bool = False
     attn_backend: str | None = None
     vae_tiling: bool = False
+    world: int = 1  # processes in all
 
     @property
     def shards(self) -> int:
         """Processes that share the tokens of a video."""
         return self.ulysses_size * self.ring_size
+
+    @property
+    def group_size(self) -> int:
+        """Processes that make a video together; without tokens to share, all share the weights, if any do."""
+        return self.world if self.shards == 1 and (self.dit_fsdp or self.t5_fsdp) else self.shards
 
 
 @dataclass(frozen=True)

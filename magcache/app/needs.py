@@ -92,9 +92,12 @@ def needs_of(job: Job, shape: Shape, tokens: int, pixels: tuple[int, int, int], 
     """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights."""
     machine, shards = job.machine, job.machine.shards
     dtype = machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp else "float32")
-    all_weights = weights = weight_bytes(shape, dtype) / (shards if machine.dit_fsdp else 1)
+    all_weights = weights = weight_bytes(shape, dtype)
+    large, small = block_parameters(shape)
+    if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
+        sharded = large * BYTES[dtype] * (shape.num_layers + shape.vace_blocks)
+        weights -= sharded * (1 - 1 / machine.group_size) - 2 * large * (BYTES["bfloat16"] if cuda else BYTES[dtype])
     if machine.offload_blocks:  # with one block at a time the next is copied meanwhile
-        large, small = block_parameters(shape)
         block = large * BYTES[dtype] + 4 * small
         at_once = max(2, machine.offload_blocks)
         weights -= block * max(0, shape.num_layers + shape.vace_blocks - at_once)
@@ -103,10 +106,13 @@ def needs_of(job: Job, shape: Shape, tokens: int, pixels: tuple[int, int, int], 
     if job.cache and not job.cache.offload:
         cached = plan.cached_bytes(job.schedule, shape, tokens, job.cache.dtype)
         cached /= shards if job.schedule.target == "residual" else 1
-    text = 0.0 if machine.t5_cpu or machine.offload_blocks else 2 * TEXT_ENCODER
+    text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
+    if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
+        text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling)
-    stays = 0.0 if machine.offload_model else weights
-    kept = text if job.prompt_file and not machine.offload_model else 0.0
+    stays = weights if machine.dit_fsdp or not machine.offload_model else 0.0
+    again = job.prompt_file or job.output.compare  # else the text encoder is freed
+    kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
     card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
     return Needs(dtype, weights, activations, cached, text, vae, card, all_weights)
 

@@ -39,9 +39,17 @@ class Processes:
                 raise ValueError(f"{wrong}: start the processes with torchrun")
         return cls(*(int(os.environ[name]) for name in names[:3]))
 
+    def check_gpus(self) -> None:
+        """Raises ValueError if this machine has GPUs but fewer than processes."""
+        import torch
+
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
+        if torch.cuda.is_available() and here > gpus:
+            raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
+
     def connect(self) -> None:
         """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process. Raises
-        ValueError if this machine has GPUs but fewer than processes."""
+        ValueError if they cannot find each other."""
         if self.world == 1:
             return
         import torch
@@ -50,9 +58,6 @@ class Processes:
             wrong = f"RANK={self.rank} must be below WORLD_SIZE={self.world}"
             raise ValueError(f"{wrong}: start the processes with torchrun")
         if torch.cuda.is_available():
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
-            if here > gpus:
-                raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
             torch.cuda.set_device(self.local_rank)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -109,14 +114,16 @@ def gathered(value, group) -> list:
     return values
 
 
-def agreed(fault: Exception | None, group) -> str | None:
-    """In a line what went wrong with a video, None if nothing did. Raises RuntimeError if its processes disagree on the
-    kind: then they are no longer at the same point, and could not go on together."""
-    line = fault and f"{type(fault).__name__}: {first_line(fault)}"
-    everyone = gathered((type(fault).__name__, line), group)
-    if len({kind for kind, _ in everyone}) > 1:
-        raise RuntimeError(f"not all processes of a group made the video: {[line for _, line in everyone]}")
-    return line
+def agreed(fault: tuple[str, str] | None, group) -> str | None:
+    """In a line what went wrong with a video, in the words of its first process; None if nothing did. fault: kind, and
+    line. Raises RuntimeError if the processes disagree on the kind: then they are no longer at the same point, and
+    could not go on together. The first may fail alone, where the others are done, since it decodes."""
+    everyone = gathered(fault, group)
+    kinds = [theirs and theirs[0] for theirs in everyone]
+    if len(set(kinds)) > 1 and any(kinds[1:]):
+        lines = [theirs and ": ".join(theirs) for theirs in everyone]
+        raise RuntimeError(f"not all processes of a group made the video: {lines}")
+    return everyone[0] and ": ".join(everyone[0])
 
 
 @contextmanager

@@ -170,6 +170,7 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):
             stack.callback(encoder.register_forward_hook(watch.after_text).remove)
+        del encoder  # the pipeline frees it when it is done
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
             timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae.decode)}
             stack.enter_context(shadowed(vae, timed))

@@ -48,6 +48,9 @@ def make_requests(job: Job) -> list[Request]:
         what = "result" if first.suffix == second.suffix else "record beside the result"
         numbers = f"{clash[0] + 1} and {clash[1] + 1}"
         raise Refused(f"prompts {numbers} of {job.prompt_file} have the same {what} {second}")
+    beside = {file for path in paths for file in comparison_paths(path)} if job.output.compare else set()
+    for path in beside.intersection(paths):
+        raise Refused(f"the result {path} of {job.prompt_file} has the name of another one's comparison")
     own = "image" in job.sampling.input_flags
     made = zip(job.lines, paths, strict=True)
     return [
@@ -66,6 +69,8 @@ def decisive_settings(job: Job) -> dict:
     }
     flags = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
     settings |= {flag: job.flags[flag] for flag in ("magcache_dtype", *flags)}
+    fitting = ("dit_dtype", "attn_backend", "vae_tiling", "compile")
+    settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
     inputs = [flag for flags in INPUTS.values() for flag in flags if flag != "image"]
     return settings | {"inputs": [getattr(job.inputs, flag) for flag in inputs]}
 

@@ -15,7 +15,7 @@ import transformers
 import magcache
 from magcache.app.choose_schedule import settings_of
 from magcache.app.compare import in_words, write_comparison
-from magcache.app.errors import LostResult, first_line
+from magcache.app.errors import Failed, LostResult, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
@@ -50,11 +50,16 @@ def save_result(video: torch.Tensor, path: Path, fps: int, replace: bool = True)
         raise
 
 
+def spare_folders() -> tuple[str, ...]:
+    """Where a result goes whose own folder takes it not."""
+    return tempfile.gettempdir(), ".", os.path.expanduser("~")
+
+
 def keep_pixels(video: torch.Tensor, path: Path) -> str | None:
     """Writes the pixels, uint8 [3, F, H, W], to a new file in a folder for such, where its name is that of `path` and
     something random. Returns it, None if no folder took all of them."""
     pixels = torch.from_numpy(to_uint8(video))
-    for folder in (None, ".", os.path.expanduser("~")):  # None: for temporary files
+    for folder in spare_folders():
         try:
             number, name = tempfile.mkstemp(".pt", f"{slug(path.stem)}_", folder)
         except OSError:
@@ -88,43 +93,67 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
     return scores | {"files": [file.name for file in (path, *scores["files"])]}
 
 
-def save_calibration(job: Job, runs: list[dict], done: list[Request], trials: dict | None = None) -> None:
-    """Writes one table of the calibrated runs; `done` are their requests. trials: what the table holds of those."""
-    sampling, ckpt_dir, sigmas = job.sampling, job.machine.ckpt_dir, job.sampling.noise_levels
-    inputs = {flag: getattr(job.inputs, flag) for flag in sampling.input_flags}
-    if done[0].image:
-        inputs["image"] = [request.image for request in done]
-    measured_on = settings_of(sampling, ckpt_dir) | {
-        "sample_steps": sampling.sample_steps,
-        "prompts": [request.prompt for request in done],
-        "seeds": [request.seed for request in done],
-        "inputs": inputs,
-        "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
-        "timesteps": [int(1000 * sigma) for sigma in sigmas],
-        "sigmas": sigmas,
-        "versions": {module.__name__: module.__version__ for module in (magcache, torch, diffusers, transformers)},
-        "date": datetime.now().isoformat("T", "seconds"),
-    }
-    video = f"{sampling.size.replace('*', 'x')}_{sampling.frame_num}f_{sampling.sample_steps}steps"
-    name = f"{sampling.task}_{video}_{datetime.now():%Y%m%d_%H%M%S}"
-    published = None
-    with contextlib.suppress(ValueError):
-        published = magcache.load_table(magcache.choose_table(sampling.task, ckpt_dir, sampling.size)[0])
-    folder = Path(job.output.calibration_dir)
-    table = magcache.make_table(name, runs, measured_on) | ({"trials": trials} if trials else {})
-    path = write_calibration(folder, table, published)
-    print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
+class CalibrationFile:
+    """The table of a calibration: named now, and written again with every prompt that is done."""
+
+    def __init__(self, job: Job):
+        sampling = job.sampling
+        video = f"{sampling.size.replace('*', 'x')}_{sampling.frame_num}f_{sampling.sample_steps}steps"
+        self.job, self.name = job, f"{sampling.task}_{video}_{datetime.now():%Y%m%d_%H%M%S}"
+        self.folder, self.table = Path(job.output.calibration_dir), None
+
+    def write(self, runs: list[dict], done: list[Request], trials: dict | None = None) -> None:
+        """runs: the lists of every calibrated one; `done` are their requests. trials: what the table holds of those.
+        Into another folder where its own takes it no longer."""
+        table = magcache.make_table(self.name, runs, self.measured_on(done)) | ({"trials": trials} if trials else {})
+        for folder in (self.folder, *map(Path, spare_folders())):
+            try:
+                magcache.save_table(folder / f"{self.name}.json", table, replace=self.table is not None)
+            except OSError as fault:
+                reason = f"{self.folder} takes no file any more ({first_line(fault)})"
+                continue
+            if folder != self.folder:
+                print(f"warning: {reason}; the calibration is in {folder}", file=sys.stderr)
+                self.folder = folder
+            self.table = table
+            return
+        raise Failed(f"the calibration could be kept nowhere: {reason}")
+
+    def measured_on(self, done: list[Request]) -> dict:
+        sampling, ckpt_dir, sigmas = self.job.sampling, self.job.machine.ckpt_dir, self.job.sampling.noise_levels
+        inputs = {flag: getattr(self.job.inputs, flag) for flag in sampling.input_flags}
+        if done[0].image:
+            inputs["image"] = [request.image for request in done]
+        return settings_of(sampling, ckpt_dir) | {
+            "sample_steps": sampling.sample_steps,
+            "prompts": [request.prompt for request in done],
+            "seeds": [request.seed for request in done],
+            "inputs": inputs,
+            "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
+            "timesteps": [int(1000 * sigma) for sigma in sigmas],
+            "sigmas": sigmas,
+            "versions": {module.__name__: module.__version__ for module in (magcache, torch, diffusers, transformers)},
+            "date": datetime.now().isoformat("T", "seconds"),
+        }
+
+    def finish(self) -> None:
+        """Says where it is, with what goes beside it."""
+        path, published = self.folder / f"{self.name}.json", None
+        print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
+        with contextlib.suppress(ValueError):
+            sampling, ckpt_dir = self.job.sampling, self.job.machine.ckpt_dir
+            published = magcache.load_table(magcache.choose_table(sampling.task, ckpt_dir, sampling.size)[0])
+        write_beside(path, self.table, published)
 
 
-def write_calibration(folder: Path, table: dict, published: magcache.RatioTable | None = None) -> Path:
-    """Writes a table of `magcache.make_table` into a folder as NAME.json, with a picture of it, NAME.png, and the three
-    flat lists under the names that the released script gives them. Each file is written whole or not at all.
+def write_beside(path: Path, table: dict, published: magcache.RatioTable | None = None) -> None:
+    """Writes, beside a table of `magcache.make_table` at `path`, a picture of it, and the three flat lists under the
+    names that the released script gives them. Each file is written whole or not at all.
 
-    published: a table to draw beside it. Returns the path of the JSON. Raises FileExistsError rather than replace one;
-    the flat lists are of the latest calibration, which is said where they replace another's.
+    published: a table to draw beside it. The flat lists are of the latest calibration, which is said where they replace
+    another's.
     """
-    path = folder / f"{table['name']}.json"
-    magcache.save_table(path, table)
+    folder = path.parent
     flat = {folder / name: table[key] for key, name in FLAT_LISTS.items()}
     if any(file.exists() for file in flat):
         print(f"note: {', '.join(FLAT_LISTS.values())} in {folder} now hold this calibration, not the one before")
@@ -135,4 +164,3 @@ def write_calibration(folder: Path, table: dict, published: magcache.RatioTable 
         draw_calibration(table, path.with_suffix(".png"), published)
     except ImportError:
         print("note: there is no picture of it without matplotlib")
-    return path

@@ -26,7 +26,8 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
         if expected := expected_in_words(job):
             print(f"quality   latent PSNR {expected} (trials of table {job.measured.table.name})")
         if schedule.computed == calls:
-            print("note: these settings reuse nothing; a larger --magcache_thresh or --magcache_K would")
+            larger = "--magcache_thresh or --magcache_K" if job.cache.speedup is None else "--magcache_speedup"
+            print(f"note: these settings reuse nothing; a larger {larger} would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
     if is_real(job) and not is_stock_wan():

@@ -87,13 +87,19 @@ OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_til
 def check_machine(machine: Machine) -> None:
     """Refuses what Wan2.1's own `wan` does not have, and what does not run on this machine. Makes the attention backend
     that is asked for that of all attention."""
+    with refusing(ValueError):
+        Processes.from_environment().check_gpus()
     given = [name for name in OF_OUR_WAN if getattr(machine, name)]
     if is_stock_wan():
         for name in given:
             raise Refused(f"--{name} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
         return
+    import torch
     from diffusers.utils import constants
 
+    old = f"--dit_fsdp with --dit_dtype {machine.dit_dtype} needs torch 2.9 or newer, this is {torch.__version__}"
+    mixed = machine.dit_fsdp and machine.dit_dtype not in (None, "float32")  # with the float32 biases of a block
+    refuse_if(mixed and torch.__version__ < "2.9", old)
     constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
     from wan.utils.machine import choose_attention, try_compiler
 

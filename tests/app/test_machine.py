@@ -1,5 +1,6 @@
 """Flags that make a model fit its card, from the command line, and what is said of the memory that a run needs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,10 @@ import magcache_generate
 from examples.card import Subject
 from magcache.app import needs, plan, tell
 from magcache.app.checks import make_job
+from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
+from magcache.app.requests import make_requests
+from magcache.app.wan_package import check_machine
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
@@ -144,6 +148,72 @@ def test_the_warning_before_loading(monkeypatch, capsys):
         said = capsys.readouterr()
         assert said.out.startswith("needs     about ")
         assert ("warning: this run needs about" in said.err) == warned, flags
+
+
+def planned(*flags):
+    """What a plan of t2v-14B at 720p needs."""
+    job = job_of("--task", "t2v-14B", "--use_magcache", "--magcache_speedup", 2, "--magcache_plan", *flags)
+    return job, needs.needs_of_run(job, (81, 720, 1280), cuda=True)
+
+
+def test_the_plan_knows_what_stays_on_the_card():
+    """By default a single process brings the transformer back before the VAE decodes; several do not."""
+    (_, offloaded), (_, stays), (job, shared) = (
+        planned(*flags) for flags in ((), ("--offload_model", "False"), ("--ulysses_size", 8))
+    )
+    assert stays.card == pytest.approx(offloaded.weights + needs.CONTEXT + needs.VAE_WEIGHTS + offloaded.vae)
+    assert shared.card == pytest.approx(stays.card)
+    assert not job.machine.offload_model and offloaded.card < stays.card
+    assert planned("--ulysses_size", 8, "--offload_model", "True")[1].card < shared.card
+
+
+def test_the_needs_of_sharded_weights(monkeypatch):
+    (job, two), (_, eight) = planned("--dit_fsdp", "--t5_fsdp"), planned("--dit_fsdp", "--t5_fsdp", "--ulysses_size", 8)
+    assert job.machine.group_size == 2  # of a number that the plan does not know
+    plain = planned("--dit_dtype", "float32")[1]
+    assert two.text == plain.text / 2 and eight.text == plain.text / 8
+    block = 2 * needs.block_parameters(plan.shape_of("t2v-14B", "x"))[0] * needs.BYTES["bfloat16"]  # this and the next
+    assert plain.weights / 2 < two.weights - block < 0.51 * plain.weights
+    assert plain.weights / 8 < eight.weights - block < 0.14 * plain.weights
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+    assert job_of("--task", "t2v-14B", "--dit_fsdp").machine.group_size == 4
+    assert job_of("--task", "t2v-14B", "--dit_fsdp", "--ulysses_size", 2).machine.group_size == 2
+    assert job_of("--task", "t2v-14B").machine.group_size == 1
+
+
+def test_weights_of_two_dtypes_are_not_sharded_by_an_old_torch(monkeypatch):
+    job = job_of("--task", "t2v-14B")
+    machine = dataclasses.replace(job.machine, dit_fsdp=True, dit_dtype="bfloat16")
+    check_machine(machine)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
+    with pytest.raises(Refused, match=r"--dit_fsdp with --dit_dtype bfloat16 needs torch 2\.9 or newer"):
+        check_machine(machine)
+    check_machine(dataclasses.replace(machine, dit_dtype=None))
+
+
+def test_more_processes_than_cards(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(Refused, match="there are 8 processes on this machine, and 4 GPUs"):
+        check_machine(job_of("--task", "t2v-14B").machine)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--dit_dtype", "float8_e4m3fn"), ("--vae_tiling",), ("--compile",), ("--attn_backend", "flash")]
+)
+def test_names_in_a_folder_tell_what_changes_the_video(tmp_path, flags):
+    """A rerun without the flag makes another file."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox")
+    args = ["--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", "x", "--prompt_file", file]
+    names = []
+    for more in ((), flags, ("--offload_blocks",)):
+        job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*args, *more)))))
+        names.append(make_requests(job)[0].path)
+    assert names[0] == names[2] != names[1]
 
 
 def test_needs_of_a_run_without_a_card(capsys):

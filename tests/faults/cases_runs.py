@@ -120,11 +120,11 @@ def prompts(count: int, flags: list) -> Callable[[Path], list]:
     return prepare
 
 
-def calibrated(count: int) -> Callable[[Path], None]:
+def calibrated(count: int, where: str = "dumps") -> Callable[[Path], None]:
     """The table is of that many prompts."""
 
     def check(folder: Path) -> None:
-        (table,) = (folder / "dumps").glob("t2v-tiny_*.json")
+        (table,) = (folder / where).glob("t2v-tiny_*.json")
         assert len(json.loads(table.read_text())["measured_on"]["prompts"]) == count
         assert not list(folder.rglob("*.part*"))
 
@@ -232,6 +232,12 @@ CASES = [
                 128 + number, rf"stopped by {name}", disturb=signalled(number, "out", "3 of 8"), check=calibrated(2))
         for number, name in STOPS.items()
     ),
+    RunCase("SIGKILL in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]),
+            -signal.SIGKILL, "", disturb=signalled(signal.SIGKILL, "out", "3 of 8"), check=calibrated(2)),
+    RunCase("the folder of a calibration becomes a file", folder_for(prompts(2, CALIBRATION)), 0,
+            r"dumps takes no file any more \(.*\); the calibration is in .*/tmp", {"TMPDIR": "tmp"},
+            disturb=once("out", "loading", lambda folder: (folder / "dumps").touch()),
+            check=calibrated(2, "tmp")),
     RunCase("SIGTERM in the second video of a batch", prompts(2, ["--sample_steps", 30]), 143,
             r"stopped by SIGTERM in prompt 2 of 2, after \d+ of 60 calls; videos saved: 1",
             disturb=signalled(signal.SIGTERM, "out", "2 of 2"), check=not_finite_then),

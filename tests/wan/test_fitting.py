@@ -1,6 +1,8 @@
 """What makes a model fit its card, on tiny models and the CPU: dtypes of weights, blocks that wait elsewhere, compiled
 blocks, alone and together, for every kind of model, against the plain run."""
 
+import functools
+import gc
 import itertools
 import weakref
 
@@ -14,6 +16,9 @@ from torch._dynamo.utils import counters
 
 import magcache
 import wan
+from magcache.app.choose_schedule import all_computed
+from magcache.app.generate import tried
+from magcache.app.progress import watched
 from wan.configs import WAN_CONFIGS
 from wan.utils.machine import attention_backends, choose_attention
 from wan.utils.offload import offload_transformer
@@ -176,9 +181,32 @@ def test_encoders_are_freed_when_they_are_done(checkpoints):
     pipeline.keeps_encoders = False
     seen = []
     hook = pipeline.model.register_forward_pre_hook(lambda *_: seen.append(encoder()))
-    assert torch.equal(generate(pipeline), plain)
+    with watched(pipeline, all_computed(2), show=False):  # as the script does
+        assert torch.equal(generate(pipeline), plain)
     hook.remove()
     assert set(seen) == {None}  # gone before the first call of the transformer
+
+
+def test_what_failed_leaves_the_card(checkpoints, monkeypatch):
+    """The transformer and the text encoder go back, and nothing holds the tensors of the video that failed."""
+    pipeline, moved, left = make_t2v(checkpoints), [], []
+    for model in (pipeline.model, pipeline.text_encoder.model):
+        monkeypatch.setattr(model, "cpu", functools.partial(moved.append, model))
+
+    def fail(module, args):
+        left.append(weakref.ref(args[0][0]))
+        raise MemoryError("full")
+
+    for model in (pipeline.model, pipeline.text_encoder.model.encoder.block[0]):
+        hook = model.register_forward_pre_hook(fail)
+        gc.disable()
+        try:
+            assert tried(True, functools.partial(generate, pipeline)) == (None, "MemoryError: full")
+            assert left.pop()() is None
+        finally:
+            gc.enable()
+        hook.remove()
+    assert [id(model) for model in moved] == [id(pipeline.text_encoder.model), id(pipeline.model), id(moved[0])]
 
 
 def test_attention_backends():

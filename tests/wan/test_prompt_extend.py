@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_qwen import save_model
+from transformers import AutoModelForCausalLM
 
 from wan.utils.prompt_extend import (
     DashScopePromptExpander,
@@ -65,6 +67,22 @@ def test_a_random_seed_is_reported(text_expander):
     one, two = (text_expander("a cat") for _ in range(2))
     assert one.seed != two.seed and min(one.seed, two.seed) >= 0
     assert text_expander("a cat", seed=one.seed) == one
+
+
+def test_weights_are_read_once_and_can_be_freed(folders, monkeypatch):
+    expander, loaded, load = QwenPromptExpander(str(folders / "text")), [], AutoModelForCausalLM.from_pretrained
+
+    def counted(*args, **kwargs):
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    one, two = (expander("a cat", seed=3) for _ in range(2))
+    assert (one, len(loaded)) == (two, 1)
+    expander.free()
+    assert loaded[0]() is None
+    assert expander("a cat", seed=3) == one
 
 
 def test_random_numbers_elsewhere_are_not_disturbed(text_expander):

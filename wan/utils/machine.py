@@ -20,8 +20,8 @@ def try_attention(name: str, device: torch.device | str) -> None:
     if name.endswith("_hub"):
         raise ValueError(f"attention backend {name} would be downloaded: install its package and choose that one")
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    q = torch.zeros(1, 64, 2, 128, dtype=dtype, device=device)
     try:
+        q = torch.zeros(1, 64, 2, 128, dtype=dtype, device=device)
         with attention_backend(name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slow ones
             dispatch_attention_fn(q, q, q)

@@ -203,7 +203,7 @@ class QwenPromptExpander(_PromptExpander):
     model_name: see resolve_model; what the folder holds decides whether pictures are looked at, is_vl only which model
     is the default. device: index of a GPU, or a torch device; without CUDA an index means the CPU. max_image_size:
     pixels of a picture that the model sees. Other arguments, those of DashScopePromptExpander, are ignored.
-    The weights are read for every call and dropped after it, as the video model needs the memory.
+    The weights are read in the first call and stay until `free`, as the video model needs the memory.
     Raises ValueError if there is no such model.
     """
 
@@ -219,33 +219,38 @@ class QwenPromptExpander(_PromptExpander):
         super().__init__(model_name or str(self.folder), sees, max_image_size)
         self.device = device
 
-    @functools.wraps(_PromptExpander.__call__)
-    def __call__(self, *args, **kwargs):
+    def free(self) -> None:
+        """Drops the weights; another call reads them again."""
         import torch
 
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:  # by now no traceback of a failure holds the weights either
-            gc.collect()
-            torch.cuda.empty_cache()
+        vars(self).pop("_model", None)
+        gc.collect()
+        torch.cuda.empty_cache()
 
-    def _answer(self, prompt, system_prompt, pictures, seed):
+    @functools.cached_property
+    def _model(self):
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         device = self.device
         if isinstance(device, int):
             device = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
+        model_class = AutoModelForImageTextToText if self.is_vl else AutoModelForCausalLM
+        settings = {"device_map": {"": device}, "local_files_only": True}
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return model_class.from_pretrained(self.folder, dtype=dtype, **settings)
+
+    def _answer(self, prompt, system_prompt, pictures, seed):
+        import torch
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         inputs = self._inputs(tokenizer, prompt, system_prompt, pictures)
-        model_class = AutoModelForImageTextToText if self.is_vl else AutoModelForCausalLM
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            settings = {"device_map": {"": device}, "local_files_only": True}
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            model = model_class.from_pretrained(self.folder, dtype=dtype, **settings)
+            model = self._model
             torch.manual_seed(seed)
-            tokens = model.generate(**inputs.to(device), max_new_tokens=512)
+            tokens = model.generate(**inputs.to(model.device), max_new_tokens=512)
         return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _inputs(self, tokenizer, prompt: str, system_prompt: str, pictures: list[Image.Image]):
