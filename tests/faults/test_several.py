@@ -127,3 +127,33 @@ def usage(pid: int) -> tuple[int, int] | None:
         return memory, len(os.listdir(f"/proc/{pid}/fd"))
     except (OSError, IndexError):
         return None
+
+
+def test_a_decoder_that_fails_once(tmp_path):
+    """Of two processes that share a video the first decodes; the other must not take its failure for another place."""
+    (tmp_path / "prompts.txt").write_text("a red circle moves up on a black background\na cat")
+    (tmp_path / "fails_once.py").write_text(
+        "import runpy, sys\n"
+        "from wan.modules.vae import WanVAE\n"
+        "decode, failed = WanVAE.decode, []\n"
+        "def once(self, latents):\n"
+        "    if not failed:\n"
+        "        failed.append(1)\n"
+        "        raise MemoryError('the decoder is full')\n"
+        "    return decode(self, latents)\n"
+        "WanVAE.decode = once\n"
+        f"sys.argv[0] = {str(warm.SCRIPT)!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, tmp_path / "fails_once.py"]
+    command += [*FLAGS, *FAST, "--ulysses_size", 2, "--prompt_file", tmp_path / "prompts.txt", "--save_file", "films"]
+    repo = warm.SCRIPT.parent
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repo)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "1 of 2 videos failed, a rerun tries them again" in result.stderr
+    assert result.stdout.count("failed    films/00001") == 1 and "MemoryError: the decoder is full" in result.stdout
+    (film,) = (tmp_path / "films").glob("*.mp4")
+    assert film.name.startswith("00002_a_cat") and len(iio.imread(film)) == 5
