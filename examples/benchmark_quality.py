@@ -42,7 +42,7 @@ from magcache.trials import read_trials
 
 STEPS, SHIFT = peers.STEPS, peers.SHIFT
 BUDGETS = peers.BUDGETS  # computed calls of 2 * STEPS
-RULES = {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}  # thresh, K, retention
+RULES = {46: (0.12, 2), 38: (0.12, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}  # thresh, K, retention
 SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
 CHOICES = ((50, 5.0), (30, 5.0), (40, 3.0))
 SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
