@@ -550,11 +550,11 @@ SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
             20: {"threshold": 0.7299},
         },
         "diffusers TaylorSeer": {
-            46: {"interval": 3, "warmup": 8, "order": 2, "lite": 1, "last": 1},
-            38: {"interval": 5, "warmup": 10, "order": 1, "lite": 1, "last": 1},
-            32: {"interval": 6, "warmup": 8, "order": 2, "lite": 1, "last": 1},
-            26: {"interval": 6, "warmup": 4, "order": 1, "lite": 0, "last": 1},
-            20: {"interval": 9, "warmup": 4, "order": 1, "lite": 0, "last": 1},
+            46: {"interval": 3, "warmup": 6, "order": 2, "lite": 0, "last": 3},
+            38: {"interval": 4, "warmup": 6, "order": 2, "lite": 1, "last": 2},
+            32: {"interval": 5, "warmup": 5, "order": 2, "lite": 1, "last": 2},
+            26: {"interval": 7, "warmup": 5, "order": 2, "lite": 1, "last": 1},
+            20: {"interval": 7, "warmup": 2, "order": 1, "lite": 1, "last": 1},
         },
         "diffusers SeaCache": {
             46: {"most": 4, "last": 1, "threshold": 0.1683},
