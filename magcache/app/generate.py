@@ -143,7 +143,7 @@ class Making:
             self.table = CalibrationFile(job)
 
     def make(self, requests: list[Request]) -> None:
-        """Makes all of them; a calibration is written at the end, of the runs that were complete before a failure."""
+        """Makes all of them; a calibration is written with each, of the runs that are complete."""
         if self.job.output.trials:
             self.trials = TrialRuns(self.job, self.pipeline, self.generate, self.own, self.speaks, len(requests))
         bar = None if self.job.goes_on and self.speaks else True  # True: there is none

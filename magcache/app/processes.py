@@ -41,6 +41,8 @@ class Processes:
 
     def check_gpus(self) -> None:
         """Raises ValueError if this machine has GPUs but fewer than processes."""
+        if self.world == 1:
+            return
         import torch
 
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()

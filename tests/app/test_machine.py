@@ -194,11 +194,15 @@ def test_weights_of_two_dtypes_are_not_sharded_by_an_old_torch(monkeypatch):
 
 
 def test_more_processes_than_cards(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    machine = job_of("--task", "t2v-14B").machine
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(Refused, match="there are 8 processes on this machine, and 4 GPUs"):
-        check_machine(job_of("--task", "t2v-14B").machine)
+        check_machine(machine)
 
 
 @pytest.mark.parametrize(
