@@ -516,8 +516,8 @@ def all_peers() -> dict[str, Peer]:
     return {peer.name: peer for peer in peers}
 
 
-# By computed calls of 100, found by --tune on three pairs: those of TaylorSeer and SeaCache over all variants, of the
-# others the thresholds alone (--refit), since their variants were searched with earlier weights.
+# By computed calls of 100, found by --tune on three pairs: those of TaylorSeer and, on i2v-tiny, SeaCache over all
+# variants, of the others the thresholds alone (--refit), since their variants were searched with earlier weights.
 SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
     "t2v-tiny": {
         "fewer steps": {budget: {"steps": budget // 2} for budget in BUDGETS},
