@@ -104,7 +104,7 @@ def test_record(compared):
     assert found["arguments"]["sample_shift"] == 5.0
     assert found["prompt"] == PROMPT
     assert found["table"]["ratios"] == list(magcache.load_ratios("t2v-tiny"))
-    assert found["table"]["measured_on"]["base_seed"] == 77
+    assert found["table"]["measured_on"]["seeds"] == [77]
     assert found["versions"]["torch"] == torch.__version__
     assert found["calls"] == {"computed": schedule.computed, "reused": sum(schedule.reuse)}
     assert set(found["seconds"]) == {"load", "text", "inputs", "computed", "reused", "sampler", "decode", "save"}

@@ -180,7 +180,7 @@ def test_pipe_to(t2v, kind):
     assert torch.equal(*results)
     magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
     exact = t2v.latents()
-    assert 0 < (results[0] - exact).abs().mean() < 0.1 * exact.abs().mean()
+    assert 0 < (results[0] - exact).abs().mean() < 0.2 * exact.abs().mean()
 
 
 def test_two_transformers_in_turn(t2v):

@@ -166,12 +166,12 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = (*I2V, "--image", IMAGE, "--prompt_file", tmp_path / "list.jsonl", "--save_file", out, "--base_seed", 5)
 
-    def made():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4") if ".part" not in path.name}
+    def made(ending="mp4"):
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob(f"*.{ending}") if ".part" not in path.name}
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
     with subprocess.Popen(torchrun_command(2, SCRIPT, *flags), **pipes) as first:
-        while len(made()) < 4:
+        while len(made("json")) < 4:  # their records, so that none is being written
             time.sleep(0.02)
             assert first.poll() is None, first.stdout.read()
         os.kill(worker(first.pid, 1), signal.SIGKILL)
