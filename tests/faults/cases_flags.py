@@ -12,10 +12,10 @@ CACHED = [*ONE, "--use_magcache"]
 PLAN = ["--task", "t2v-14B", "--magcache_plan"]
 
 
-def prompts(content: str | bytes) -> Callable[[Path], list]:
+def prompts(content: str | bytes, *flags: str) -> Callable[[Path], list]:
     def prepare(folder: Path) -> list:
         (folder / "prompts.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return BATCH
+        return [*BATCH, *flags]
 
     return prepare
 
@@ -79,6 +79,9 @@ CASES = [
     Case("half a character in JSON", prompts('{"prompt": "\\ud800"}'), 2, "no valid text"),
     Case("the same result twice", prompts('{"prompt": "a", "save_file": "x.mp4"}\n{"prompt": "b", "save_file": '
          '"./x.mp4"}'), 2, "prompts 1 and 2 of prompts.txt have the same result"),
+    Case("a result where another's comparison goes", prompts('{"prompt": "a", "save_file": "x_uncached.mp4"}\n'
+         '{"prompt": "b", "save_file": "x.mp4"}', "--use_magcache", "--compare"), 2,
+         "x_uncached.mp4 of prompts.txt has the name of another one's comparison"),
     Case("a flag cut short", [*ONE, "--use_magcach"], 2, "unrecognized arguments"),
     Case("a flag twice with a bad value", [*ONE, "--sample_steps", 4, "--sample_steps", 0], 2, "must be at least 1"),
     Case("steps that are no number", [*ONE, "--sample_steps", "4.5"], 2, "invalid int value"),
