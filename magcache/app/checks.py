@@ -13,7 +13,7 @@ from magcache.app import plan, prompts
 from magcache.app.choose_schedule import choose_table, make_schedule
 from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
-from magcache.app.job import INPUTS, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
+from magcache.app.job import INPUTS, OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
 from magcache.app.quality import use_trials
 
@@ -88,8 +88,7 @@ def check_effects(args: Namespace) -> None:
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags for several GPUs that the number of processes does not fit; a plan is for any machine."""
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")
-    fitting = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")
-    spread = {name: getattr(args, name) for name in (*names, *fitting)}
+    spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}
     at_least = f"--offload_blocks must be at least 1, got {args.offload_blocks}"
     refuse_if(args.offload_blocks is not None and args.offload_blocks < 1, at_least)
     for flag in ("offload_blocks", "compile"):
@@ -105,10 +104,14 @@ def make_machine(args: Namespace) -> Machine:
     else:
         with refusing(ValueError):
             world = Processes.from_environment().world
+        check_processes(args, world)
     offload = world == 1 if args.offload_model is None else args.offload_model
-    machine = Machine(args.ckpt_dir or args.task, offload, **spread, world=world)
-    if args.magcache_plan:
-        return machine
+    return Machine(args.ckpt_dir or args.task, offload, **spread, world=world)
+
+
+def check_processes(args: Namespace, world: int) -> None:
+    """Refuses flags for several GPUs that so many processes do not fit, and a run without a checkpoint folder."""
+    size = args.ulysses_size * args.ring_size
     ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
     if world == 1:
         for flag in ("t5_fsdp", "dit_fsdp"):
@@ -120,7 +123,6 @@ def make_machine(args: Namespace) -> Machine:
     if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
         print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
     refuse_if(not args.ckpt_dir, "--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
-    return machine
 
 
 def make_sampling(args: Namespace) -> Sampling:

@@ -65,6 +65,9 @@ class Inputs:
         return [path.strip() for path in (self.src_ref_images or "").split(",") if path.strip()]
 
 
+OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")  # flags that upstream's lacks
+
+
 @dataclass(frozen=True)
 class Machine:
     """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default."""

@@ -11,7 +11,7 @@ from magcache.app import prompts
 from magcache.app.checks import check_names, check_writable
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
-from magcache.app.job import INPUTS, Job, Request
+from magcache.app.job import INPUTS, OF_OUR_WAN, Job, Request
 from magcache.app.record import compared_files, read_record, record_path
 from magcache.files import is_special
 
@@ -69,7 +69,7 @@ def decisive_settings(job: Job) -> dict:
     }
     flags = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
     settings |= {flag: job.flags[flag] for flag in ("magcache_dtype", *flags)}
-    fitting = ("dit_dtype", "attn_backend", "vae_tiling", "compile")
+    fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
     inputs = [flag for flags in INPUTS.values() for flag in flags if flag != "image"]
     return settings | {"inputs": [getattr(job.inputs, flag) for flag in inputs]}

@@ -12,7 +12,7 @@ from typing import Any
 
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, need_package, refuse_if, refusing
-from magcache.app.job import Inputs, Job, Machine, Sampling
+from magcache.app.job import OF_OUR_WAN, Inputs, Job, Machine, Sampling
 from magcache.app.processes import Processes
 
 # in `wan`, by the kind of task
@@ -79,9 +79,6 @@ def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as fault:
         raise Refused(f"{first_line(fault)}: download it again") from fault
-
-
-OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")
 
 
 def check_machine(machine: Machine) -> None:
