@@ -1,4 +1,5 @@
-"""The world of the demo model: one flat shape glides over a flat background, with a caption that says all of it.
+"""The world of the demo model: one flat shape glides over a flat background, with a caption that says all of it, or
+leaves any part of it open.
 
 Every video is drawn from signed distances, so edges are anti-aliased and no asset is needed. Seven in eight of the
 caption combinations are trainable, the others never reach training (`HELD_OUT`).
@@ -7,7 +8,7 @@ caption combinations are trainable, the others never reach training (`HELD_OUT`)
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -25,17 +26,38 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  
 
 SIZE = 64
 FRAMES = 17
+RADIUS, TRAVEL = (10, 13), (16, 24)  # pixels; travel: the way in 16 frame steps
+WIDE = {"radius": (8, 14), "travel": (10, 28)}  # the world of open captions
 
 
 @dataclass(frozen=True)
 class Caption:
-    color: str
-    shape: str
-    direction: str
-    background: str
+    """What a video shows. None leaves a part open, and the sentence does not speak of it; all open is ""."""
+
+    color: str | None
+    shape: str | None
+    direction: str | None
+    background: str | None
 
     def __str__(self) -> str:
-        return f"a {self.color} {self.shape} moves {self.direction} on a {self.background} background"
+        if self.shape:
+            noun = f"a {self.color} {self.shape}" if self.color else f"a {self.shape}"
+        else:
+            noun = f"something {self.color}" if self.color else "something"
+        moves = f" moves {self.direction}" if self.direction else ""
+        where = f" on a {self.background} background" if self.background else ""
+        return noun + moves + where if any(asdict(self).values()) else ""
+
+    def filled(self, other: "Caption") -> "Caption":
+        """With what is open as in the other one."""
+        return replace(self, **{part: getattr(other, part) for part, value in asdict(self).items() if value is None})
+
+
+def opened(caption: Caption, rng: random.Random) -> Caption:
+    """The caption with one to four of its parts left open, each set of parts equally often."""
+    parts = ("color", "shape", "direction", "background")
+    sets = [left_out for count in range(1, 5) for left_out in itertools.combinations(parts, count)]
+    return replace(caption, **dict.fromkeys(rng.choice(sets)))
 
 
 CAPTIONS = tuple(
@@ -66,17 +88,24 @@ AREAS = {"circle": math.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.72**2}
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 0.18}
 
 
-def render(captions: list[Caption], generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:
+def render(
+    captions: list[Caption],
+    generator: torch.Generator,
+    frames: int = FRAMES,
+    radius: tuple[float, float] = RADIUS,
+    travel: tuple[float, float] = TRAVEL,
+) -> torch.Tensor:
     """Draws one clip per caption. Returns float32 [len(captions), 3, frames, 64, 64] in [-1, 1].
 
-    Size, speed and path are random: the radius is 10 to 13 pixels, the way 16 to 24 pixels in 16 frame steps.
+    Size, speed and path are random. radius, travel: least and most of the shape's radius and of its way in 16 frame
+    steps, in pixels.
     """
     n = len(captions)
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
 
-    radius, travel = uniform(10, 13), uniform(16, 24) * (frames - 1) / (FRAMES - 1)
+    radius, travel = uniform(*radius), uniform(*travel) * (frames - 1) / (FRAMES - 1)
     margin = radius + 2
     # along the motion the path is centred anywhere that keeps both ends inside; across it, the shape is anywhere
     along = margin + travel / 2 + torch.rand(n, generator=generator) * (SIZE - 2 * margin - travel)

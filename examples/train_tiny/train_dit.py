@@ -21,8 +21,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from examples.train_tiny.optim import MuonAdamW
+from examples.train_tiny.check_prompts import see
 from examples.train_tiny.own_videos import corrected
-from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, render
+from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, WIDE, Caption, opened, render
 from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample
 from magcache.files import written_whole
 from wan.configs import WAN_CONFIGS
@@ -41,7 +42,7 @@ CHECKPOINT_STEPS = 250
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the captions, any other word is <unk>."""
-    words = [*COLORS, *BACKGROUNDS, *SHAPES, *DIRECTIONS, "a", "moves", "on", "background"]
+    words = [*COLORS, *BACKGROUNDS, *SHAPES, *DIRECTIONS, "a", "moves", "on", "background", "something"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -80,24 +81,34 @@ def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d)))[:, :16]
 
 
-def make_latents(vae: AutoencoderKLWan, clips: int, seed: int) -> tuple[list[str], torch.Tensor]:
-    """Draws and encodes that many clips. Returns their captions and latent means."""
+def choose_captions(count: int, rng: random.Random, share_open: float) -> tuple[list[Caption], list[Caption]]:
+    """What to draw, and what is said of it: in that share of them a part or more is left open."""
+    drawn = [rng.choice(TRAINABLE) for _ in range(count)]
+    return drawn, [opened(caption, rng) if rng.random() < share_open else caption for caption in drawn]
+
+
+def make_latents(vae: AutoencoderKLWan, clips: int, seed: int, share_open: float) -> tuple[list[str], torch.Tensor]:
+    """Draws and encodes that many clips, for open captions in the wider world. Returns captions and latent means."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    captions = [rng.choice(TRAINABLE) for _ in range(clips)]
+    drawn, said = choose_captions(clips, rng, share_open)
     batches = tqdm(range(0, clips, BATCH), desc="encode clips", mininterval=30)
-    latents = [encode(vae, render(captions[start : start + BATCH], generator)) for start in batches]
-    return [str(caption) for caption in captions], torch.cat(latents)
+    world = WIDE if share_open else {}
+    latents = [encode(vae, render(drawn[start : start + BATCH], generator, **world)) for start in batches]
+    return [str(caption) for caption in said], torch.cat(latents)
 
 
 @torch.no_grad()
-def make_own(trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, seed: int) -> tuple:
+def make_own(
+    trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, seed: int, share_open: float = 0.0
+) -> tuple:
     """Videos that the model in training makes of its captions, count of them rounded up to whole batches. Returns, of
-    those that can be corrected, captions, normalised latents [n, 16, 5, 8, 8], and those of the `corrected` video."""
+    those that can be corrected, captions, normalised latents [n, 16, 5, 8, 8], and those of the `corrected` video, in
+    which what the caption leaves open is as the model made it."""
     rng, generator, tokenizer = random.Random(seed), torch.Generator().manual_seed(seed), make_tokenizer()
     mean, std = latent_statistics(vae)
     captions, made, wanted = [], [], []
     for _ in tqdm(range(0, count, BATCH // 2), desc="own videos", mininterval=30):
-        batch = [rng.choice(TRAINABLE) for _ in range(BATCH // 2)]
+        _, batch = choose_captions(BATCH // 2, rng, share_open)
         context = text_features(tokenizer, trained["text_encoder"], [str(c) for c in batch] + [""] * len(batch))
         sampler = make_sampler("unipc", OWN_STEPS, OWN_SHIFT)
         latents = torch.randn(len(batch), 16, 5, 8, 8, generator=generator)
@@ -107,7 +118,7 @@ def make_own(trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, se
             velocity = uncond + OWN_GUIDANCE * (cond - uncond)
             latents = sampler.step(velocity, t, latents, return_dict=False)[0]
         videos = vae.decoder(vae.post_quant_conv(latents * std + mean)).clamp(-1, 1)
-        drawings = [corrected(caption, video) for caption, video in zip(batch, videos, strict=True)]
+        drawings = [corrected(c.filled(see(video)), video) for c, video in zip(batch, videos, strict=True)]
         kept = [i for i, drawing in enumerate(drawings) if drawing is not None]
         captions += [str(batch[i]) for i in kept]
         made.append(latents[kept])
@@ -275,6 +286,7 @@ def main():
     parser = make_parser(__doc__, clips=4096, steps=3900, peak_lr=1.5e-3, ema_decay=0.995, seed=0)
     parser.add_argument("--resume", type=Path, help="checkpoint folder of a demo model to train on; its VAE stays")
     parser.add_argument("--own", type=int, default=0, help="with --resume: own videos to add at every checkpoint")
+    parser.add_argument("--open", type=float, default=0.0, help="share of captions that leave a part open")
     args = parser.parse_args()
     if args.own and not args.resume:
         parser.error("--own needs a model that draws shapes already: --resume")
@@ -288,14 +300,17 @@ def main():
         vae = load_vae(args.resume / config.vae_checkpoint, torch.float32, "cpu")
         dit = WanModel.from_pretrained(args.resume)
         text_encoder = load_encoder(args.resume / config.t5_checkpoint, torch.float32, "cpu").requires_grad_(True)
+        text_encoder.resize_token_embeddings(len(make_tokenizer()))  # for words that came later
     else:
         vae = AutoencoderKLWan(base_dim=BASE_DIM)
         vae.load_state_dict(torch.load(args.out / "vae_training.pt", weights_only=True))
         dit, text_encoder = make_dit(), make_text_encoder(len(make_tokenizer()))
     vae.encoder.compile()
     vae.decoder.compile()
-    of = [args.clips, args.seed, checksum(vae)]
-    captions, latents = made_once(args.out / "latents.pt", of, lambda: make_latents(vae, args.clips, args.seed))
+    of = [args.clips, args.seed, args.open, checksum(vae)]
+    captions, latents = made_once(
+        args.out / "latents.pt", of, lambda: make_latents(vae, args.clips, args.seed, args.open)
+    )
     if args.resume:
         mean, std = latent_statistics(vae)
         latents = (latents - mean) / std
@@ -308,7 +323,7 @@ def main():
         return dit(noisy, timesteps, context, tokens)
 
     def make_more(average, step):
-        return make_own(average, vae, args.own, args.seed * 1_000_000 + step)
+        return make_own(average, vae, args.own, args.seed * 1_000_000 + step, args.open)
 
     fit(trained, predict, captions, latents, args, args.out / "dit.pt", make_more if args.own else None)
 
