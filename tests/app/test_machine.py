@@ -43,8 +43,8 @@ RUNS = {
         *("--attn_backend", "native", *CACHE),
     ),
 }
-# PSNR in dB of the files against the plain run, which is under no autocast; None: equal
-CLOSE = {"offload": None, "offload_two": None, "tiling": None, "compiled": 45, "attention": 45, "bfloat16": 35}
+# PSNR in dB of the files against the plain run, which is under no autocast
+CLOSE = {"offload": 45, "offload_two": 45, "tiling": 45, "compiled": 45, "attention": 45, "bfloat16": 35}
 
 
 def refusal(monkeypatch, capsys, *flags):
@@ -75,7 +75,7 @@ def test_every_flag(tmp_path):
     assert "device    CPU, float8_e4m3fn" in result.stdout
     films = {path.stem: iio.imread(path) for path in tmp_path.glob("*.mp4")}
     for name, least in CLOSE.items():
-        assert psnr(films[name], films["plain"]) >= (least or np.inf), name
+        assert psnr(films[name], films["plain"]) >= least, name
     assert 20 < psnr(films["float8"], films["bfloat16"]) < 60
     assert psnr(films["all"], films["cached"]) > 30
     assert not np.array_equal(films["cached"], films["plain"])

@@ -8,7 +8,6 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -398,6 +397,7 @@ def fused_lora(model, folder):
     model.fuse_lora()
 
 
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # what is loaded anew may lie otherwise in memory, and take other kernels
 TOGETHER = (group_offload, leaf_offload, layerwise_casting, compile_blocks, lora, fused_lora)
 
 
@@ -419,8 +419,8 @@ def test_together(change, order, target, model, tmp_path):
     assert tuple(skipped for _, skipped, _ in cache.log) == 2 * schedule.reuse
     magcache.remove_magcache(model)
     alone = denoise(model)
-    assert not torch.equal(alone, expected)
-    assert torch.equal(alone, plain) == (change in (group_offload, leaf_offload, compile_blocks))
+    assert not torch.allclose(alone, expected, **CLOSE)
+    assert torch.allclose(alone, plain, **CLOSE) == (change in (group_offload, leaf_offload, compile_blocks))
 
 
 @pytest.mark.slow
@@ -474,12 +474,12 @@ def test_removal_restores_the_instance_exactly(target, offloaded, model, tmp_pat
         group_offload(model, tmp_path)
     plain, before, own_class = denoise(model), dict(model.__dict__), type(model)
     magcache.apply_magcache(model, make_schedule(target))
-    assert not torch.equal(denoise(model), plain)
+    assert not torch.allclose(denoise(model), plain, **CLOSE)
     assert isinstance(model, own_class)
     magcache.remove_magcache(model)
     assert model.__dict__ == before
     assert type(model) is own_class
-    assert torch.equal(denoise(model), plain)
+    torch.testing.assert_close(denoise(model), plain, **CLOSE)
 
 
 def diffusers_magcache(model, thresh, K):
@@ -496,28 +496,22 @@ def diffusers_magcache(model, thresh, K):
 
 
 @pytest.mark.parametrize(("thresh", "K"), [(0.3, 3), (0.06, 1), (0.5, 6)])
-def test_magcache_is_that_of_diffusers(thresh, K, capsys):
+def test_magcache_is_that_of_diffusers(thresh, K):
     ours, theirs = make_model(), make_model()
     one_list = [ratio for ratio in RATIOS[::2] for _ in ("cond", "uncond")]
     magcache.apply_magcache(ours, magcache.plan(one_list, STEPS, thresh, K, 0.2))
     results = []
     for model, run in ((ours, ours), (theirs, diffusers_magcache(theirs, thresh, K))):
-        calls, seconds = [], []
+        calls = []
         for block in model.blocks:  # its attention, as their hook may replace what a block does
             block.attn1.register_forward_hook(lambda module, args, out, calls=calls: calls.append(module))
         model.norm_out.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("head"))
-        for _ in range(5):
-            calls.clear()
-            start = time.perf_counter()
-            latents = denoise(run)
-            seconds.append((time.perf_counter() - start) / (2 * STEPS))
+        latents = denoise(run)
         decisions = [len(list(group)) for is_head, group in itertools.groupby(calls, lambda c: c == "head")]
-        results.append((latents, decisions, min(seconds)))
-    assert torch.equal(results[0][0], results[1][0])
+        results.append((latents, decisions))
+    torch.testing.assert_close(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
     assert max(results[0][1][1::2]) > 1  # heads in a row
-    with capsys.disabled():
-        print(f"\nper call: ours {1000 * results[0][2]:.3f} ms, diffusers {1000 * results[1][2]:.3f} ms")
 
 
 # Calibration

@@ -156,12 +156,12 @@ def generate(pipeline, size=(32, 32), **how):
 def test_pipelines_with_everything(checkpoints):
     plain = generate(make_t2v(checkpoints))
     assert torch.equal(generate(make_t2v(checkpoints, dit_dtype=torch.float32)), plain)
-    assert torch.equal(generate(make_t2v(checkpoints, offload_blocks=1)), plain)
+    assert relative_error(generate(make_t2v(checkpoints, offload_blocks=1)), plain) < 1e-5
     rounded = generate(make_t2v(checkpoints, dit_dtype=torch.bfloat16))
-    assert torch.equal(generate(make_t2v(checkpoints, dit_dtype=torch.bfloat16, offload_blocks=2)), rounded)
-    assert 0 < relative_error(rounded, plain) < 0.05
+    offloaded = generate(make_t2v(checkpoints, dit_dtype=torch.bfloat16, offload_blocks=2))
+    assert relative_error(offloaded, rounded) < 1e-3 < relative_error(rounded, plain) < 0.05
     tiled = make_t2v(checkpoints, vae_tiling=True)
-    assert torch.equal(generate(tiled), plain)  # smaller than a tile
+    assert relative_error(generate(tiled), plain) < 1e-5  # smaller than a tile
 
 
 def test_tiles(checkpoints):
