@@ -7,7 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["magcache", "magcache.app"],  # not `wan`: it would hide the one of a Wan2.1 checkout
-    package_data={"magcache": ["ratios/*.json"], "magcache.app": ["examples.json", "page.html"]},
+    package_data={"magcache": ["ratios/*.json"], "magcache.app": ["page.html"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={
         "bench": ["diffusers>=0.42", "cache-dit==1.5.3", "scikit-image>=0.22", "scipy", "matplotlib"],

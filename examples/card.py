@@ -5,7 +5,7 @@ python -m examples.card --task t2v-14B --size 1280*720
 Prints a table, and the same as JSON in the last line. `--layers` and `--frame_num` make it small enough for a CPU.
 Parts, of which `--only` picks some:
 forward: seconds of a computed call, and the share of the machine's own matrix multiplication rate that it reaches, by
-the FLOPs of `magcache.app.plan`. In the same rounds diffusers' WanTransformer3DModel with the same weights.
+the FLOPs of `magcache.app.cost`. In the same rounds diffusers' WanTransformer3DModel with the same weights.
 loop: denoising with and without caches, against the bound (all calls / computed ones); reused and forecast calls.
 dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; errors are those of the velocity.
 compile: the call with compiled blocks. attention: the model's own attention by every backend that is installed.
@@ -27,8 +27,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 import magcache
-from magcache.app import plan
+from magcache.app.architecture import CLIP_TOKENS, CONTROL, LATENT
+from magcache.app.cost import call_flops, number_of_bytes, token_count
 from magcache.app.errors import first_line
+from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -47,12 +49,12 @@ class Subject:
 
     def __init__(self, task: str, size: str, frames: int, layers: int | None):
         width, height = map(int, size.split("*"))
-        self.task, self.kind, shape = task, task.split("-")[0], plan.SHAPES[task]
+        self.task, self.kind, shape = task, TASKS[task].model_type, TASKS[task].architecture
         layers = layers or shape.num_layers
         self.vace_layers = [i for i in range(0, shape.num_layers, 2 if "1.3B" in task else 5) if i < layers]
         hints = len(self.vace_layers) if shape.vace_blocks else 0
         self.shape = replace(shape, num_layers=layers, vace_blocks=hints)
-        self.tokens = plan.token_count(frames, height, width)
+        self.tokens = token_count(frames, height, width)
         self.latent_shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
 
     def model(self, dtype: torch.dtype) -> WanModel:
@@ -62,11 +64,10 @@ class Subject:
         sizes = {name: getattr(shape, name) for name in names} | {"num_heads": config.num_heads}
         with torch.device("meta"):
             if self.kind == "vace":
-                model = VaceWanModel(self.vace_layers, shape.vace_in_dim, **sizes)
+                model = VaceWanModel(self.vace_layers, CONTROL, **sizes)
             else:
-                positions = shape.image_tokens if self.kind == "flf2v" else 0
-                image = {"in_dim": shape.in_dim, "clip_dim": shape.clip_dim, "clip_positions": positions}
-                model = WanModel({"t2i": "t2v"}.get(self.kind, self.kind), **sizes, **image)
+                image = {name: getattr(shape, name) for name in ("in_dim", "clip_dim", "clip_positions")}
+                model = WanModel(self.kind, **sizes, **image)
         generator = torch.Generator(DEVICE).manual_seed(0)
         for name, parameter in list(model.named_parameters()):
             values = torch.randn(parameter.shape, generator=generator, device=DEVICE)
@@ -87,14 +88,14 @@ class Subject:
         given = {"x": [noise(*self.latent_shape)], "t": torch.tensor([500], device=DEVICE), "seq_len": self.tokens}
         given["context"] = [noise(shape.text_len, shape.text_dim)]
         if self.kind == "vace":
-            given["vace_context"] = [noise(shape.vace_in_dim, *self.latent_shape[1:])]
-        elif shape.image_tokens:
-            given["y"] = [noise(shape.in_dim - 16, *self.latent_shape[1:])]
-            given["clip_fea"] = noise(shape.image_tokens // plan.CLIP_TOKENS, plan.CLIP_TOKENS, shape.clip_dim)
+            given["vace_context"] = [noise(CONTROL, *self.latent_shape[1:])]
+        elif shape.images:
+            given["y"] = [noise(shape.in_dim - LATENT, *self.latent_shape[1:])]
+            given["clip_fea"] = noise(shape.images, CLIP_TOKENS, shape.clip_dim)
         return given
 
     def flops(self) -> int:
-        return plan.call_flops(self.shape, self.tokens)[0]
+        return call_flops(self.shape, self.tokens)[0]
 
     def peer(self, model: WanModel):
         """diffusers' transformer with the weights of this one, called with the same arguments; None for VACE."""
@@ -102,9 +103,9 @@ class Subject:
             return None
         config, shape = WAN_CONFIGS[self.task], self.shape
         image = {}
-        if shape.image_tokens:
+        if shape.images:
             image = {"image_dim": shape.clip_dim, "added_kv_proj_dim": shape.dim}
-            image |= {"pos_embed_seq_len": shape.image_tokens} if self.kind == "flf2v" else {}
+            image |= {"pos_embed_seq_len": shape.clip_positions} if shape.clip_positions else {}
         with torch.device("meta"):
             sizes = {name: getattr(shape, name) for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers")}
             heads = {"num_attention_heads": config.num_heads, "attention_head_dim": shape.dim // config.num_heads}
@@ -282,14 +283,14 @@ def shown(name: str, value) -> str:
     if isinstance(value, str):
         return value
     if name.endswith("bytes"):
-        value = plan.number_of_bytes(value)
+        value = number_of_bytes(value)
     return f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, '.3g')}"
 
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="t2v-1.3B", choices=tuple(plan.SHAPES))
+    parser.add_argument("--task", default="t2v-1.3B", choices=tuple(TASKS))
     parser.add_argument("--size", default="832*480", help="width*height, multiples of 16")
     parser.add_argument("--frame_num", type=int, default=81, help="4n+1")
     parser.add_argument("--layers", type=int, help="of the transformer (default: all)")

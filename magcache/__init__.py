@@ -16,7 +16,6 @@ from magcache.noise_levels import noise_levels, noise_levels_of
 from magcache.ratios import (
     RatioTable,
     UnknownTableError,
-    choose_table,
     load_ratios,
     load_table,
     save_table,
@@ -44,7 +43,6 @@ __all__ = [
     "Schedule",
     "Settings",
     "UnknownTableError",
-    "choose_table",
     "load_ratios",
     "load_table",
     "noise_levels",

@@ -93,31 +93,6 @@ def table_of(content: dict | list, name: str = "", named: bool = False, path: Pa
     return RatioTable(name, join_branches((cond, uncond)), measured_on, named, path, content.get("trials"))
 
 
-def choose_table(task: str, ckpt_dir: str | os.PathLike, size: str | None = None) -> tuple[str, str | None]:
-    """Finds the table of a checkpoint by task and, where a task has several, by the folder's name, then by the size.
-
-    size: "width*height" of the video.
-
-    Returns the name and a notice for the user, or None. Raises UnknownTableError where no table fits.
-    """
-    names = table_names()
-    if task in names:
-        return task, None
-    if task == "t2i-14B":
-        return "t2v-14B", "t2i-14B uses the table of t2v-14B, which was calibrated on video"
-    folder = Path(os.path.abspath(ckpt_dir)).name.lower()
-    candidates = [name for name in names if name.startswith(f"{task}-")]
-    matches = [name for name in candidates if name.removeprefix(f"{task}-").lower() in folder]
-    if len(matches) == 1:
-        return matches[0], None
-    unclear = "fits several tables" if matches else "fits no table"
-    by_size = f"{task}-{min(map(int, size.split('*')))}P" if size else None
-    if by_size in candidates:
-        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by the size"
-    known = f" (it has {', '.join(candidates)})" if candidates else ""
-    raise UnknownTableError(f"no ratio table fits task {task} with the checkpoint folder {folder!r}{known}")
-
-
 def save_table(path: str | os.PathLike, table: dict, replace: bool = False) -> None:
     """Writes a table as JSON, whole or not at all. Raises FileExistsError rather than replace a file, but for
     `replace`."""

@@ -7,12 +7,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from magcache.app.architecture import CONTROL, IMAGE, LATENT, Architecture, Shapes, tensor_shapes
 from magcache.app.errors import first_line, reason_in, shortened
+from magcache.app.tasks import Task
 from magcache.files import read_json
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-LATENT, IMAGE, CONTROL = 16, 36, 96  # channels of what the pipelines give the transformer
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes, as safetensors calls them
 # whole numbers of config.json: the value of one that is missing, and the largest that makes sense
 NUMBERS = {
@@ -23,9 +24,8 @@ NUMBERS = {
     "num_layers": (32, 2**10),
     "text_len": (512, 2**16),
 }
+IMAGES = {"i2v": 1, "flf2v": 2}  # that the image encoder sees, by the type of the model
 TEXT, VIDEO, PICTURES = "token_embedding.weight", "encoder.conv1.weight", "visual.patch_embedding.weight"
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def read_config(folder: Path) -> dict:
@@ -68,7 +68,7 @@ def check_config(config: dict) -> None:
 def check_kind(config: dict) -> None:
     """What depends on the model's type, and the channels that its pipeline gives it."""
     kind, number = config.get("model_type"), config["num_layers"]
-    channels = {"in_dim": IMAGE if kind in ("i2v", "flf2v") else LATENT, "out_dim": LATENT}
+    channels = {"in_dim": IMAGE if kind in IMAGES else LATENT, "out_dim": LATENT}
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, expected in channels.items():
         if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
@@ -80,6 +80,29 @@ def check_kind(config: dict) -> None:
         raise ValueError(f"vace_layers must be a list of layers below {number}, it is {shortened(layers)}")
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"vace_layers must be distinct, and one at least, they are {shortened(layers)}")
+
+
+def sizes_in(config: dict, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
+    """Those of a checked config. The widths of text and image features, which official configs do not hold, are the
+    given ones unless it does."""
+    kind, layers, hints = config.get("model_type"), config["num_layers"], config.get("vace_layers")
+    widths = {"text_dim": text_dim, "clip_dim": clip_dim, "clip_positions": clip_positions}
+    blocks = (layers + 1) // 2 if hints is None else len(hints)
+    return Architecture(
+        **{name: config[name] for name in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len")},
+        **{name: config.get(name, width) for name, width in widths.items()},
+        images=IMAGES.get(kind, 0),
+        vace_blocks=blocks if kind == "vace" else 0,
+    )
+
+
+def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
+    """That of the folder's config.json, or the task's where there is none that can be used: a run refuses it."""
+    usual = task.architecture
+    try:
+        return sizes_in(read_config(Path(ckpt_dir)), usual.text_dim, usual.clip_dim, usual.clip_positions)
+    except ValueError:
+        return usual
 
 
 def find_weights(folder: Path) -> dict[str, set[str] | None]:
@@ -114,7 +137,10 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
         shapes |= held
     if config["num_layers"] > len(shapes):
         raise ValueError(f"{folder} has {len(shapes)} tensors, by its config.json it has {config['num_layers']} layers")
-    compare_shapes(folder, shapes, transformer_shapes(config, shapes))
+    text_dim = (*shapes.get("text_embedding.0.weight", ()), 0, 0)[1]
+    clip_dim = (*shapes.get("img_emb.proj.0.weight", ()), 0)[0]
+    positions = (*shapes.get("img_emb.emb_pos", ()), 0, 0)[1]
+    compare_shapes(folder, shapes, tensor_shapes(sizes_in(config, text_dim, clip_dim, positions)))
     return shapes
 
 
@@ -143,53 +169,6 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
         if found[name] != shape:
             sizes = f"has the shape {list(found[name])[:6]}, config.json makes it {list(shape)}"
             raise ValueError(f"{where}: tensor {name} {sizes}")
-
-
-def transformer_shapes(config: dict, found: Shapes) -> Shapes:
-    """Names and shapes of the tensors of the Wan transformer of a config. How wide the features of text and images are,
-    official configs do not tell: that is taken from what was found."""
-    dim, kind, layers = config["dim"], config.get("model_type"), config["num_layers"]
-    text_dim = config.get("text_dim", (*found.get("text_embedding.0.weight", ()), 0, 0)[1])
-    shapes = {"patch_embedding.weight": (dim, config["in_dim"], 1, 2, 2), "patch_embedding.bias": (dim,)}
-    shapes |= linear("text_embedding.0", text_dim, dim) | linear("text_embedding.2", dim, dim)
-    shapes |= linear("time_embedding.0", config["freq_dim"], dim) | linear("time_embedding.2", dim, dim)
-    shapes |= linear("time_projection.1", dim, 6 * dim)
-    shapes |= linear("head.head", dim, 4 * config["out_dim"]) | {"head.modulation": (1, 2, dim)}
-    with_image = kind in ("i2v", "flf2v")
-    for layer in range(layers):
-        shapes |= block_shapes(f"blocks.{layer}", dim, config["ffn_dim"], with_image)
-    if with_image:
-        clip_dim = config.get("clip_dim", (*found.get("img_emb.proj.0.weight", ()), 0)[0])
-        positions = config.get("clip_positions", (*found.get("img_emb.emb_pos", ()), 0, 0)[1])
-        shapes |= {f"img_emb.proj.0.{part}": (clip_dim,) for part in ("weight", "bias")}
-        shapes |= linear("img_emb.proj.1", clip_dim, clip_dim) | linear("img_emb.proj.3", clip_dim, dim)
-        shapes |= {f"img_emb.proj.4.{part}": (dim,) for part in ("weight", "bias")}
-        if positions:
-            shapes["img_emb.emb_pos"] = (1, positions, clip_dim)
-    if kind == "vace":
-        shapes |= {"vace_patch_embedding.weight": (dim, config["vace_in_dim"], 1, 2, 2)}
-        shapes |= {"vace_patch_embedding.bias": (dim,)} | linear("vace_blocks.0.before_proj", dim, dim)
-        hints = config.get("vace_layers")
-        for block in range((layers + 1) // 2 if hints is None else len(hints)):
-            shapes |= block_shapes(f"vace_blocks.{block}", dim, config["ffn_dim"], False)
-            shapes |= linear(f"vace_blocks.{block}.after_proj", dim, dim)
-    return shapes
-
-
-def linear(name: str, width_in: int, width_out: int) -> Shapes:
-    return {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
-
-
-def block_shapes(name: str, dim: int, ffn_dim: int, with_image: bool) -> Shapes:
-    shapes = {f"{name}.modulation": (1, 6, dim)} | {f"{name}.norm3.{part}": (dim,) for part in ("weight", "bias")}
-    for attention in ("self_attn", "cross_attn"):
-        for layer in "qkvo":
-            shapes |= linear(f"{name}.{attention}.{layer}", dim, dim)
-        shapes |= {f"{name}.{attention}.norm_{layer}.weight": (dim,) for layer in "qk"}
-    if with_image:
-        shapes |= linear(f"{name}.cross_attn.k_img", dim, dim) | linear(f"{name}.cross_attn.v_img", dim, dim)
-        shapes[f"{name}.cross_attn.norm_k_img.weight"] = (dim,)
-    return shapes | linear(f"{name}.ffn.0", dim, ffn_dim) | linear(f"{name}.ffn.2", ffn_dim, dim)
 
 
 def check_encoders(folder: Path, names: Any, shapes: Shapes, with_image: bool) -> None:

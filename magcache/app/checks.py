@@ -5,17 +5,20 @@ import os
 import random
 import tempfile
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import magcache
-from magcache.app import plan, prompts
+from magcache.app import prompts
+from magcache.app.checkpoint import architecture_of
 from magcache.app.choose_schedule import choose_table, make_schedule
+from magcache.app.cost import number_of_bytes, token_count
 from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
-from magcache.app.job import INPUTS, OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
+from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
 from magcache.app.quality import use_trials
+from magcache.app.tasks import TASKS
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
@@ -27,7 +30,7 @@ def make_job(args: Namespace) -> Job:
     """args: of `magcache.app.flags.make_parser`. Raises Refused."""
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
-    inputs = Inputs(**{flag: getattr(args, flag) for flags in INPUTS.values() for flag in flags})
+    inputs = Inputs(**{field.name: getattr(args, field.name) for field in fields(Inputs)})
     base_seed = args.base_seed
     if base_seed < 0:
         base_seed = 0 if args.prompt_file else random.randrange(2**32)  # a rerun has to find what is finished
@@ -127,20 +130,21 @@ def check_processes(args: Namespace, world: int) -> None:
 
 def make_sampling(args: Namespace) -> Sampling:
     """Fills in the task's defaults."""
-    kind = args.task.split("-")[0]
+    task = TASKS[args.task]
     frames, steps, shift = args.frame_num, args.sample_steps, args.sample_shift
     if frames is None:
-        frames = {"t2i-14B": 1, "t2v-tiny": 17, "i2v-tiny": 17}.get(args.task, 81)
-    elif kind == "vace" and args.src_video:
+        frames = task.frames
+    elif task.sources and args.src_video:
         print("note: --frame_num is not used with --src_video, whose own length decides")
-        frames = 81
+        frames = task.frames
     if steps is None:
-        steps = 40 if args.task == "i2v-14B" else 50
+        steps = task.steps
     if shift is None:
-        small = kind == "i2v" and args.size in ("832*480", "480*832")
-        shift = 16.0 if kind in ("flf2v", "vace") else 3.0 if small else 5.0
-    refuse_if(kind == "t2i" and frames != 1, f"t2i makes one image: --frame_num must be 1, got {frames}")
-    refuse_if(kind == "flf2v" and frames < 5, f"task {args.task} needs --frame_num 5 or more, got {frames}")
+        shift = task.shifts.get(args.size, task.shift)
+    wrong = task.makes_image and frames != 1
+    refuse_if(wrong, f"task {args.task} makes one image: --frame_num must be 1, got {frames}")
+    few = f"task {args.task} needs --frame_num {task.least_frames} or more, got {frames}"
+    refuse_if(1 <= frames < task.least_frames, few)
     refuse_if(frames < 1 or frames % 4 != 1, f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
     refuse_if(steps < 1, f"--sample_steps must be at least 1, got {steps}")
     many = f"--sample_steps must be at most {MOST_STEPS}, got {shortened(steps)}: the models know 1000 noise levels"
@@ -159,11 +163,11 @@ def make_sampling(args: Namespace) -> Sampling:
 def check_extent(sampling: Sampling, inputs: Inputs, machine: Machine) -> None:
     """Refuses videos that no machine could make. With a source video, which decides on the length, its references
     count."""
-    (width, height), references = sampling.pixels, len(inputs.references) if sampling.kind == "vace" else 0
+    (width, height), references = sampling.pixels, len(inputs.references)
     frames, shards = sampling.frame_num, machine.shards if machine.shards > 0 else 1
-    tokens = plan.token_count(frames, height, width, references)
-    needed = VALUES_A_TOKEN * tokens * plan.shape_of(sampling.task, machine.ckpt_dir).dim // shards
-    memory = plan.number_of_bytes(4 * min(needed, 10**300))
+    tokens = token_count(frames, height, width, references)
+    needed = VALUES_A_TOKEN * tokens * architecture_of(sampling.spec, machine.ckpt_dir).dim // shards
+    memory = number_of_bytes(4 * min(needed, 10**300))
     estimate = f"{shortened(tokens)} tokens a call, for which a GPU needs {memory} and more"
     most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end"
     refuse_if(frames > MOST_FRAMES, f"{most}, got {shortened(frames)}: {estimate}")
@@ -179,11 +183,11 @@ def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[pro
     except ValueError as fault:
         raise Refused(f"--prompt_file: {fault}") from fault
     file = f"--prompt_file {args.prompt_file}"
-    if "image" not in sampling.input_flags:
+    if "image" not in sampling.spec.inputs:
         named = any(line.image for line in lines)
         refuse_if(named, f"{file} names images, task {args.task} takes none")
     lines = tuple(replace(line, image=line.image or args.image) for line in lines)
-    for line in lines if "image" in sampling.input_flags else ():
+    for line in lines if "image" in sampling.spec.inputs else ():
         refuse_if(line.image is None, f"{file}: prompt {line.number} has no image, and there is no --image")
     return lines
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import magcache
 from magcache import RatioTable, Schedule
-from magcache.app import plan
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
+from magcache.app.step_map import predict_by_ratios
+from magcache.app.tasks import Task
 from magcache.files import read_json
 
 HOW_TO_CALIBRATE = (
@@ -45,12 +46,31 @@ def compare_settings(table: RatioTable, run: dict) -> list[str]:
     return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
 
 
+def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None]:
+    """The name of the task's ratio table and a notice for the user, or None. Of several tables that one is taken whose
+    name the checkpoint folder holds, else that of the size. Raises magcache.UnknownTableError where none fits."""
+    if len(task.tables) == 1:
+        (name,) = task.tables
+        return name, f"{task.name} uses the table of {name}" if name != task.name else None
+    folder = Path(ckpt_dir).absolute().name.lower()
+    matches = [name for name in task.tables if name.removeprefix(f"{task.name}-").lower() in folder]
+    if len(matches) == 1:
+        return matches[0], None
+    by_size = f"{task.name}-{min(map(int, size.split('*')))}P"
+    if by_size in task.tables:
+        unclear = "fits several tables" if matches else "fits no table"
+        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by the size"
+    known = f" (it has {', '.join(task.tables)})" if task.tables else ""
+    unknown = f"no ratio table fits task {task.name} with the checkpoint folder {folder!r}{known}"
+    raise magcache.UnknownTableError(unknown)
+
+
 def find_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable, str | None]:
     """The table that the flags name, or else that of the model; a notice on how it was chosen. Raises ValueError, of
-    `magcache.choose_table` and `magcache.load_table`."""
+    `fitting_table` and `magcache.load_table`."""
     name, notice = cache.table, None
     if not name:
-        name, notice = magcache.choose_table(sampling.task, ckpt_dir, sampling.size)
+        name, notice = fitting_table(sampling.spec, ckpt_dir, sampling.size)
     return magcache.load_table(name), notice
 
 
@@ -94,4 +114,4 @@ def all_computed(steps: int) -> Schedule:
 def predict(job: Job) -> dict[str, tuple[float, ...]] | None:
     """The error to expect of every step, a row a branch, by the ratio table that made the schedule; None where none
     did. Thresh is what no error reaches."""
-    return job.table and plan.predict_by_ratios(job.schedule, job.table.ratios)
+    return job.table and predict_by_ratios(job.schedule, job.table.ratios)

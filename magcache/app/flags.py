@@ -4,8 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-TASKS = ("t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B", "t2v-tiny", "i2v-tiny")
-SIZES = ("720*1280", "1280*720", "480*832", "832*480", "1024*1024", "64*64")
+from magcache.app.tasks import TASKS, all_sizes
 
 
 class Explicit(argparse.Action):
@@ -41,8 +40,9 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.set_defaults(script=os.path.abspath(script))
     add = parser.add_argument_group("what to generate").add_argument
-    add("--task", default="t2v-14B", choices=TASKS)
-    add("--size", default="1280*720", choices=SIZES, help="width*height; the area where an input file has the shape")
+    add("--task", default="t2v-14B", choices=tuple(TASKS))
+    size = "width*height; the area where an input file has the shape"
+    add("--size", default="1280*720", choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
     add("--prompt_file", metavar="FILE", help="a video of every line: a prompt, or JSON (README: Many prompts)")

@@ -30,7 +30,7 @@ from magcache.app.record import make_record, record_path, save_record
 from magcache.app.results import CalibrationFile, compare_results, save_result
 from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
-from magcache.app.wan_package import PIPELINES, damaged_file, device_name, is_stock_wan, placement, sharing_group
+from magcache.app.wan_package import damaged_file, device_name, is_stock_wan, placement, sharing_group
 
 Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
 
@@ -108,12 +108,12 @@ def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
     if processes.world > 1:
         device = f"{processes.world} processes, {device}"
     print(f"device    {device}; loading {machine.ckpt_dir}", flush=True)
-    if not torch.cuda.is_available() and not sampling.task.endswith("-tiny"):
+    if not torch.cuda.is_available() and not sampling.spec.is_demo:
         slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
         print(f"note: there is no CUDA device; {slow}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
     spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | placement(machine)
-    return getattr(wan, PIPELINES[sampling.kind])(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
+    return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
 
 
 class Making:
@@ -232,7 +232,7 @@ class Making:
         """What the pipeline makes of the request."""
         sampling = self.job.sampling
         shape = {"size": sampling.pixels}
-        if sampling.kind in ("i2v", "flf2v"):
+        if sampling.spec.images:
             shape = {"max_area": math.prod(sampling.pixels)}
         return self.pipeline.generate(
             request.prompt,

@@ -1,6 +1,5 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
-import json
 import os
 import sys
 from dataclasses import asdict, replace
@@ -10,29 +9,28 @@ from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import Extension, Inputs, Job, Request, Sampling
 from magcache.app.wan_package import is_stock_wan
 
-# what runs without --prompt and input files, which are in examples/ beside the script; by task, or by its first part
-EXAMPLES = json.loads(Path(__file__).with_name("examples.json").read_text())
-
 
 def choose_inputs(
     sampling: Sampling, prompt: str | None, inputs: Inputs, folder: Path, needed: bool
 ) -> tuple[str, Inputs]:
     """Takes the task's example, with files of `folder`, if neither prompt nor inputs are given; else, where they are
     `needed`, refuses a request that lacks some."""
+    spec = sampling.spec
     for flag, path in asdict(inputs).items():
-        if path is not None and flag not in sampling.input_flags:
+        if path is not None and flag not in spec.inputs:
             print(f"note: --{flag} is not used by task {sampling.task}")
-    missing = [flag for flag in sampling.input_flags if getattr(inputs, flag) is None]
-    example = dict(EXAMPLES.get(sampling.task, EXAMPLES[sampling.kind]))
+            inputs = replace(inputs, **{flag: None})
+    missing = [flag for flag in spec.inputs if getattr(inputs, flag) is None]
+    example = dict(spec.example)
     words = example.pop("prompt")
-    if prompt is None and len(missing) == len(sampling.input_flags):
+    if prompt is None and len(missing) == len(spec.inputs):
         if example and is_stock_wan():
             wanted = "--prompt and " + ", ".join(f"--{flag}" for flag in example)
             refuse_if(needed, f"the example of {sampling.task} is about pictures that are not here: give {wanted}")
             return words, inputs
         paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
         return words, replace(inputs, **paths)
-    if missing and needed and sampling.kind in ("i2v", "flf2v"):
+    if missing and needed and spec.images:
         raise Refused(f"task {sampling.task} needs --{missing[0]} (without it and --prompt an example runs)")
     if prompt is None:
         print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
@@ -44,14 +42,14 @@ def read_inputs(job: Job) -> list | None:
     """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
     and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
     reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
-    sampling, inputs = job.sampling, job.inputs
-    if not sampling.input_flags:
+    sampling, inputs, spec = job.sampling, job.inputs, job.sampling.spec
+    if not spec.inputs:
         return []
     from magcache.app.media import read_image
 
     with refusing(ValueError):
-        if sampling.kind != "vace":
-            return [read_image(getattr(inputs, flag)) for flag in sampling.input_flags]
+        if spec.images:
+            return [read_image(getattr(inputs, flag)) for flag in spec.images]
         if is_stock_wan():
             return check_sources(inputs)
         from wan.utils.vace_source import prepare_source
@@ -78,7 +76,7 @@ def check_sources(inputs: Inputs) -> None:
 
 def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:
     """(frames, height, width) of the result. inputs: of `read_inputs`."""
-    if sampling.kind == "vace" and inputs:
+    if sampling.spec.sources and inputs:
         return tuple(inputs[0][0].shape[1:])
     width, height = sampling.pixels
     if inputs:
@@ -91,8 +89,8 @@ def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]
 def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
     """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
     frames, height, width = video_shape(sampling, None)
-    if sampling.kind in ("i2v", "flf2v"):
-        path = getattr(inputs, sampling.input_flags[0])
+    if sampling.spec.images:
+        path = getattr(inputs, sampling.spec.images[0])
         if path and os.path.isfile(path):
             try:
                 from magcache.app.media import read_image
@@ -102,10 +100,9 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
                 print(f"note: {fault}; here its shape is that of --size")
         else:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
-    is_vace = sampling.kind == "vace"
-    if is_vace and inputs.src_video:
+    if sampling.spec.sources and inputs.src_video:
         print("note: the source video decides on shape and length; the largest that it may have is taken")
-    return frames, height, width, len(inputs.references) if is_vace else 0
+    return frames, height, width, len(inputs.references)
 
 
 def make_expander(sampling: Sampling, extension: Extension):
@@ -115,13 +112,13 @@ def make_expander(sampling: Sampling, extension: Extension):
     method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
     device = {"device": 0} if extension.method == "local_qwen" else {}
     with refusing(ValueError, OSError, ImportError):
-        return method(model_name=extension.model, is_vl=sampling.kind in ("i2v", "flf2v"), **device)
+        return method(model_name=extension.model, is_vl=bool(sampling.spec.images), **device)
 
 
 def extend_prompt(job: Job, request: Request, expander, inputs: list | None) -> str:
     """The extension of a request's prompt, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
-    images = [] if job.sampling.kind == "vace" else inputs_of(request, inputs)
+    images = inputs_of(request, inputs) if job.sampling.spec.images else []
     image = None if not images else images[0] if len(images) == 1 else images
     out = expander(request.prompt, tar_lang=job.extension.target_lang, image=image, seed=job.base_seed)
     if not out.status:

@@ -8,12 +8,8 @@ from pathlib import Path
 
 import magcache
 from magcache.app.prompts import Line
+from magcache.app.tasks import TASKS, Task
 
-INPUTS = {  # by the kind of task: flags of the files that it looks at
-    "i2v": ("image",),
-    "flf2v": ("first_frame", "last_frame"),
-    "vace": ("src_video", "src_mask", "src_ref_images"),
-}
 TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the mean over the prompts
 
 
@@ -30,13 +26,8 @@ class Sampling:
     sample_guide_scale: float
 
     @property
-    def kind(self) -> str:
-        return self.task.split("-")[0]
-
-    @property
-    def input_flags(self) -> tuple[str, ...]:
-        """Those of the files that the task looks at."""
-        return INPUTS.get(self.kind, ())
+    def spec(self) -> Task:
+        return TASKS[self.task]
 
     @property
     def pixels(self) -> tuple[int, int]:

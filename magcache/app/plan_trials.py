@@ -2,24 +2,11 @@
 
 from collections.abc import Sequence
 
-from magcache import Settings, trials
+from magcache import trials
 from magcache.app.errors import Refused, refuse_if
 from magcache.app.job import TRIAL_BUDGET, Sampling
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT, Constants, computed_steps
-
-_T2V, _I2V, _VACE = (Settings(0.12, 2), Settings(0.12, 4)), (Settings(0.12, 4), Settings(0.24, 6)), (Settings(0.02, 3),)
-PUBLISHED = {  # settings of a task, see calibration/README.md
-    "t2v-14B": (Settings(0.24, 6),),
-    "t2v-1.3B": _T2V,
-    "t2v-tiny": _T2V,
-    "t2i-14B": (Settings(),),
-    "i2v-14B": _I2V,
-    "i2v-tiny": _I2V,
-    "flf2v-14B": (Settings(0.12, 4),),
-    "vace-14B": _VACE,
-    "vace-1.3B": _VACE,
-}
 
 
 def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
@@ -57,6 +44,6 @@ def others(sampling: Sampling, speedups: Sequence[float], ratios: Sequence[float
     ratios of this model, where they reuse anything."""
     steps = sampling.sample_steps
     fewer = [trials.fewer_steps(computed_steps(steps, speedup)) for speedup in speedups]
-    rules = PUBLISHED[sampling.task]
+    rules = sampling.spec.published
     rows = [trials.by_ratios(ratios, steps, rule.thresh, rule.K, rule.retention_ratio) for rule in rules]
     return fewer + [row for row in rows if any(row.schedule.reuse)]

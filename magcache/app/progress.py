@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from magcache.app.errors import NotFinite
-from magcache.app.plan import step_map
+from magcache.app.step_map import step_map
 from magcache.patch import Cache, shadowed
 from magcache.schedule import Schedule
 

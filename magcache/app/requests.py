@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from magcache.app import prompts
 from magcache.app.checks import check_names, check_writable
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refuse_if, refusing
-from magcache.app.job import INPUTS, OF_OUR_WAN, Job, Request
+from magcache.app.job import OF_OUR_WAN, Job, Request
 from magcache.app.record import compared_files, read_record, record_path
 from magcache.files import is_special
 
@@ -20,7 +21,7 @@ VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg
 
 def endings_of(job: Job) -> tuple[str, ...]:
     """Of the task's results, the default first."""
-    return IMAGE_ENDINGS if job.sampling.kind == "t2i" else VIDEO_ENDINGS
+    return IMAGE_ENDINGS if job.sampling.spec.makes_image else VIDEO_ENDINGS
 
 
 def make_requests(job: Job) -> list[Request]:
@@ -51,7 +52,7 @@ def make_requests(job: Job) -> list[Request]:
     beside = {file for path in paths for file in comparison_paths(path)} if job.output.compare else set()
     for path in beside.intersection(paths):
         raise Refused(f"the result {path} of {job.prompt_file} has the name of another one's comparison")
-    own = "image" in job.sampling.input_flags
+    own = "image" in job.sampling.spec.inputs
     made = zip(job.lines, paths, strict=True)
     return [
         # of two files with a name that holds all settings, either will do
@@ -71,8 +72,8 @@ def decisive_settings(job: Job) -> dict:
     settings |= {flag: job.flags[flag] for flag in ("magcache_dtype", *flags)}
     fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
-    inputs = [flag for flags in INPUTS.values() for flag in flags if flag != "image"]
-    return settings | {"inputs": [getattr(job.inputs, flag) for flag in inputs]}
+    inputs = [path for flag, path in asdict(job.inputs).items() if flag != "image"]
+    return settings | {"inputs": inputs}
 
 
 def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
@@ -95,7 +96,7 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
 def check_replaced(job: Job, requests: list[Request]) -> None:
     """Says which files will be replaced. A video, its record and its comparison take the places of earlier ones, but of
     no other files."""
-    kind, replaced = "image" if job.sampling.kind == "t2i" else "video", []
+    kind, replaced = "image" if job.sampling.spec.makes_image else "video", []
     for request in requests:
         path, record = request.path, record_path(request.path)
         if request.replaces and path.exists() and not is_empty(path):

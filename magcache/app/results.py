@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import magcache
-from magcache.app.choose_schedule import settings_of
+from magcache.app.choose_schedule import fitting_table, settings_of
 from magcache.app.compare import in_words, write_comparison
 from magcache.app.errors import Failed, LostResult, first_line
 from magcache.app.job import Job, Request
@@ -121,7 +121,7 @@ class CalibrationFile:
 
     def measured_on(self, done: list[Request]) -> dict:
         sampling, ckpt_dir, sigmas = self.job.sampling, self.job.machine.ckpt_dir, self.job.sampling.noise_levels
-        inputs = {flag: getattr(self.job.inputs, flag) for flag in sampling.input_flags}
+        inputs = {flag: getattr(self.job.inputs, flag) for flag in sampling.spec.inputs}
         if done[0].image:
             inputs["image"] = [request.image for request in done]
         return settings_of(sampling, ckpt_dir) | {
@@ -142,7 +142,7 @@ class CalibrationFile:
         print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
         with contextlib.suppress(ValueError):
             sampling, ckpt_dir = self.job.sampling, self.job.machine.ckpt_dir
-            published = magcache.load_table(magcache.choose_table(sampling.task, ckpt_dir, sampling.size)[0])
+            published = magcache.load_table(fitting_table(sampling.spec, ckpt_dir, sampling.size)[0])
         write_beside(path, self.table, published)
 
 

@@ -7,15 +7,17 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from magcache.app import plan
+from magcache.app.checkpoint import architecture_of
 from magcache.app.checks import check_names, check_writable, make_job
 from magcache.app.choose_schedule import make_schedule, predict
+from magcache.app.cost import cached_bytes, needs_of, number_of_bytes, run_flops, token_count
 from magcache.app.errors import need_package, refuse_if
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
-from magcache.app.needs import is_real, needs_of
 from magcache.app.quality import quality_lines
+from magcache.app.step_map import digits, reuse_by_branch, ruler, step_map
 from magcache.files import is_special
+from magcache.ratios import RatioTable
 
 
 def show_plan(args: Namespace) -> None:
@@ -27,10 +29,10 @@ def show_plan(args: Namespace) -> None:
         refuse_if(is_special(picture) or picture.is_dir(), f"{picture} exists and is no regular file")
     with contextlib.redirect_stdout(io.StringIO()) as notes:
         job = make_job(args)
-        task, size = job.sampling.task, job.sampling.size
+        task, size, sizes = job.sampling.task, job.sampling.size, job.sampling.spec.sizes
         frames, height, width, references = planned_video(job.sampling, job.inputs)
-        if size not in plan.SIZES[task]:
-            print(f"note: task {task} does not run at {size}, only at {', '.join(plan.SIZES[task])}")
+        if size not in sizes:
+            print(f"note: task {task} does not run at {size}, only at {', '.join(sizes)}")
     video = f"{task}, {width}x{height}, {frames} frames, {job.sampling.sample_steps} steps"
     if picture:  # before anything is printed, which may end it
         from magcache.app.plot import plan_figure, save_figure
@@ -39,8 +41,8 @@ def show_plan(args: Namespace) -> None:
     lines = [
         headline(job),
         f"schedule  {chosen_by(job)}",
-        *([f"origin    {plan.table_origin(job.table)}"] if job.table else []),
-        *run_lines(job, video, plan.token_count(frames, height, width, references), (frames, height, width)),
+        *([f"origin    {table_origin(job.table)}"] if job.table else []),
+        *run_lines(job, video, token_count(frames, height, width, references), (frames, height, width)),
         "",
         *quality_lines(job),
         *neighbour_lines(job),
@@ -61,10 +63,18 @@ def chosen_by(job: Job) -> str:
     return f"{job.made_by}, {job.cache}"
 
 
+def table_origin(table: RatioTable) -> str:
+    """Where a table comes from, in words."""
+    date = table.measured_on.get("date")
+    if isinstance(date, str):
+        return f"measured on {date[:10]} with {table.steps} steps ({table.path})"
+    return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
+
+
 def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -> list[str]:
     """video: in words. tokens: of a call. pixels: (frames, height, width)."""
-    schedule, shape = job.schedule, plan.shape_of(job.sampling.task, job.machine.ckpt_dir)
-    cached, full = plan.run_flops(schedule, shape, tokens)
+    schedule, sizes = job.schedule, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
+    cached, full = run_flops(schedule, sizes, tokens)
     return [
         f"video     {video}; {tokens} tokens a call",
         "",
@@ -73,8 +83,8 @@ def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -
         f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
         f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
         f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
-        f"memory    {memory(job, plan.cached_bytes(schedule, shape, tokens, job.cache.dtype))}",
-        *([f"needs     about {needs_of(job, shape, tokens, pixels)}"] if is_real(job) else []),
+        f"memory    {memory(job, cached_bytes(schedule, sizes, tokens, job.cache.dtype))}",
+        *([f"needs     about {needs_of(job, pixels)}"] if not job.sampling.spec.is_demo else []),
     ]
 
 
@@ -87,19 +97,19 @@ def memory(job: Job, size: float) -> str:
     where = "in CPU memory" if job.cache.offload else "on the GPU" if shards == 1 else f"on each of {shards} GPUs"
     if schedule.target == "residual":
         size /= shards  # of its tokens; outputs are whole
-    return f"{plan.number_of_bytes(size)} {where} for {kept} cached {schedule.target}s"
+    return f"{number_of_bytes(size)} {where} for {kept} cached {schedule.target}s"
 
 
 def map_lines(job: Job) -> list[str]:
     """The steps of every branch, and below them the predicted errors."""
-    steps, branches, prediction = job.schedule.steps, plan.reuse_by_branch(job.schedule), predict(job)
-    lines = [f"step      {plan.ruler(steps)}"]
+    steps, branches, prediction = job.schedule.steps, reuse_by_branch(job.schedule), predict(job)
+    lines = [f"step      {ruler(steps)}"]
     for name, reuse in branches.items():
-        lines.append(f"{name:<9} {plan.step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
+        lines.append(f"{name:<9} {step_map(reuse)}  {steps - sum(reuse)} computed, {sum(reuse)} reused")
     if not prediction:
         return [*lines, "          # computed, . reused"]
     for name, errors in prediction.items():
-        shown = f"{plan.digits(errors, branches[name], job.cache.rule.thresh):<{steps}}"
+        shown = f"{digits(errors, branches[name], job.cache.rule.thresh):<{steps}}"
         lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
     legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
     return [*lines, f"          {legend} {job.cache.rule.thresh:g}"]

@@ -3,9 +3,9 @@
 import statistics
 import sys
 
-from magcache.app import plan, record
+from magcache.app import record
+from magcache.app.cost import needs_of, number_of_bytes
 from magcache.app.job import TRIAL_BUDGET, Job, Request
-from magcache.app.needs import is_real, needs_of_run, warning
 from magcache.app.quality import expected_in_words
 from magcache.app.wan_package import is_stock_wan
 
@@ -15,7 +15,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     schedule, calls = job.schedule, len(job.schedule.weights)
     if not job.prompt_file:
         print(f"prompt    {requests[0].prompt}")
-    for flag in job.sampling.input_flags if not requests[0].image else ():
+    for flag in job.sampling.spec.inputs if not requests[0].image else ():
         if path := getattr(job.inputs, flag):
             print(f"{flag:<9} {path}")
     seed = job.base_seed if len(requests) == 1 else f"{job.base_seed} and up"
@@ -30,7 +30,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
             print(f"note: these settings reuse nothing; a larger {larger} would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
-    if is_real(job) and not is_stock_wan():
+    if not job.sampling.spec.is_demo and not is_stock_wan():
         tell_needs(job, shape)
     if job.calibrates:
         print(f"          their ratios are measured and written to {job.output.calibration_dir}/")
@@ -51,13 +51,16 @@ def tell_needs(job: Job, pixels: tuple[int, int, int]) -> None:
     import torch
 
     cuda = torch.cuda.is_available()
-    needs = needs_of_run(job, pixels, cuda)
+    needs = needs_of(job, pixels, cuda)
     if not cuda:
-        print(f"needs     {plan.number_of_bytes(needs.host)} for the weights of the transformer ({needs.dtype})")
+        print(f"needs     {number_of_bytes(needs.host)} for the weights of the transformer ({needs.dtype})")
         return
     print(f"needs     about {needs}")
-    if line := warning(needs, torch.cuda.mem_get_info()[0]):
-        print(line, file=sys.stderr)
+    free, _ = torch.cuda.mem_get_info()
+    if needs.card > free:
+        needed = f"{number_of_bytes(needs.card)} of the GPU's memory, {number_of_bytes(free)} are free"
+        less = "--offload_blocks, --offload_model True, --vae_tiling or a smaller --size need less"
+        print(f"warning: this run needs about {needed}; {less}", file=sys.stderr)
 
 
 def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
@@ -71,7 +74,7 @@ def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
     if job.cache and any(watch.calls for watch in watches):
         tell_calls(job, watches)
     if memory := record.peak_memory():
-        print(f"memory    at most {plan.number_of_bytes(memory['bytes'])} of {memory['of']}")
+        print(f"memory    at most {number_of_bytes(memory['bytes'])} of {memory['of']}")
     schedule = job.schedule
     if job.cache and any(tuple(reused for reused, _ in watch.calls) != schedule.reuse for watch in watches):
         print("warning: the calls of the model did not follow the schedule; please report this", file=sys.stderr)

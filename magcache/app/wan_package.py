@@ -14,9 +14,7 @@ from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, need_package, refuse_if, refusing
 from magcache.app.job import OF_OUR_WAN, Inputs, Job, Machine, Sampling
 from magcache.app.processes import Processes
-
-# in `wan`, by the kind of task
-PIPELINES = {"t2v": "WanT2V", "t2i": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
+from magcache.app.tasks import TASKS
 
 
 def is_stock_wan() -> bool:
@@ -29,42 +27,42 @@ def is_stock_wan() -> bool:
 def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
     """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
     model's config."""
-    configs, all_sizes = import_configs()
-    task = sampling.task
-    refuse_if(task not in configs, f"the wan package here has no task {task}")
-    sizes = all_sizes[task]
-    refuse_if(sampling.size not in sizes, f"task {task} supports {', '.join(sizes)}, not {sampling.size}")
+    configs, spec = import_configs(), sampling.spec
+    config = configs.get(spec.config or spec.name)
+    refuse_if(config is None, f"the wan package here has no task {spec.name}")
+    unknown = f"task {spec.name} supports {', '.join(spec.sizes)}, not {sampling.size}"
+    refuse_if(sampling.size not in spec.sizes, unknown)
     check_machine(machine)
     if is_stock_wan():
         check_stock(sampling, inputs)
-    check_checkpoint(sampling, machine, configs)
+    check_checkpoint(sampling, machine, config)
     if not is_stock_wan():
-        check_encoders(sampling, machine, configs[task])
-    return configs[task]
+        check_encoders(sampling, machine, config)
+    return config
 
 
-def import_configs() -> tuple[dict, dict]:
-    """The models' configs and sizes, by task."""
+def import_configs() -> dict:
+    """The models' configs, by task."""
     if is_stock_wan():  # upstream's script hides all warnings
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", module=r"torch\.")
     try:
-        from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+        from wan.configs import WAN_CONFIGS
     except ImportError as fault:
         remedy = "run this beside one, in its environment"
         raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {remedy}") from fault
     except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
         needs = "the wan package here needs a CUDA device and a torch that sees it"
         raise Refused(f"{needs} ({first_line(fault)})") from fault
-    return WAN_CONFIGS, SUPPORTED_SIZES
+    return WAN_CONFIGS
 
 
 def check_stock(sampling: Sampling, inputs: Inputs) -> None:
     """Refuses what Wan2.1's own package would fail with only after loading."""
-    if sampling.kind == "flf2v" and sampling.frame_num != 81:
+    if len(sampling.spec.images) == 2 and sampling.frame_num != 81:
         only = "the wan package here makes flf2v videos of 81 frames only"
         raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
-    if sampling.kind == "vace" and inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
+    if inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
         need_package("decord", "--src_video with the wan package here")
     attention = getattr(sys.modules.get("wan.modules.model"), "flash_attention", None)  # imported with the configs
     known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
@@ -125,23 +123,21 @@ def placement(machine: Machine) -> dict:
     return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
 
 
-def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> None:
-    """configs: of all tasks."""
-    task, folder = sampling.task, Path(machine.ckpt_dir)
-    names, given = configs[task], f"--ckpt_dir {folder}"
-    needed = {"t2i": "t2v"}.get(sampling.kind, sampling.kind)
+def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
+    """names: the task's config, which has the names of the files."""
+    task, folder = sampling.spec, Path(machine.ckpt_dir)
+    given, needed = f"--ckpt_dir {folder}", task.model_type
     refuse_if(not os.path.isdir(folder), f"{given} is not a folder")
     with to_be_replaced(ValueError):
         model = checkpoint.read_config(folder)
         weights = checkpoint.find_weights(folder)
     kind, heads = model.get("model_type"), model["num_heads"]
-    refuse_if(kind != needed, f"{given} holds a model of type {kind}, task {task} needs {needed}")
+    refuse_if(kind != needed, f"{given} holds a model of type {kind}, task {task.name} needs {needed}")
     ulysses = f"--ulysses_size {machine.ulysses_size}"
     uneven = f"{ulysses} does not divide the {heads} attention heads of the model in {folder}"
     refuse_if(heads % machine.ulysses_size != 0, uneven)
     files = [*weights, names.t5_checkpoint, f"{names.t5_tokenizer}/tokenizer.json", names.vae_checkpoint]
-    with_image = needed in ("i2v", "flf2v")
-    if with_image:
+    if task.images:
         files.append(names.clip_checkpoint)
         without = is_stock_wan() and not (folder / names.clip_tokenizer).is_dir()
         refuse_if(without, f"{given} lacks {names.clip_tokenizer}/, which the wan package here loads")
@@ -149,11 +145,11 @@ def check_checkpoint(sampling: Sampling, machine: Machine, configs: dict) -> Non
         refuse_if(not (folder / name).is_file(), f"{given} lacks {name}")
     with to_be_replaced(ValueError):
         shapes = checkpoint.check_transformer(folder, model, weights)
-        checkpoint.check_encoders(folder, names, shapes, with_image)
-    shape = (model["dim"], model["num_layers"])
-    others = [other for other, config in configs.items() if (config.dim, config.num_layers) == shape]
-    if others and task not in others:
-        print(f"note: by its size the model in {folder} is that of {others[0]}, not of {task}")
+        checkpoint.check_encoders(folder, names, shapes, bool(task.images))
+    size = (model["dim"], model["num_layers"])
+    alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
+    if alike and task not in alike:
+        print(f"note: by its size the model in {folder} is that of {alike[0].name}, not of {task.name}")
 
 
 def check_encoders(sampling: Sampling, machine: Machine, config: Any) -> None:
@@ -161,7 +157,7 @@ def check_encoders(sampling: Sampling, machine: Machine, config: Any) -> None:
     from wan.utils.checkpoints import check_encoders as check
 
     with to_be_replaced(*damaged_file()):
-        check(Path(machine.ckpt_dir), config, sampling.kind in ("i2v", "flf2v"))
+        check(Path(machine.ckpt_dir), config, bool(sampling.spec.images))
 
 
 def start_processes(processes: Processes, job: Job):

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import UMT5Config, UMT5EncoderModel
 
 from magcache.app import checkpoint
+from magcache.app.architecture import tensor_shapes
 from magcache.app.errors import Refused
 from magcache.app.job import Machine, Sampling
 from magcache.app.wan_package import check_checkpoint, check_encoders
@@ -61,7 +62,8 @@ def complete(config: dict, folder: Path) -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_expected_tensors_are_those_of_the_models(name, tmp_path):
     shapes = shapes_of(CONFIGS[name])
-    assert checkpoint.transformer_shapes(complete(CONFIGS[name], tmp_path), shapes) == shapes
+    widths = (4096, 1280, CONFIGS[name].get("clip_positions", 0))
+    assert tensor_shapes(checkpoint.sizes_in(complete(CONFIGS[name], tmp_path), *widths)) == shapes
 
 
 def write_sparse_weights(path: Path, shapes: dict) -> None:
@@ -129,7 +131,7 @@ def write_official_folder(folder: Path) -> None:
 def check(folder: Path, task: str) -> None:
     sampling = Sampling(task, "832*480", 81, "unipc", 50, 5.0, 5.0)
     machine = Machine(str(folder), True, False, False, False, 1, 1)
-    check_checkpoint(sampling, machine, WAN_CONFIGS)
+    check_checkpoint(sampling, machine, WAN_CONFIGS[task])
     check_encoders(sampling, machine, WAN_CONFIGS[task])
 
 

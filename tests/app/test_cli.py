@@ -266,7 +266,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--use_magcach"), "unrecognized arguments"),
     (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
     (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "does not exist: no/such/folder"),
-    (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "t2i makes one image"),
+    (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "makes one image: --frame_num must be 1"),
     (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "holds a model of type t2v, task flf2v-14B needs flf2v"),
     (("--ckpt_dir", "{ok}", "--task", "i2v-14B"), "holds a model of type t2v, task i2v-14B needs i2v"),
     (("--ckpt_dir", "{ok}", "--task", "vace-1.3B"), "holds a model of type t2v, task vace-1.3B needs vace"),
@@ -590,7 +590,7 @@ def test_text_to_image(tmp_path, folders):
     result = run("--task", "t2i-14B", "--size", "480*832", "--ckpt_dir", folders["ok"], "--sample_steps", 2,
                  "--use_magcache", "--save_file", tmp_path / "fox.png")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "calibrated on video" in result.stdout
+    assert "t2i-14B uses the table of t2v-14B" in result.stdout
     assert iio.imread(tmp_path / "fox.png").shape == (832, 480, 3)
 
 

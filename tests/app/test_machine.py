@@ -1,4 +1,4 @@
-"""Flags that make a model fit its card, from the command line, and what is said of the memory that a run needs."""
+"""Flags that make a model fit its card, from the command line, and what is said of the memory that a run cost."""
 
 import dataclasses
 import json
@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import magcache_generate
 from examples.card import Subject
-from magcache.app import needs, plan, tell
+from magcache.app import cost, tell
 from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
 from magcache.app.requests import make_requests
+from magcache.app.tasks import TASKS
 from magcache.app.wan_package import check_machine
 
 REPO = Path(__file__).parents[2]
@@ -99,10 +100,10 @@ def test_a_machine_without_compiler(tmp_path):
     assert "torch.compile does not work here" in line
 
 
-TASKS = ("t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B", "vace-1.3B", "vace-14B")
+REAL = [name for name, task in TASKS.items() if not task.is_demo and not task.makes_image]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", REAL)
 def test_the_weights_are_counted(task):
     with torch.device("meta"):
         model = make_model(task)
@@ -113,7 +114,7 @@ def test_the_weights_are_counted(task):
             else p.numel() * getattr(torch, dtype).itemsize
             for name, p in model.named_parameters()
         )
-        assert needs.weight_bytes(plan.SHAPES[task], dtype) == held
+        assert cost.weight_bytes(TASKS[task].architecture, dtype) == held
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -124,7 +125,7 @@ def test_activations_are_those_that_are_allocated(task, autocast):
         model, given = subject.model(torch.float32), subject.arguments()
         with Peak() as peak:
             model(**given)
-    assert needs.call_bytes(subject.shape, subject.tokens, autocast) == pytest.approx(peak.bytes, rel=0.1)
+    assert cost.call_bytes(subject.shape, subject.tokens, autocast) == pytest.approx(peak.bytes, rel=0.1)
 
 
 def job_of(*flags):
@@ -151,9 +152,9 @@ def test_the_warning_before_loading(monkeypatch, capsys):
 
 
 def planned(*flags):
-    """What a plan of t2v-14B at 720p needs."""
+    """What a plan of t2v-14B at 720p cost."""
     job = job_of("--task", "t2v-14B", "--use_magcache", "--magcache_speedup", 2, "--magcache_plan", *flags)
-    return job, needs.needs_of_run(job, (81, 720, 1280), cuda=True)
+    return job, cost.needs_of(job, (81, 720, 1280), cuda=True)
 
 
 def test_the_plan_knows_what_stays_on_the_card():
@@ -161,7 +162,7 @@ def test_the_plan_knows_what_stays_on_the_card():
     (_, offloaded), (_, stays), (job, shared) = (
         planned(*flags) for flags in ((), ("--offload_model", "False"), ("--ulysses_size", 8))
     )
-    assert stays.card == pytest.approx(offloaded.weights + needs.CONTEXT + needs.VAE_WEIGHTS + offloaded.vae)
+    assert stays.card == pytest.approx(offloaded.weights + cost.CONTEXT + cost.VAE_WEIGHTS + offloaded.vae)
     assert shared.card == pytest.approx(stays.card)
     assert not job.machine.offload_model and offloaded.card < stays.card
     assert planned("--ulysses_size", 8, "--offload_model", "True")[1].card < shared.card
@@ -172,7 +173,9 @@ def test_the_needs_of_sharded_weights(monkeypatch):
     assert job.machine.group_size == 2  # of a number that the plan does not know
     plain = planned("--dit_dtype", "float32")[1]
     assert two.text == plain.text / 2 and eight.text == plain.text / 8
-    block = 2 * needs.block_parameters(plan.shape_of("t2v-14B", "x"))[0] * needs.BYTES["bfloat16"]  # this and the next
+    block = (
+        2 * cost.parameters(TASKS["t2v-14B"].architecture, "blocks.0.")[0] * cost.BYTES["bfloat16"]
+    )  # this and the next
     assert plain.weights / 2 < two.weights - block < 0.51 * plain.weights
     assert plain.weights / 8 < eight.weights - block < 0.14 * plain.weights
     monkeypatch.setenv("WORLD_SIZE", "4")

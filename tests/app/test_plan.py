@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import magcache
 import magcache_generate
-from magcache.app import plan as report
-from magcache.app.flags import SIZES, TASKS
-from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+from magcache.app import cost
+from magcache.app.architecture import Architecture
+from magcache.app.checkpoint import architecture_of
+from magcache.app.step_map import predict_by_ratios, step_map
+from magcache.app.tasks import TASKS, all_sizes
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
@@ -120,14 +122,14 @@ def test_plan_for_a_reader_that_leaves():
 def test_every_task_size_length_and_step_count(task, plan, tmp_path):
     ratios = ("--mag_ratios", "i2v-14B-720P") if task in ("i2v-14B", "flf2v-14B") else ()
     lengths = (1,) if task == "t2i-14B" else (5, 81, 121)
-    for size, frames, steps in itertools.product(SIZES, lengths, (1, 7, 120)):
+    for size, frames, steps in itertools.product(all_sizes(), lengths, (1, 7, 120)):
         flags = ("--task", task, "--size", size, "--frame_num", frames, "--sample_steps", steps, *ratios)
         lines = plan(*flags, "--ckpt_dir", tmp_path / "none", "--prompt", "a", "--ulysses_size", 2)
         assert re.fullmatch(rf"\d+ of {2 * steps} DiT calls computed, at most [\d.]+x", lines[0])
         width, height = map(int, size.split("*"))
         tokens = ((frames - 1) // 4 + 1) * width * height // 256
         assert lines[3].endswith(f"; {tokens} tokens a call")
-        assert any(f"does not run at {size}" in line for line in lines) == (size not in SUPPORTED_SIZES[task])
+        assert any(f"does not run at {size}" in line for line in lines) == (size not in TASKS[task].sizes)
 
 
 def test_input_files_decide_on_the_shape_where_they_are_there(plan, tmp_path):
@@ -165,26 +167,21 @@ def test_picture(monkeypatch, capsys, tmp_path):
         assert capsys.readouterr().out.endswith(f"picture   {picture}\n")
 
 
-def test_own_table_of_models_is_that_of_the_configs():
-    assert set(report.SHAPES) == set(report.SIZES) == set(WAN_CONFIGS)
-    for task, shape in report.SHAPES.items():
-        for key in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len"):
-            assert getattr(shape, key) == WAN_CONFIGS[task][key], (task, key)
-        assert set(report.SIZES[task]) == set(SUPPORTED_SIZES[task])
-    for task, folder in (("t2v-tiny", "Wan2.1-T2V-tiny"), ("i2v-tiny", "Wan2.1-I2V-tiny")):
-        config = json.loads((REPO / "examples" / folder / "config.json").read_text())
-        assert report.shape_of(task, REPO / "examples" / folder) == report.Shape(
-            **{key: config[key] for key in report.Shape.__dataclass_fields__ if key in config},
-            image_tokens=257 if task == "i2v-tiny" else 0,
-        )
-
-
 def test_a_config_file_comes_first(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"dim": 64, "num_layers": 6, "vace_layers": [0, 3]}))
-    shape = report.shape_of("vace-1.3B", tmp_path)
-    assert (shape.dim, shape.ffn_dim, shape.num_layers, shape.vace_blocks) == (64, 8960, 6, 2)
+    task = TASKS["vace-1.3B"]
+    config = {
+        "model_type": "vace",
+        "vace_in_dim": 96,
+        "dim": 64,
+        "num_heads": 2,
+        "num_layers": 6,
+        "vace_layers": [0, 3],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = architecture_of(task, tmp_path)
+    assert (sizes.dim, sizes.num_layers, sizes.vace_blocks, sizes.text_dim) == (64, 6, 2, 4096)
     (tmp_path / "config.json").write_text("[")
-    assert report.shape_of("vace-1.3B", tmp_path) == report.SHAPES["vace-1.3B"]
+    assert architecture_of(task, tmp_path) == task.architecture
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "vace"])
@@ -202,7 +199,7 @@ def test_flops(kind):
         images = 1 if kind == "i2v" else 2
         positions = 514 if images == 2 else 0
         model = WanModel(kind, num_heads=2, in_dim=36, clip_dim=20, clip_positions=positions, **sizes)
-        extra = {"in_dim": 36, "clip_dim": 20, "image_tokens": 257 * images}
+        extra = {"clip_dim": 20, "images": images}
         given_ = {"y": [torch.zeros(20, 3, 6, 8)], "clip_fea": torch.zeros(images, 257, 20)}
     magcache.apply_magcache(model, magcache.Schedule((None, None, (1.0,), (1.0,))))
     counted = []
@@ -211,19 +208,19 @@ def test_flops(kind):
             t, context = torch.tensor([999 - call // 2]), [torch.zeros(5, 24)]
             model([latent], t=t, context=context, seq_len=tokens, **given_)
         counted.append(counter.get_total_flops())
-    computed, reused = report.call_flops(report.Shape(**sizes, **extra), tokens)
+    computed, reused = cost.call_flops(Architecture(**sizes, **extra), tokens)
     assert counted == [computed, computed, reused, reused]
 
 
 def test_memory_and_flops_of_a_run():
     schedule = magcache.plan(magcache.load_ratios("t2v-14B"), 50, 0.24, 6)
-    shape = report.SHAPES["t2v-14B"]
-    assert report.cached_bytes(schedule, shape, 75600) == 2 * 75600 * 5120 * 4
-    assert report.cached_bytes(schedule, shape, 75600, "bfloat16") == 2 * 75600 * 5120 * 2
+    shape = TASKS["t2v-14B"].architecture
+    assert cost.cached_bytes(schedule, shape, 75600) == 2 * 75600 * 5120 * 4
+    assert cost.cached_bytes(schedule, shape, 75600, "bfloat16") == 2 * 75600 * 5120 * 2
     forecasts = magcache.plan_speedup(50, 2.5)
-    assert report.cached_bytes(forecasts, shape, 75600) == 4 * 16 * 21 * 90 * 160 * 4 < 80e6
+    assert cost.cached_bytes(forecasts, shape, 75600) == 4 * 16 * 21 * 90 * 160 * 4 < 80e6
     nothing = magcache.Schedule((None, None))
-    assert report.cached_bytes(nothing, shape, 100) == 0
+    assert cost.cached_bytes(nothing, shape, 100) == 0
 
 
 RATIO = st.floats(0.5, 1.5)
@@ -235,7 +232,7 @@ def test_errors_of_the_rule(values, thresh, K, retention):
     steps = len(values)
     ratios = [v for value in (1.0, *values[1:]) for v in (value, value)]
     schedule = magcache.plan(ratios, steps, thresh, K, retention)
-    errors = report.predict_by_ratios(schedule, ratios)["cond"]
+    errors = predict_by_ratios(schedule, ratios)["cond"]
     for step, reused in enumerate(schedule.reuse[::2]):
         start = max((s for s in range(step) if not schedule.reuse[2 * s]), default=0)
         products = list(itertools.accumulate(ratios[::2][start + 1 : step + 1], lambda a, b: a * b))
@@ -253,6 +250,6 @@ def test_errors_of_the_rule(values, thresh, K, retention):
 
 def test_step_map():
     reuse = (False, False, True, True, True, False)
-    assert report.step_map(reuse) == "##...#"
-    assert report.step_map(reuse, 3) == "#.+"
-    assert report.step_map((False, None, None)) == "#  "
+    assert step_map(reuse) == "##...#"
+    assert step_map(reuse, 3) == "#.+"
+    assert step_map((False, None, None)) == "#  "

@@ -137,22 +137,6 @@ def test_what_is_needed_later():
     assert linear.used_later == (False, True, True, False, True, False)
 
 
-def test_table_choice():
-    assert magcache.choose_table("t2v-1.3B", "./renamed") == ("t2v-1.3B", None)
-    assert magcache.choose_table("i2v-14B", "x/Wan2.1-I2V-14B-480P/") == ("i2v-14B-480P", None)
-    name, notice = magcache.choose_table("t2i-14B", "./Wan2.1-T2V-14B")
-    assert name == "t2v-14B"
-    assert "calibrated on video" in notice
-    name, notice = magcache.choose_table("i2v-14B", "./renamed", "480*832")
-    assert name == "i2v-14B-480P"
-    assert "taken by the size" in notice
-    assert magcache.choose_table("i2v-14B", "./480P-and-720P", "1280*720")[0] == "i2v-14B-720P"
-    assert magcache.choose_table("i2v-14B", "./Wan2.1-I2V-14B-480P", "1280*720") == ("i2v-14B-480P", None)
-    for task, folder in (("flf2v-14B", "./Wan2.1-FLF2V-14B-720P"), ("i2v-14B", "./renamed")):
-        with pytest.raises(magcache.UnknownTableError, match="no ratio table fits task"):
-            magcache.choose_table(task, folder)
-
-
 def test_a_measured_pair_of_ones_is_not_taken_for_padding(tmp_path):
     magcache.save_table(tmp_path / "t.json", {"calibrated_steps": 3, "mag_ratio": [1.0, 1.0, 0.9, 0.8]})
     assert magcache.load_ratios(tmp_path / "t.json") == (1.0, 1.0, 1.0, 1.0, 0.9, 0.8)

@@ -1,0 +1,147 @@
+"""What a transformer, a call and a run cost: parameters, FLOPs, memory. Pure Python.
+
+The weights and the FLOPs are counted over the tensors. The bytes for activations were measured on transformers and VAE
+at their real sizes, on fake tensors; see examples/README.md.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from magcache.app.architecture import LATENT, PATCH, Architecture, tensor_shapes
+from magcache.app.checkpoint import architecture_of
+from magcache.app.job import Job
+from magcache.schedule import Schedule
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+TEXT_ENCODER = 5.68e9  # parameters of umt5-xxl's encoder
+VAE_WEIGHTS = 507e6  # bytes, float32
+VAE_AT_ONCE = 19_500  # bytes for each pixel of a frame, or of a tile, that is decoded at once
+TILE = 256  # pixels a side, of a tiled VAE
+CONTEXT = 0.6e9  # bytes, of CUDA and its libraries
+ON_REUSE = ("patch_embedding", "time_embedding", "head")  # what a call computes that reuses a residual
+
+
+def parameters(sizes: Architecture, part: str = "") -> tuple[int, int]:
+    """Of the weights of the linear layers in its blocks, and all others, which stay float32. part: the beginning of the
+    names that count."""
+    counts = {name: prod(shape) for name, shape in tensor_shapes(sizes).items() if name.startswith(part)}
+    large = sum(count for name, count in counts.items() if is_large(name))
+    return large, sum(counts.values()) - large
+
+
+def is_large(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer in a block."""
+    return name.startswith(("blocks.", "vace_blocks.")) and name.endswith(".weight") and "norm" not in name
+
+
+def weight_bytes(sizes: Architecture, dtype: str, part: str = "") -> int:
+    large, small = parameters(sizes, part)
+    return large * BYTES[dtype] + 4 * small
+
+
+def token_count(frames: int, height: int, width: int, references: int = 0) -> int:
+    """Tokens of a call: frames (4 n + 1) and sides (multiples of 16) of the video in pixels, and VACE's references."""
+    return ((frames - 1) // 4 + 1 + references) * (height // 8) * (width // 8) // prod(PATCH)
+
+
+def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
+    """FLOPs of a computed and of a reused call, as torch's FlopCounterMode counts them: two for every multiplication of
+    a matrix product, a convolution or an attention, none for the rest. One sample."""
+    text, image = sizes.text_len, sizes.image_tokens
+    rows = {"time_": 1, "text_embedding": text, "cross_attn.k.": text, "cross_attn.v.": text}
+    rows |= dict.fromkeys(("img_emb", "k_img", "v_img"), image)
+    computed = reused = 0
+    for name, shape in tensor_shapes(sizes).items():
+        if name.endswith(".weight") and len(shape) > 1:
+            times = next((count for part, count in rows.items() if part in name), tokens)
+            flops = 2 * times * prod(shape)
+            computed += flops
+            reused += flops if name.startswith(ON_REUSE) else 0
+    blocks = sizes.num_layers + sizes.vace_blocks
+    return computed + blocks * 4 * tokens * (tokens + text + image) * sizes.dim, reused
+
+
+def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int, int]:
+    """Of the whole run: with this schedule, and with every call computed."""
+    computed, reused = call_flops(sizes, tokens)
+    if schedule.target == "output":
+        reused = 0  # the model does not run
+    return schedule.computed * computed + sum(schedule.reuse) * reused, len(schedule.weights) * computed
+
+
+def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int, dtype: str | None = None) -> int:
+    """Memory of the cached residuals or outputs of all branches. dtype: None for float32, as Wan computes them."""
+    numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * LATENT}[schedule.target]
+    return schedule.calls_per_step * schedule.history * numbers * BYTES[dtype or "float32"]
+
+
+def call_bytes(sizes: Architecture, tokens: int, autocast: bool) -> float:
+    """Most that a computed call holds beside the weights. autocast: to bfloat16."""
+    width = 2 if autocast else 4  # bytes of what linear layers take and give
+    attention, feed_forward = 16.2 + 6 * width, 16.6 + 2 * width * sizes.ffn_dim / sizes.dim
+    hints = (sizes.vace_blocks + 1.5) * width if sizes.vace_blocks else 0
+    return tokens * sizes.dim * (max(attention, feed_forward) + hints)
+
+
+def vae_bytes(frames: int, height: int, width: int, tiled: bool) -> float:
+    """Most that decoding a video holds beside the weights."""
+    at_once = min(height, TILE) * min(width, TILE) if tiled else height * width
+    return VAE_AT_ONCE * at_once + 12 * (3 if tiled else 1) * frames * height * width
+
+
+@dataclass(frozen=True)
+class Needs:
+    """In bytes. weights, activations, cached: while the transformer runs. card: the most of all phases, on a GPU. host:
+    weights in the machine's memory, through which they come and where they wait."""
+
+    dtype: str
+    weights: float
+    activations: float
+    cached: float
+    text: float
+    vae: float
+    card: float
+    host: float
+
+    def __str__(self) -> str:
+        parts = {f"weights ({self.dtype})": self.weights, "activations": self.activations, "cached": self.cached}
+        inside = ", ".join(f"{name} {number_of_bytes(size)}" for name, size in parts.items() if size)
+        others = {"text encoder": self.text, "VAE": self.vae}
+        outside = ", ".join(f"{name} {number_of_bytes(size)}" for name, size in others.items() if size)
+        return f"{number_of_bytes(self.card)} of the GPU: {inside}; {outside}"
+
+
+def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
+    """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights."""
+    machine, sizes = job.machine, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
+    shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks
+    tokens = token_count(*pixels, len(job.inputs.references))
+    dtype = machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp else "float32")
+    all_weights = weights = weight_bytes(sizes, dtype)
+    if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
+        large, _ = parameters(sizes, "blocks.0.")
+        sharded = large * BYTES[dtype] * blocks
+        weights -= sharded * (1 - 1 / machine.group_size) - 2 * large * (BYTES["bfloat16"] if cuda else BYTES[dtype])
+    if machine.offload_blocks:  # with one block at a time the next is copied meanwhile
+        at_once = max(2, machine.offload_blocks)
+        weights -= weight_bytes(sizes, dtype, "blocks.0.") * max(0, blocks - at_once)
+    activations = call_bytes(sizes, tokens, cuda or dtype != "float32") / shards
+    cached = 0.0
+    if job.cache and not job.cache.offload:
+        cached = cached_bytes(job.schedule, sizes, tokens, job.cache.dtype)
+        cached /= shards if job.schedule.target == "residual" else 1
+    text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
+    if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
+        text = 0.0
+    vae = vae_bytes(*pixels, machine.vae_tiling)
+    stays = weights if machine.dit_fsdp or not machine.offload_model else 0.0
+    again = job.prompt_file or job.output.compare  # else the text encoder is freed
+    kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
+    card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
+    return Needs(dtype, weights, activations, cached, text, vae, card, all_weights)
+
+
+def number_of_bytes(count: float) -> str:
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+    unit, size = next((u, s) for u, s in units if count >= s or s == 1)
+    return f"{count / size:.3g} {unit}"

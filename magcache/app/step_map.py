@@ -1,0 +1,56 @@
+"""A schedule over its steps, before anything is loaded: its map, and the error that is predicted along the way. Pure
+Python.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from magcache.ratios import resample_nearest, split_branches
+from magcache.schedule import Schedule
+
+BRANCHES = ("cond", "uncond")
+
+
+def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, ...]:
+    """The accumulated error of the MagCache rule along one branch, for any choice of steps: over every stretch of
+    reused steps the sum of the distances from 1 of the product of its ratios; 0 where a step computes."""
+    errors, product, error = [], 1.0, 0.0
+    for ratio, reused in zip(ratios, reuse, strict=True):
+        product = product * ratio if reused else 1.0
+        error = error + abs(1.0 - product) if reused else 0.0
+        errors.append(error)
+    return tuple(errors)
+
+
+def predict_by_ratios(schedule: Schedule, ratios: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """The `rule_errors` of every branch, by a ratio table in call order; one of another number of steps is resampled by
+    nearest index, as by `plan`."""
+    branches = zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False)
+    return {name: rule_errors(resample_nearest(values, schedule.steps), reuse) for values, (name, reuse) in branches}
+
+
+def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
+    """One character a step: # computed, . reused, blank for None. A smaller width puts neighbouring steps together,
+    as + where they differ."""
+    marks = [" " if r is None else "." if r else "#" for r in reuse]
+    if width is None or width >= len(marks):
+        return "".join(marks)
+    edges = [round(i * len(marks) / width) for i in range(width + 1)]
+    cells = [set(marks[a:b]) for a, b in pairwise(edges)]
+    return "".join(cell.pop() if len(cell) == 1 else "+" for cell in cells)
+
+
+def ruler(steps: int) -> str:
+    return "".join(f"{step:<10}" for step in range(0, steps, 10))[: max(steps, 10)].rstrip()
+
+
+def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
+    """Errors as tenths of `unit`, one character a step, blank where it computes."""
+    tenths = (min(9, int(10 * error / unit)) if unit else 0 for error in errors)
+    return "".join(str(tenth) if reused else " " for tenth, reused in zip(tenths, reuse, strict=True)).rstrip()
+
+
+def reuse_by_branch(schedule: Schedule) -> dict[str, tuple[bool, ...]]:
+    """For every step: True where it does not compute."""
+    count = schedule.calls_per_step
+    return {BRANCHES[branch]: schedule.reuse[branch::count] for branch in range(count)}

@@ -1,0 +1,56 @@
+"""The registry of tasks: it agrees with the wan package, and a new task is one entry."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import magcache_generate
+from magcache.app.checkpoint import architecture_of
+from magcache.app.tasks import TASKS
+from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMOS = {"t2v-tiny": EXAMPLES / "Wan2.1-T2V-tiny", "i2v-tiny": EXAMPLES / "Wan2.1-I2V-tiny"}
+
+
+def test_registry_and_configs_are_about_the_same_models():
+    assert set(TASKS) == set(WAN_CONFIGS) == set(SUPPORTED_SIZES)
+    for name, task in TASKS.items():
+        for key in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len"):
+            assert getattr(task.architecture, key) == WAN_CONFIGS[name][key], (name, key)
+        assert set(task.sizes) == set(SUPPORTED_SIZES[name]) <= set(SIZE_CONFIGS)
+        assert bool(task.images) == ("clip_checkpoint" in WAN_CONFIGS[name])
+        for files in [value for key, value in task.example.items() if key != "prompt"]:
+            assert all((EXAMPLES / file).is_file() for file in files.split(","))
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demo_models_have_the_sizes_of_their_entry(name):
+    assert architecture_of(TASKS[name], DEMOS[name]) == TASKS[name].architecture
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *map(str, flags)])
+    magcache_generate.main()
+
+
+def test_a_new_task_is_one_entry(monkeypatch, capsys, tmp_path):
+    """It is planned, checked and run by nothing but its entry."""
+    sizes, prompt = ("48*32",), {"prompt": "a red circle moves right on a white background"}
+    new = dataclasses.replace(TASKS["t2v-tiny"], name="t2v-new", config="t2v-tiny", sizes=sizes, frames=5, steps=4)
+    monkeypatch.setitem(TASKS, "t2v-new", dataclasses.replace(new, example=prompt, tables=(), shift=3.0))
+    flags = ("--task", "t2v-new", "--size", "48*32", "--ckpt_dir", DEMOS["t2v-tiny"])
+    command(monkeypatch, *flags, "--magcache_speedup", 2, "--magcache_plan")
+    assert "video     t2v-new, 48x32, 5 frames, 4 steps; 12 tokens a call" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *flags, "--use_magcache")
+    assert "no ratio table fits task t2v-new" in capsys.readouterr().err
+    video = tmp_path / "new.mp4"
+    command(monkeypatch, *flags, "--use_magcache", "--magcache_speedup", 2, "--save_file", video)
+    record = json.loads(video.with_suffix(".json").read_text())
+    assert (record["width"], record["height"], record["frames"]) == (48, 32, 5)
+    assert record["calls"] == {"computed": 4, "reused": 4}
+    assert record["arguments"]["sample_shift"] == 3.0
