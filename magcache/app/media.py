@@ -19,6 +19,10 @@ from magcache.files import is_special, written_whole
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
 
+# players take a video without tags for one in BT.601 or in BT.709, by its size
+BT709 = "scale=out_color_matrix=bt709:out_range=tv,"
+BT709 += "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+
 TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 
 
@@ -59,11 +63,11 @@ def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
 
 
 def to_uint8(tensor, value_range: tuple[float, float] = (-1, 1)) -> np.ndarray:
-    """Maps value_range of a tensor to 0..255, clamped and truncated; any shape."""
+    """Maps value_range of a tensor to 0..255, clamped and rounded; any shape."""
     import torch
 
     low, high = value_range
-    return ((tensor.float().clamp(low, high) - low) / (high - low) * 255).to(torch.uint8).cpu().numpy()
+    return ((tensor.float().clamp(low, high) - low) / (high - low) * 255 + 0.5).to(torch.uint8).cpu().numpy()
 
 
 def to_frames(video) -> np.ndarray:
@@ -78,14 +82,15 @@ def write_image(path: str | os.PathLike, picture: np.ndarray, replace: bool = Tr
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int, replace: bool = True) -> None:
-    """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) that browsers play, as
-    `magcache.files.written_whole` does. Raises OSError if frames are missing from the file."""
+    """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) in the colours of BT.709, which browsers play,
+    as `magcache.files.written_whole` does. Raises OSError if frames are missing from the file."""
     import imageio_ffmpeg
 
     frames = iter(frames)
     first, count = next(frames), 0
     early_index = ["-movflags", "+faststart"] if Path(path).suffix.lower() in (".mp4", ".mov") else []
-    settings = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "output_params": early_index}
+    settings = {"codec": "libx264", "quality": 8, "macro_block_size": 1}
+    settings |= {"output_params": ["-vf", BT709, *early_index]}
     settings |= {"ffmpeg_log_level": "quiet"}  # of its failures, dozens of lines
     with written_whole(path, replace) as part:
         writer = imageio_ffmpeg.write_frames(str(part), first.shape[1::-1], fps=fps, **settings)
