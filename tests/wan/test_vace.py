@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, read_json, read_tensors, write_checkpoint
@@ -13,10 +14,11 @@ from pipeline_stages import CASES, INPUTS, check_stages
 
 import magcache
 import wan
+from magcache.app.media import VideoInfo, probe_video, read_frames
 from wan.configs import WAN_CONFIGS
 from wan.modules.vace_model import VaceWanModel
 from wan.utils.utils import cache_video
-from wan.utils.vace_source import VideoInfo, plan_video, prepare_source, probe_video
+from wan.utils.vace_source import plan_video, prepare_source
 
 SOURCES = GOLDEN / "vace_source"
 VIDEO, MASK = str(SOURCES / "video_a.mp4"), str(SOURCES / "mask_a.mp4")  # 10 frames of 70*50
@@ -33,10 +35,14 @@ def pipeline(tmp_path_factory):
 # ---- sources
 
 
+def even(frames, fps, height, width):
+    return VideoInfo(tuple(i / fps for i in range(frames + 1)), height, width)
+
+
 @pytest.mark.parametrize("case", read_json("vace_source/size_rule.json"), ids=lambda c: f"{c['n_frames']}x{c['w']}")
 def test_size_and_frames_of_larger_videos(case):
     size = {1280 * 720: (1280, 720), 832 * 480: (480, 832)}[case["area"]]
-    frame_ids, out_hw = plan_video(VideoInfo(case["n_frames"], case["fps"], case["h"], case["w"]), size)
+    frame_ids, out_hw = plan_video(even(case["n_frames"], case["fps"], case["h"], case["w"]), size)
     assert frame_ids == case["frame_ids"]
     assert list(out_hw) == case["out_hw"]
 
@@ -95,7 +101,7 @@ def test_any_size_will_do(size):
     [(500, 1080, 1920, (1280, 720)), (3, 17, 400, (64, 48)), (2000, 64, 48, (64, 64)), (1, 480, 832, (832, 480))],
 )
 def test_videos_are_shrunk_to_the_tokens_of_81_frames(frames, height, width, size):
-    frame_ids, out_hw = plan_video(VideoInfo(frames, 30.0, height, width), size)
+    frame_ids, out_hw = plan_video(even(frames, 30.0, height, width), size)
     assert len(frame_ids) % 4 == 1
     assert frame_ids == sorted(set(frame_ids))
     assert frame_ids[0] == 0
@@ -132,17 +138,62 @@ def ffmpeg(*arguments):
 def test_a_late_start_is_not_filled_with_copies(tmp_path):
     video, late = write_video(tmp_path / "video.mp4"), str(tmp_path / "late.mp4")
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-itsoffset", "0.5", "-i", video, "-c:v", "copy", late)
-    assert probe_video(late) == VideoInfo(frames=5, fps=16.0, height=48, width=64)
+    assert probe_video(late) == even(5, 16, 48, 64)
     assert torch.equal(
         prepare_source(late, None, None, 5, (64, 48))[0], prepare_source(video, None, None, 5, (64, 48))[0]
     )
 
 
-def test_a_variable_rate_is_read_frame_by_frame(tmp_path):
-    video, variable = write_video(tmp_path / "video.mp4", frames=20), str(tmp_path / "variable.mp4")
-    ffmpeg("-i", video, "-vf", "select='lt(n,5)+gt(n,14)'", "-fps_mode", "vfr", variable)
-    assert probe_video(variable).frames == 10
-    assert prepare_source(variable, None, None, 5, (64, 48))[0].shape == (3, 9, 48, 64)
+@pytest.mark.parametrize("fps", ["16", "25", "60", "24000/1001", "30000/1001"])
+def test_times_of_frames(fps, tmp_path):
+    """Of usual rates they are exact, so that they decide as the reference's."""
+    numerator, denominator = map(int, (fps + "/1").split("/")[:2])
+    ffmpeg("-f", "lavfi", "-i", f"testsrc=s=64x48:r={fps}", "-frames:v", "50", tmp_path / "video.mp4")
+    assert probe_video(str(tmp_path / "video.mp4")).edges == tuple(i * denominator / numerator for i in range(51))
+
+
+def test_a_variable_rate_is_taken_by_its_times(tmp_path):
+    """Of 4 s at 30 frames a second and 4 s at 5, half of the chosen frames are of either half."""
+    halves = (f"color=c={color}:s=64x48:r={rate}:d=4" for color, rate in (("red", 30), ("blue", 5)))
+    inputs = [argument for half in halves for argument in ("-f", "lavfi", "-i", half)]
+    joined = "[0]settb=1/90000[a];[1]settb=1/90000[b];[a][b]concat"
+    path = str(tmp_path / "variable.mp4")
+    ffmpeg(*inputs, "-filter_complex", joined, "-fps_mode", "vfr", "-enc_time_base", "1/90000", path)
+    info = probe_video(path)
+    assert info.frames == 140
+    assert info.edges[120] == pytest.approx(4)
+    assert info.edges[-1] == pytest.approx(8)
+    frames = prepare_source(path, None, None, 5, (832, 480))[0]
+    red, blue = frames[0].mean((1, 2)) > 0, frames[2].mean((1, 2)) > 0
+    assert (int(red.sum()), int(blue.sum())) == (69, 68)
+    assert not (red & blue).any()
+    assert not blue[:69].any()
+
+
+def test_pixels_that_are_not_square_become_so(tmp_path):
+    """A circle that is stored as an ellipse is a circle again; the same of a video that is stored on its side."""
+    ellipse = "geq=lum='255*lt(hypot((X-56)/0.75,Y-64),30)':cb=128:cr=128,setsar=4/3"
+    ffmpeg("-f", "lavfi", "-i", f"color=black:s=112x128:d=0.2,{ellipse}", tmp_path / "narrow.mp4")
+    ffmpeg("-display_rotation", "90", "-i", tmp_path / "narrow.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    for name in ("narrow.mp4", "turned.mp4"):
+        path = str(tmp_path / name)
+        info = probe_video(path)
+        (frame,) = read_frames(path, info, {0})
+        assert sorted(frame.shape) == [3, 96, 112]
+        rows, columns = (np.flatnonzero((frame[..., 0] > 128).any(axis)) for axis in (1, 0))
+        assert len(rows) == pytest.approx(len(columns), abs=2)
+
+
+@pytest.mark.parametrize("codec", [("-c:v", "png"), ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p")], ids=["png", "vp9"])
+def test_a_transparent_video_is_refused(codec, tmp_path):
+    for opacity in (0.5, 1):
+        path = str(tmp_path / f"{opacity}.mkv")
+        ffmpeg("-f", "lavfi", "-i", f"color=red@{opacity}:s=64x48:d=0.4,format=rgba", *codec, path)
+        if opacity == 1 and "png" in codec:  # an alpha channel that hides nothing
+            assert prepare_source(path, None, None, 5, (64, 48))[0][0].mean() > 0.9
+        else:
+            with pytest.raises(ValueError, match=r"cannot use .*\.mkv: parts of it are transparent"):
+                prepare_source(path, None, None, 5, (64, 48))
 
 
 def test_bad_videos_are_refused(tmp_path):

@@ -1,74 +1,20 @@
 """Turns the source video, its mask and the reference images of a VACE run into tensors, before any model is loaded."""
 
-import os
-import re
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from magcache.app.media import TOKEN_PIXELS, read_image
+from magcache.app.media import TOKEN_PIXELS, VideoInfo, probe_video, read_frames, read_image
 
 FRAME_STRIDE = 4  # video frames to a latent frame
 MAX_LATENT_FRAMES = 21  # at the full area; smaller videos may be longer, for as many tokens
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """frames as decoded; fps: frames per second; height and width in pixels."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-
-
-def probe_video(path: str) -> VideoInfo:
-    """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete or no video."""
-    try:
-        if not os.path.isfile(path):  # a pipe might never end
-            raise FileNotFoundError("it is no regular file" if os.path.exists(path) else "no such file")
-        # reading frames ends early and silently at damage; ffmpeg with -xerror tells
-        check = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
-        result = subprocess.run([*check, "-map", "0:v:0", "-f", "null", "-"], capture_output=True)
-        if result.returncode:
-            reason = re.sub(r"^\[.*?] ", "", result.stderr.decode(errors="replace").strip().split("\n")[0])
-            raise OSError(f"not a complete video ({reason})")
-        meta, reader = open_video(path)
-        width, height = meta["size"]
-        frames = sum(1 for _ in reader)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    if frames == 0:
-        raise ValueError(f"cannot read {path}: no frame can be decoded")
-    return VideoInfo(frames, meta["fps"] or 1.0, height, width)  # 0 where ffmpeg cannot tell
-
-
-def open_video(path: str) -> tuple[dict, Iterator[bytes]]:
-    """Returns metadata and frames, as they are in the file: gaps in a variable rate are not filled with copies."""
-    reader = imageio_ffmpeg.read_frames(f"file:{path}", output_params=["-fps_mode", "passthrough"])
-    return next(reader), reader
-
-
-def read_frames(path: str, info: VideoInfo, frame_ids: list[int]) -> Iterator[torch.Tensor]:
-    """Yields the chosen frames, in the video's order, as uint8 [3, height, width]."""
-    _, reader = open_video(path)
-    chosen = set(frame_ids)
-    for frame_id, frame in enumerate(reader):
-        if frame_id in chosen:
-            pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-            yield pixels.view(info.height, info.width, 3).permute(2, 0, 1)
-
-
 def plan_video(info: VideoInfo, size: tuple[int, int]) -> tuple[list[int], tuple[int, int]]:
     """Chooses frames and output size of a video; `size` (width, height) gives only the area. The video is never
-    enlarged, except to multiples of 16 as it keeps its shape. 4 n + 1 frames are spread over the whole of it, as many
-    as it has unless there would be more tokens than in 81 frames of the full area. Returns the frame ids and (height,
-    width). Raises ValueError for videos of which no token would be left."""
+    enlarged, except to multiples of 16 as it keeps its shape. 4 n + 1 frames are spread evenly over its time, as many
+    as it has unless there would be more tokens than in 81 frames of the full area. Returns the frame ids, which rise
+    and may repeat, and (height, width). Raises ValueError for videos of which no token would be left."""
     full_area = size[0] * size[1] // TOKEN_PIXELS**2  # areas and sides are in tokens
     area = min(full_area, (info.height // TOKEN_PIXELS) * (info.width // TOKEN_PIXELS))
     rows = round((area * info.height / info.width) ** 0.5)
@@ -78,7 +24,7 @@ def plan_video(info: VideoInfo, size: tuple[int, int]) -> tuple[list[int], tuple
     latent_frames = min((info.frames - 1) // FRAME_STRIDE + 1, full_area * MAX_LATENT_FRAMES // area)
     count = (latent_frames - 1) * FRAME_STRIDE + 1
     # float32 times, because upstream has them and now and then they decide between two frames
-    edges = (np.arange(info.frames + 1) / info.fps).astype(np.float32)
+    edges = np.array(info.edges, np.float32)
     times = np.linspace(0, edges[-2:].mean(), count)
     frame_ids = np.searchsorted(edges[1:], times, side="right").tolist()
     return frame_ids, (rows * TOKEN_PIXELS, columns * TOKEN_PIXELS)
@@ -95,7 +41,9 @@ def cover(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def read_video(path: str, info: VideoInfo, frame_ids: list[int], height: int, width: int) -> torch.Tensor:
     """Returns uint8 [3, len(frame_ids), height, width]."""
-    return torch.stack([cover(frame, height, width) for frame in read_frames(path, info, frame_ids)], dim=1)
+    chosen, places = np.unique(frame_ids, return_inverse=True)
+    frames = (torch.from_numpy(frame).permute(2, 0, 1) for frame in read_frames(path, info, set(chosen.tolist())))
+    return torch.stack([cover(frame, height, width) for frame in frames], dim=1)[:, places]
 
 
 def read_reference(path: str, height: int, width: int) -> torch.Tensor:
