@@ -19,6 +19,7 @@ from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, 
 from magcache.app.processes import Processes
 from magcache.app.quality import use_trials
 from magcache.app.tasks import TASKS
+from magcache.app.wan_package import is_stock_wan
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
@@ -89,7 +90,11 @@ def check_effects(args: Namespace) -> None:
 
 
 def make_machine(args: Namespace) -> Machine:
-    """Refuses flags for several GPUs that the number of processes does not fit; a plan is for any machine."""
+    """Refuses flags that the `wan` here does not have, and those for several GPUs that the number of processes does not
+    fit; a plan is for any machine."""
+    for flag in OF_OUR_WAN if is_stock_wan() else ():
+        needs = f"--{flag} needs the wan package of magcache_generate.py, this one is Wan2.1's own"
+        refuse_if(bool(getattr(args, flag)), needs)
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")
     spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}
     at_least = f"--offload_blocks must be at least 1, got {args.offload_blocks}"

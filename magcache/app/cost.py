@@ -10,6 +10,7 @@ from math import prod
 from magcache.app.architecture import LATENT, PATCH, Architecture, tensor_shapes
 from magcache.app.checkpoint import architecture_of
 from magcache.app.job import Job
+from magcache.app.wan_package import is_stock_wan
 from magcache.schedule import Schedule
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -112,11 +113,13 @@ class Needs:
 
 
 def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
-    """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights."""
+    """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights; in
+    Wan2.1's own `wan` it is float32."""
     machine, sizes = job.machine, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
     shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks
     tokens = token_count(*pixels, len(job.inputs.references))
-    dtype = machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp else "float32")
+    stock = is_stock_wan()
+    dtype = machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp and not stock else "float32")
     all_weights = weights = weight_bytes(sizes, dtype)
     if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
         large, _ = parameters(sizes, "blocks.0.")
@@ -135,7 +138,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling)
     stays = weights if machine.dit_fsdp or not machine.offload_model else 0.0
-    again = job.prompt_file or job.output.compare  # else the text encoder is freed
+    again = stock or job.prompt_file or job.output.compare  # else the text encoder is freed
     kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
     card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
     return Needs(dtype, weights, activations, cached, text, vae, card, all_weights)

@@ -18,7 +18,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     for flag in job.sampling.spec.inputs if not requests[0].image else ():
         if path := getattr(job.inputs, flag):
             print(f"{flag:<9} {path}")
-    seed = job.base_seed if len(requests) == 1 else f"{job.base_seed} and up"
+    seed = requests[0].seed if len(requests) == 1 else f"{job.base_seed} and up"
     print(f"video     {job.describe_video(shape, seed)}")
     if job.cache:
         bound = f"at most {schedule.speedup_bound:.2f}x faster"

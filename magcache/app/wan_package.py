@@ -12,7 +12,7 @@ from typing import Any
 
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, need_package, refuse_if, refusing
-from magcache.app.job import OF_OUR_WAN, Inputs, Job, Machine, Sampling
+from magcache.app.job import Inputs, Job, Machine, Sampling
 from magcache.app.processes import Processes
 from magcache.app.tasks import TASKS
 
@@ -80,14 +80,11 @@ def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
 
 
 def check_machine(machine: Machine) -> None:
-    """Refuses what Wan2.1's own `wan` does not have, and what does not run on this machine. Makes the attention backend
-    that is asked for that of all attention."""
+    """Refuses what does not run on this machine. Makes the attention backend that is asked for the one of all
+    attention."""
     with refusing(ValueError):
         Processes.from_environment().check_gpus()
-    given = [name for name in OF_OUR_WAN if getattr(machine, name)]
     if is_stock_wan():
-        for name in given:
-            raise Refused(f"--{name} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
         return
     import torch
     from diffusers.utils import constants

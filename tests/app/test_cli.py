@@ -23,8 +23,9 @@ from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
 from magcache.app.inputs import read_inputs, video_shape
 from magcache.app.prompts import Line
-from magcache.app.requests import make_requests, result_path
+from magcache.app.requests import choose_requests, make_requests, result_path
 from magcache.app.results import save_result
+from magcache.app.tell import announce
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.samplers import make_sampler
 from wan.utils.utils import cache_video, str2bool
@@ -514,6 +515,18 @@ def test_calibrate_then_use(tmp_path):
     assert f"{by_hand.computed} of 20 transformer calls computed" in cached.stdout
     assert f"table {path}" in cached.stdout
     assert "note: " not in cached.stdout
+
+
+def test_the_seed_of_the_only_prompt_that_is_left(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
+    where = ("--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "films")
+    job = job_of("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--base_seed", 5, *where)
+    finished, left = make_requests(job)
+    finished.path.parent.mkdir()
+    frames_of(torch.zeros(3, 1, 16, 16), finished.path)
+    assert choose_requests(job, [finished, left]) == [left]
+    announce(job, (17, 64, 64), [left], 1)
+    assert re.search(r"^video .*, seed 6$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -194,6 +194,17 @@ def test_what_is_refused(flags, message, checkout):
     assert result.stderr.count("\n") == 1
 
 
+def test_the_plan(checkout):
+    """Tells of upstream's weights, and takes no flag that the run refuses."""
+    flags = ("--task", "t2v-14B", "--ckpt_dir", "none", "--magcache_plan")
+    result, _ = run(checkout, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "weights (float32) 57.2 GB" in result.stdout
+    result, _ = run(checkout, *flags, "--dit_dtype", "bfloat16")
+    assert result.returncode == 2
+    assert "--dit_dtype needs the wan package of magcache_generate.py" in result.stderr
+
+
 def test_an_example_whose_pictures_are_others(checkout):
     """A checkout has pictures of the same names."""
     result, records = run(checkout, "--task", "i2v-14B", "--ckpt_dir", "i2v")
