@@ -1,9 +1,12 @@
 """What can be told of a checkpoint folder in the official layout without reading its tensors: in a fraction of a second
-for the largest model, and for whatever `wan` package will load it. All errors are ValueErrors of one line."""
+for the largest model, and for whatever `wan` package will load it. All errors are ValueErrors of one line; they are
+`Damaged` where another download would help."""
 
+import contextlib
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,55 @@ NUMBERS = {
 IMAGES = {"i2v": 1, "flf2v": 2}  # that the image encoder sees, by the type of the model
 TEXT, VIDEO, PICTURES = "token_embedding.weight", "encoder.conv1.weight", "visual.patch_embedding.weight"
 
+# what there is in other people's folders, by files in them, by words in the names of their tensors
+FILES = {
+    "model_index.json": "a pipeline of diffusers",
+    "high_noise_model": "a model of Wan2.2",
+    "adapter_config.json": "LoRA weights",
+}
+NAMES = {
+    "lora_": "LoRA weights",
+    "scale": "fp8 weights with scales",
+    "diffusion_model.": "weights for ComfyUI",
+    "condition_embedder.": "a transformer of diffusers",
+}
+
+
+class Damaged(ValueError):
+    """A file is not what was published under its name."""
+
+
+def other_content(path: Path) -> str | None:
+    """What a path leads to that is no model of Wan2.1 in the official layout, in words; None where no sign tells."""
+    if path.is_file():
+        return other_weights(path)
+    if not (path / "config.json").exists():
+        signs = (what for name, what in FILES.items() if (path / name).exists())
+        files = sorted(file for ending in ("safetensors", "gguf", "pt", "ckpt") for file in path.glob(f"*.{ending}"))
+        return next(signs, other_weights(files[0]) if files else None)
+    with contextlib.suppress(ValueError, AttributeError):  # of what is damaged, which is said later
+        config = read_json(path / "config.json")
+        if config.get("model_type") in ("ti2v", "s2v", "animate"):
+            return "a model of Wan2.2"
+        if "Transformer3DModel" in str(config.get("_class_name")):
+            return "a transformer of diffusers"
+        if "quantization_config" in config:
+            return "a quantized model"
+        first = path / next(iter(find_weights(path)))
+        return other_tensors(read_header(first)) if first.is_file() else None
+    return None
+
+
+def other_weights(file: Path) -> str:
+    with contextlib.suppress(ValueError):
+        if file.suffix == ".safetensors" and (what := other_tensors(read_header(file))):
+            return what
+    return f"the single file {file.name}"
+
+
+def other_tensors(names: Iterable[str]) -> str | None:
+    return next((what for word, what in NAMES.items() if any(word in name for name in names)), None)
+
 
 def read_config(folder: Path) -> dict:
     """The transformer's config.json, checked, with all NUMBERS filled in."""
@@ -35,14 +87,14 @@ def read_config(folder: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{folder} lacks config.json") from None
     except ValueError as fault:
-        raise ValueError(f"{folder} has a broken config.json: {fault}") from None
+        raise Damaged(f"{folder} has a broken config.json: {fault}") from None
     try:
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
         config = {key: default for key, (default, _) in NUMBERS.items()} | {"eps": 1e-6} | config
         check_config(config)
     except ValueError as fault:
-        raise ValueError(f"{folder} has a broken config.json: {fault}") from None
+        raise Damaged(f"{folder} has a broken config.json: {fault}") from None
     return config
 
 
@@ -56,8 +108,6 @@ def check_config(config: dict) -> None:
     for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
         if not isinstance(config.get(key, ""), str):
             raise ValueError(f"{key} must be text, it is {shortened(config[key])}")
-    if "quantization_config" in config:
-        raise ValueError("it is of a quantized model, which cannot be used here")
     if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
         raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
     if type(config["eps"]) is not float or not 0 < config["eps"] < 1:
@@ -67,7 +117,7 @@ def check_config(config: dict) -> None:
 
 def check_kind(config: dict) -> None:
     """What depends on the model's type, and the channels that its pipeline gives it."""
-    kind, number = config.get("model_type"), config["num_layers"]
+    kind, number = str(config.get("model_type")), config["num_layers"]
     channels = {"in_dim": IMAGE if kind in IMAGES else LATENT, "out_dim": LATENT}
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, expected in channels.items():
@@ -85,7 +135,7 @@ def check_kind(config: dict) -> None:
 def sizes_in(config: dict, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
     """Those of a checked config. The widths of text and image features, which official configs do not hold, are the
     given ones unless it does."""
-    kind, layers, hints = config.get("model_type"), config["num_layers"], config.get("vace_layers")
+    kind, layers, hints = str(config.get("model_type")), config["num_layers"], config.get("vace_layers")
     widths = {"text_dim": text_dim, "clip_dim": clip_dim, "clip_positions": clip_positions}
     blocks = (layers + 1) // 2 if hints is None else len(hints)
     return Architecture(
@@ -120,7 +170,7 @@ def find_weights(folder: Path) -> dict[str, set[str] | None]:
                 raise ValueError(f"the file of tensor {tensor[:80]} is {shortened(file)}")
             files.setdefault(file, set()).add(tensor)
     except ValueError as fault:
-        raise ValueError(f"{folder} has a broken {INDEX}: {fault}") from None
+        raise Damaged(f"{folder} has a broken {INDEX}: {fault}") from None
     return files
 
 
@@ -157,7 +207,7 @@ def read_header(path: Path) -> Shapes:
                 if tensor.get_dtype() not in FLOATS:
                     raise ValueError(f"{path}: tensor {name[:80]} is of type {tensor.get_dtype()}, no floating point")
     except (SafetensorError, OSError, RuntimeError) as fault:
-        raise ValueError(f"cannot read {path}, is it complete? ({first_line(fault)})") from None
+        raise Damaged(f"cannot read {path}, is it complete? ({first_line(fault)})") from None
     return shapes
 
 
@@ -198,7 +248,7 @@ def read_structure(path: Path, needed: str) -> Shapes:
             warnings.simplefilter("ignore")  # of an unusual version of the format
             tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as fault:  # damaged files raise anything
-        raise ValueError(f"cannot read {path}, is it complete? ({reason_in(fault)})") from None
+        raise Damaged(f"cannot read {path}, is it complete? ({reason_in(fault)})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"cannot use {path}: it is no dict of tensors")
     shapes = {}
@@ -219,13 +269,13 @@ def check_tokenizer(folder: Path, rows: int) -> None:
         except FileNotFoundError:
             continue
         except ValueError as fault:
-            raise ValueError(f"cannot read {folder / name}: {fault}") from None
+            raise Damaged(f"cannot read {folder / name}: {fault}") from None
         if not isinstance(content, dict):
-            raise ValueError(f"cannot use {folder / name}: it holds no object")
+            raise Damaged(f"cannot use {folder / name}: it holds no object")
         if name == "tokenizer.json":
             model = content.get("model")
             tokens = model.get("vocab") if isinstance(model, dict) else None
             if not isinstance(tokens, list | dict) or not tokens:
-                raise ValueError(f"cannot use {folder / name}: it holds no tokens")
+                raise Damaged(f"cannot use {folder / name}: it holds no tokens")
             if len(tokens) > rows:
                 raise ValueError(f"{folder / name} has {len(tokens)} tokens, the text encoder knows {rows}")

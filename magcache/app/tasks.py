@@ -42,6 +42,12 @@ class Task:
         return self.images + self.sources
 
     @property
+    def repository(self) -> str:
+        """Where the Hugging Face hub has the official checkpoint."""
+        only = "-720P" if self.images else ""
+        return f"Wan-AI/Wan2.1-{self.model_type.upper()}-{self.name.split('-')[1]}{only}"
+
+    @property
     def least_frames(self) -> int:
         """A latent frame for every given one."""
         return max(1, 4 * len(self.images) - 3)

@@ -72,11 +72,14 @@ def check_stock(sampling: Sampling, inputs: Inputs) -> None:
 
 @contextmanager
 def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
-    """Errors of the block, which checks files of a checkpoint, become `Refused`."""
+    """Errors of the block, which checks files of a checkpoint, become `Refused`: that another download would help where
+    they are of these types."""
     try:
         yield
     except errors as fault:
         raise Refused(f"{first_line(fault)}: download it again") from fault
+    except ValueError as fault:
+        raise Refused(first_line(fault)) from fault
 
 
 def check_machine(machine: Machine) -> None:
@@ -124,8 +127,10 @@ def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
     """names: the task's config, which has the names of the files."""
     task, folder = sampling.spec, Path(machine.ckpt_dir)
     given, needed = f"--ckpt_dir {folder}", task.model_type
-    refuse_if(not os.path.isdir(folder), f"{given} is not a folder")
-    with to_be_replaced(ValueError):
+    refuse_if(not os.path.isdir(folder) and not os.path.isfile(folder), f"{given} is not a folder")
+    if other := checkpoint.other_content(folder):
+        raise Refused(f"{given} holds {other}: task {task.name} needs the folder of {task.repository} as it is")
+    with to_be_replaced(checkpoint.Damaged):
         model = checkpoint.read_config(folder)
         weights = checkpoint.find_weights(folder)
     kind, heads = model.get("model_type"), model["num_heads"]
@@ -140,7 +145,7 @@ def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
         refuse_if(without, f"{given} lacks {names.clip_tokenizer}/, which the wan package here loads")
     for name in files:
         refuse_if(not (folder / name).is_file(), f"{given} lacks {name}")
-    with to_be_replaced(ValueError):
+    with to_be_replaced(checkpoint.Damaged):
         shapes = checkpoint.check_transformer(folder, model, weights)
         checkpoint.check_encoders(folder, names, shapes, bool(task.images))
     size = (model["dim"], model["num_layers"])

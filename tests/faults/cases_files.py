@@ -286,6 +286,85 @@ WEIGHTS = [
     Case("shard missing", damaged(lambda f: (f / SHARD).unlink(), "i2v"), 2, f"lacks {SHARD}"),
 ]
 
+
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def with_file(name: str, tensors: tuple[str, ...] = ("a",)) -> Callable[[Path], object]:
+    """Nothing but this file, which holds tensors of these names where it is of safetensors."""
+
+    def change(folder: Path) -> None:
+        emptied(folder)
+        (folder / name).write_text("{}")
+        if name.endswith(".safetensors"):
+            save_file({tensor: torch.zeros(1) for tensor in tensors}, folder / name)
+
+    return change
+
+
+def with_two_experts(folder: Path) -> None:
+    emptied(folder)
+    (folder / "high_noise_model").mkdir()
+    (folder / "low_noise_model").mkdir()
+
+
+def renamed(prefix: str, *more: str) -> Callable[[dict], object]:
+    """With a prefix for every name, and more tensors."""
+
+    def change(tensors: dict) -> None:
+        old = dict(tensors)
+        tensors.clear()
+        tensors.update({prefix + name: tensor for name, tensor in old.items()})
+        tensors.update({name: torch.ones(1) for name in more})
+
+    return change
+
+
+def single_file(folder: Path) -> list:
+    save_file({"patch_embedding.weight": torch.zeros(1)}, folder / "wan.safetensors")
+    return flags_of("t2v", folder / "wan.safetensors")
+
+
+NEEDED = "task t2v-1.3B needs the folder of Wan-AI/Wan2.1-T2V-1.3B as it is"
+LORA, SCALED = "lora_unet_blocks_0_ffn_0.lora_up.weight", "blocks.0.ffn.0.scale_weight"
+OTHERS = [
+    Case("a pipeline of diffusers", damaged(with_file("model_index.json")), 2, f"holds a pipeline of diff.*{NEEDED}\n"),
+    Case(
+        "a transformer of diffusers",
+        damaged(values("config.json", _class_name="WanTransformer3DModel")),
+        2,
+        f"holds a transformer of diffusers: {NEEDED}\n",
+    ),
+    Case("two experts of Wan2.2", damaged(with_two_experts), 2, f"holds a model of Wan2.2: {NEEDED}\n"),
+    Case(
+        "TI2V of Wan2.2",
+        damaged(values("config.json", model_type="ti2v", in_dim=48, out_dim=48)),
+        2,
+        f"holds a model of Wan2.2: {NEEDED}\n",
+    ),
+    Case(
+        "weights for ComfyUI", damaged(weights(renamed("model.diffusion_model."))), 2, "holds weights for ComfyUI: task"
+    ),
+    Case("weights in fp8 with scales", damaged(weights(renamed("", SCALED))), 2, "holds fp8 weights with scales: task"),
+    Case(
+        "a file of fp8 with scales",
+        damaged(with_file("wan.safetensors", ("a", SCALED))),
+        2,
+        "holds fp8 weights with",
+    ),
+    Case(
+        "a folder of a LoRA", damaged(with_file("wan_lora.safetensors", (LORA,))), 2, f"holds LoRA weights: {NEEDED}\n"
+    ),
+    Case("a LoRA in place of the weights", damaged(weights(renamed("", LORA))), 2, "holds LoRA weights: task"),
+    Case("a folder of one file", damaged(with_file("wan.gguf")), 2, f"holds the single file wan.gguf: {NEEDED}\n"),
+    Case("one file", single_file, 2, f"holds the single file wan.safetensors: {NEEDED}\n"),
+    Case(
+        "a quantized model", damaged(values("config.json", quantization_config={})), 2, "holds a quantized model: task"
+    ),
+]
+
 ENCODERS = [
     Case("VAE cut", damaged(cut(VAE, 0.99)), 2, f"cannot read .*{VAE}, is it complete"),
     Case("VAE in the old format cut", damaged(old_format_cut), 2, f"cannot read .*{VAE}, is it complete"),
@@ -590,4 +669,4 @@ TABLES = [
     Case("record of lists", file_of("film.json", '["made_by"]', "--save_file", "film.mp4"), 2, "is no record"),
 ]
 
-CASES = [*CONFIG, *WEIGHTS, *ENCODERS, *VALUES, *NAMES, *PIPES, *TABLES]
+CASES = [*CONFIG, *WEIGHTS, *OTHERS, *ENCODERS, *VALUES, *NAMES, *PIPES, *TABLES]
