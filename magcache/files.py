@@ -75,4 +75,11 @@ def read_json(path: str | os.PathLike) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except (OSError, ValueError) as fault:
-        raise ValueError(str(fault).splitlines()[0].split(";")[0]) from None
+        raise ValueError(reason_of(fault)) from None
+
+
+def reason_of(fault: Exception) -> str:
+    """Why a file cannot be read, in a line that does not hold its path."""
+    if isinstance(fault, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return getattr(fault, "strerror", None) or str(fault).splitlines()[0].split(";")[0]

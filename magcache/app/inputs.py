@@ -60,12 +60,12 @@ def read_inputs(job: Job) -> list | None:
 
 
 def check_sources(inputs: Inputs) -> None:
-    """Raises ValueError for source files of vace that are missing, references that are no image, a mask alone."""
-    from magcache.app.media import read_image
+    """Raises ValueError for source files of vace that are no video, references that are no image, a mask alone."""
+    from magcache.app.media import probe_video, read_image
 
     for path in (inputs.src_video, inputs.src_mask):
-        if path and not os.path.isfile(path):
-            raise ValueError(f"cannot read {path}: no such file")
+        if path:
+            probe_video(path)
     if inputs.src_mask and not inputs.src_video:
         raise ValueError(f"the mask {inputs.src_mask} needs a source video")
     for path in inputs.references:

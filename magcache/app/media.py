@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from magcache.files import is_special, written_whole
 
@@ -34,7 +34,7 @@ TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 
 def read_image(path: str) -> Image.Image:
     """Returns an upright RGB image. Raises ValueError with one line for a file that is missing, damaged or no image,
-    for transparency, more than 8 bits a channel, and for sides that are too small or too unequal."""
+    for transparency, 32 bits a channel, and for sides that are too small or too unequal."""
     if is_special(path):
         raise ValueError(f"cannot read {path}: it is no regular file")
     try:
@@ -42,6 +42,11 @@ def read_image(path: str) -> Image.Image:
             warnings.simplefilter("ignore")  # of what can be read all the same
             file.load()
             image = ImageOps.exif_transpose(file)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read {path}: no image of a format that is known here, such as PNG or JPEG") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"cannot use {path}: it has more than {most} million pixels, make it smaller") from error
     except Exception as error:  # decoders of damaged files raise anything
         reason = getattr(error, "strerror", None) or f"not a complete image ({error})"
         raise ValueError(f"cannot read {path}: {reason}") from error
@@ -50,8 +55,10 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"cannot use {path}: {width}x{height} pixels, it needs at least {MIN_SIDE} on either side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"cannot use {path}: {width}x{height} pixels, one side may be {MAX_ASPECT:g} times the other")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"cannot use {path}: it has more than 8 bits a channel, convert it first")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"cannot use {path}: it has 32 bits a channel, convert it first")
     if image.convert("RGBA").getextrema()[3][0] < 255:
         raise ValueError(f"cannot use {path}: {TRANSPARENT}")
     return image.convert("RGB")

@@ -1,5 +1,6 @@
 """Files of many prompts: what they ask for, how the results are called, which are missing, who makes them."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magcache.app.errors import shortened
-from magcache.files import is_special
+from magcache.files import is_special, reason_of
 
 MAX_SEED = 2**63 - 1
 # of MP4 and QuickTime, Matroska, PNG, JPEG, WebP
@@ -41,9 +42,11 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     if is_special(path):
         raise ValueError(f"cannot read {path}: it is no regular file")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open(path, "rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes it
+        lines = Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8-sig").split("\n")
     except (OSError, ValueError) as fault:
-        raise ValueError(f"cannot read {path}: {fault}") from fault
+        raise ValueError(f"cannot read {path}: {reason_of(fault)}") from fault
     lines = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompt")

@@ -275,7 +275,7 @@ BAD = [
     ((*I2V, "--prompt", "a"), "task i2v-14B needs --image"),
     ((*I2V, "--prompt", "a", "--image", "none.png"), "cannot read none.png: No such file"),
     ((*I2V, "--prompt", "a", "--image", "{pictures}/cut.png"), "cut.png: not a complete image"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/config.json"), "config.json: not a complete image"),
+    ((*I2V, "--prompt", "a", "--image", "{pictures}/config.json"), "config.json: no image of a format"),
     ((*I2V, "--prompt", "a", "--image", "{pictures}/alpha.png"), "transparent (alpha channel)"),
     ((*I2V, "--prompt", "a", "--image", "{pictures}/line.png"), "1x400 pixels, it needs at least 16"),
     ((*I2V, "--prompt", "a", "--image", "{pictures}/wide.png"), "one side may be 5 times the other"),

@@ -65,9 +65,20 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_bad_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     write(tmp_path, " \n\n", "empty.txt")
-    for name, message in (("none.txt", "cannot read"), ("latin.txt", "cannot read"), ("empty.txt", "holds no prompt")):
-        with pytest.raises(ValueError, match=message):
+    for name, message in (
+        ("none.txt", "cannot read {}: No such file or directory"),
+        ("latin.txt", "cannot read {}: it is no text in UTF-8"),
+        ("empty.txt", "{} holds no prompt"),
+    ):
+        with pytest.raises(ValueError) as fault:
             read_prompts(tmp_path / name, 0)
+        assert str(fault.value) == message.format(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_files_of_windows(encoding, tmp_path):
+    (tmp_path / "prompts.txt").write_text("ein Käse\r\neine 猫\r\n", encoding=encoding, newline="")
+    assert [line.prompt for line in read_prompts(tmp_path / "prompts.txt", 0)] == ["ein Käse", "eine 猫"]
 
 
 @given(st.lists(PROMPT.filter(lambda text: text.strip() == text), min_size=1))

@@ -22,6 +22,7 @@ from magcache.app.job import Inputs
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
 IMAGE = REPO / "examples" / "girl.png"
+FILM = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
 STEPS, LAYERS = 8, 2
 CACHE = ("--use_magcache", "--magcache_thresh", "0.3", "--magcache_K", "2")
 
@@ -122,13 +123,12 @@ def test_forecasts_in_one_process_and_two(checkout):
 
 
 def test_vace(checkout):
-    film = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
     flags = ("--task", "vace-1.3B", "--ckpt_dir", "vace", "--prompt", "a fox", "--save_file", "v.mp4")
-    result, (record,) = run(checkout, *flags, "--src_video", film, "--src_ref_images", f"{IMAGE}, {IMAGE}", *CACHE)
+    result, (record,) = run(checkout, *flags, "--src_video", FILM, "--src_ref_images", f"{IMAGE}, {IMAGE}", *CACHE)
     assert result.returncode == 0, result.stderr
     # one block more than the main ones, for the hints, and none at all on reuse
     assert record["calls"] == [0 if reuse else LAYERS + 1 for reuse in plan("vace-1.3B").reuse]
-    assert record["sources"] == ([str(film)], [None], [[str(IMAGE)] * 2], 81, (832, 480))
+    assert record["sources"] == ([str(FILM)], [None], [[str(IMAGE)] * 2], 81, (832, 480))
     assert record["size"] == (832, 480)
     assert "note: this wan package reads the source video after loading" in result.stdout
 
@@ -138,6 +138,8 @@ def test_vace(checkout):
     [
         ({"src_mask": IMAGE}, "needs a source video"),
         ({"src_video": "no.mp4"}, "cannot read no.mp4: no such file"),
+        ({"src_video": REPO / "README.md"}, "cannot read .*README.md: not a complete video"),
+        ({"src_video": FILM, "src_mask": REPO / "README.md"}, "cannot read .*README.md: not a complete video"),
         ({"src_ref_images": f"{IMAGE},no.png"}, "cannot read no.png"),
     ],
 )
@@ -215,7 +217,6 @@ def test_an_example_whose_pictures_are_others(checkout):
 
 WITHOUT_FLASH = "FLASH_ATTN_2_AVAILABLE = FLASH_ATTN_3_AVAILABLE = False\n\ndef flash_attention():\n    assert False\n"
 NO_CUDA = "raise AssertionError('Torch not compiled with CUDA enabled')\n"
-FILM = REPO / "tests" / "golden" / "vace_source" / "video_a.mp4"
 
 
 @pytest.mark.parametrize(

@@ -658,7 +658,7 @@ TABLES = [
     ),
     Case(
         "prompts no text",
-        lambda folder: ((folder / "p.txt").write_bytes(b"\xff\xfe"), [*TINY, "--prompt_file", "p.txt"])[1],
+        lambda folder: ((folder / "p.txt").write_bytes(b"\xff\xff"), [*TINY, "--prompt_file", "p.txt"])[1],
         2,
         "cannot read p.txt",
     ),

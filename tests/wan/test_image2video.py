@@ -1,5 +1,9 @@
 """Image to video and first-last-frame to video, every stage against the reference implementation."""
 
+import struct
+import zlib
+
+import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
@@ -157,17 +161,32 @@ def test_unusable_images(tmp_path):
     noise_image(1, 400).save(tmp_path / "line.png")
     noise_image(400, 24).save(tmp_path / "wide.png")
     noise_image(40, 24, "RGBA").save(tmp_path / "alpha.png")
-    Image.new("I;16", (40, 24), 40000).save(tmp_path / "deep.png")
+    Image.new("F", (40, 24), 0.5).save(tmp_path / "deep.tif")
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with (tmp_path / "huge.png").open("wb") as file:  # which says so in its header
+        header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 0, 0, 0, 0)
+        file.write(content[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
     for name, message in (
         ("none.png", "No such file"),
         (".", "Is a directory"),
         ("cut.png", "not a complete image"),
-        ("text.png", "not a complete image"),
+        ("text.png", "no image of a format that is known here"),
         ("line.png", "1x400 pixels, it needs at least 16"),
         ("wide.png", "one side may be 5 times the other"),
         ("alpha.png", "transparent"),
-        ("deep.png", "more than 8 bits"),
+        ("deep.tif", "32 bits a channel"),
+        ("photo.heic", "no image of a format that is known here, such as PNG or JPEG"),
+        ("huge.png", "it has more than 178 million pixels, make it smaller"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             read_image(tmp_path / name)
         assert "\n" not in str(error.value)
+        assert str(error.value).count(str(tmp_path / name)) == 1
+
+
+def test_sixteen_bits_of_gray(tmp_path):
+    """Their upper eight, as of the channels of a colour."""
+    Image.fromarray(np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    assert image.mode == "RGB"
+    assert np.array(image)[..., 1].flatten().tolist() == [value // 256 for value in range(0, 2**16, 64)]
