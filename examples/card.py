@@ -34,7 +34,7 @@ from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.machine import attention_backends, keep_freed_memory
+from wan.utils.attention import attention_backends
 from wan.utils.samplers import make_sampler
 
 PARTS = ("forward", "loop", "dtypes", "compile", "attention", "vae")
@@ -298,8 +298,6 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed alone")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args(arguments)
-    if DEVICE.type == "cpu":
-        keep_freed_memory()  # as the pipelines do
     subject = Subject(args.task, args.size, args.frame_num, args.layers)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sides = f"{args.size}, {args.frame_num} frames, {subject.tokens} tokens, {subject.shape.num_layers} layers"

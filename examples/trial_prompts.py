@@ -15,7 +15,7 @@ from PIL import Image
 from examples.benchmark_quality import unseen_pairs
 from examples.train_tiny.check_prompts import DEMOS, first_frame
 from examples.train_tiny.shapes import CAPTIONS, Caption
-from wan.utils.utils import to_uint8
+from magcache.app.media import to_uint8
 
 UNSEEN = (24, 48, 96)  # pairs that are for validation; none of these draws holds another
 SEED = 77  # of the first

@@ -1,5 +1,6 @@
 """Image to video: from a first frame (`WanI2V`), or from a first and a last frame (`WanFLF2V`)."""
 
+import math
 import os
 
 import numpy as np
@@ -7,9 +8,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from magcache.app.media import video_size
 from wan.modules.clip import CLIPModel
 from wan.pipeline import Sampling, WanPipeline
+
+TOKEN_PIXELS = 16  # on either side
+
+
+def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
+    """(width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole tokens.
+    image_size: (width, height) in pixels. Raises ValueError if not even one token fits."""
+    aspect = image_size[1] / image_size[0]
+    areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
+    size = tuple(int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
+    if not all(size):
+        raise ValueError(f"{max_area} pixels in the shape of {image_size[0]}x{image_size[1]} have no room for a token")
+    return size
 
 
 class ImagePipeline(WanPipeline):

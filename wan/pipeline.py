@@ -15,7 +15,6 @@ from wan.distributed.groups import current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
-from wan.utils.machine import keep_freed_memory
 from wan.utils.offload import offload_text_encoder, offload_transformer
 from wan.utils.samplers import make_sampler
 
@@ -76,8 +75,6 @@ class WanPipeline:
             raise RuntimeError("use_usp, t5_fsdp and dit_fsdp need wan.distributed.groups.start_groups before")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{device_id}" if cuda else "cpu")
-        if not cuda:
-            keep_freed_memory()
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
         self.t5_fsdp, self.dit_fsdp, self.offload_blocks = t5_fsdp, dit_fsdp, offload_blocks
         self.dit_dtype = dit_dtype or (torch.bfloat16 if cuda and not dit_fsdp else torch.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from scipy import ndimage
 
@@ -33,8 +34,8 @@ from examples.train_tiny.shapes import (
     render,
     signed_distance,
 )
+from magcache.app.media import to_uint8
 from wan.configs import WAN_CONFIGS
-from wan.utils.utils import grid_rows, to_uint8
 
 HERE = Path(__file__).parent
 DEMOS = {  # task -> pipeline, checkpoint folder
@@ -180,7 +181,8 @@ def main():
             line += f"; first frame against the image {statistics.mean(start):.1f} dB, least {min(start):.1f}"
         print(line, flush=True)
     if args.picture:
-        Image.fromarray(to_uint8(grid_rows(torch.cat(rows), DRAWN))[0]).save(args.picture)
+        grid = rearrange(torch.cat(rows)[:, :, 0], "(row column) c h w -> (row h) (column w) c", column=DRAWN)
+        Image.fromarray(to_uint8(grid)).save(args.picture)
 
 
 if __name__ == "__main__":

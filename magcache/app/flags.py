@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def truth_value(text: str) -> bool:
-    """As `wan.utils.utils.str2bool`, whose import would load torch to read one flag."""
+    """Yes, true, t, y, 1 or no, false, f, n, 0, in any case, as upstream's flags take it."""
     if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
         raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {text!r}")
     return text.lower() in ("yes", "true", "t", "y", "1")

@@ -54,7 +54,7 @@ def read_inputs(job: Job) -> list | None:
             return check_sources(inputs)
         from wan.utils.vace_source import prepare_source
 
-        files = (inputs.src_video, inputs.src_mask, inputs.references)
+        files = (inputs.src_video, inputs.src_mask, [read_image(path) for path in inputs.references])
         sources = prepare_source(*files, sampling.frame_num, sampling.pixels)
         return [[source] for source in sources]
 

@@ -96,13 +96,11 @@ def check_machine(machine: Machine) -> None:
     mixed = machine.dit_fsdp and machine.dit_dtype not in (None, "float32")  # with the float32 biases of a block
     refuse_if(mixed and torch.__version__ < "2.9", old)
     constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
-    from wan.utils.machine import choose_attention, try_compiler
+    from wan.utils.attention import choose_attention
 
     attention = machine.attn_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
     with refusing(ValueError):
         choose_attention(attention, torch_device())
-        if machine.compile:
-            try_compiler(torch_device())
 
 
 def torch_device() -> str:

@@ -30,11 +30,11 @@ from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
 from magcache.app.job import Request
+from magcache.app.media import to_frames, write_video
 from magcache.app.record import save_record
 from magcache.app.requests import check_replaced
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
-from wan.utils.utils import cache_video
 
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "magcache_generate.py"
@@ -164,7 +164,7 @@ def test_comparison_files(compared):
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     found = json.loads((folder / "a film.json").read_text())
     alone = pipeline.generate(PROMPT, (64, 64), 17, sampling_steps=6, seed=found["seed"])
-    cache_video(alone[None], str(folder / "again alone.mp4"), fps=16, nrow=1)
+    write_video(folder / "again alone.mp4", to_frames(alone), fps=16)
     assert np.array_equal(uncached, iio.imread(folder / "again alone.mp4"))
     for part, expected in ((both[:, height:, :64], cached), (both[:, height:, 64:128], uncached)):
         assert np.abs(part.astype(int) - expected).mean() < 4  # compressed apart

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import magcache
+from magcache.app.media import to_uint8
 
 pytest.importorskip("wan")  # the magcache package is tested without this repository's, too
 import diffusers
@@ -20,7 +21,6 @@ from examples.peers import DiffusersModel
 from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
 from wan.pipeline import Sampling
 from wan.utils.samplers import sampling_sigmas
-from wan.utils.utils import to_uint8
 
 REPO = Path(__file__).parents[2]
 STEPS, SHIFT, FRAMES, SIZE = 12, 5.0, 5, 64

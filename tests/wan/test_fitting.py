@@ -20,7 +20,7 @@ from magcache.app.choose_schedule import all_computed
 from magcache.app.generate import tried
 from magcache.app.progress import watched
 from wan.configs import WAN_CONFIGS
-from wan.utils.machine import attention_backends, choose_attention
+from wan.utils.attention import attention_backends, choose_attention
 from wan.utils.offload import offload_transformer
 
 STEPS = 4

@@ -1,9 +1,5 @@
 """Image to video and first-last-frame to video, every stage against the reference implementation."""
 
-import struct
-import zlib
-
-import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
@@ -13,8 +9,9 @@ from pipeline_stages import INPUTS, check_stages
 
 import magcache
 import wan
-from magcache.app.media import read_image, video_size
+from magcache.app import media
 from wan.configs import WAN_CONFIGS
+from wan.image2video import video_size
 
 GEOMETRY = read_json("i2v_geometry/geometry.json")
 CLIP_HEADS = read_json("pipelines/common/hparams.json")["clip"]["vision_heads"]
@@ -120,6 +117,7 @@ def test_geometry(case, pipelines):
     height, width = case["image_hw"]
     size = video_size((width, height), case["max_area"])
     assert list(size) == case["video_hw"][::-1]
+    assert size == media.video_size((width, height), case["max_area"])
     shape = pipelines["i2v"].latent_shape(size, case["frame_num"])
     assert list(shape) == case["noise_shape"]
     assert pipelines["i2v"].token_count(shape) == case["max_seq_len"]
@@ -128,65 +126,3 @@ def test_geometry(case, pipelines):
 def test_shapes_without_room_are_refused():
     with pytest.raises(ValueError, match="no room"):
         video_size((1000, 1), 64 * 64)
-
-
-def noise_image(width, height, mode="RGB"):
-    count = height * width * len(mode)
-    noise = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Image.frombytes(mode, (width, height), noise.numpy().tobytes())
-
-
-def test_readable_images(tmp_path):
-    picture = noise_image(40, 24)
-    picture.save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png").tobytes() == picture.tobytes()
-    opaque = picture.copy()
-    opaque.putalpha(255)
-    opaque.save(tmp_path / "opaque.png")
-    assert read_image(tmp_path / "opaque.png").tobytes() == picture.tobytes()
-    noise_image(40, 24, "L").save(tmp_path / "gray.jpg")
-    assert read_image(tmp_path / "gray.jpg").mode == "RGB"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned by a quarter
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png").size == (24, 40)
-
-
-def test_unusable_images(tmp_path):
-    picture = noise_image(40, 24)
-    picture.save(tmp_path / "whole.png")
-    content = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.png").write_text("hello")
-    noise_image(1, 400).save(tmp_path / "line.png")
-    noise_image(400, 24).save(tmp_path / "wide.png")
-    noise_image(40, 24, "RGBA").save(tmp_path / "alpha.png")
-    Image.new("F", (40, 24), 0.5).save(tmp_path / "deep.tif")
-    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
-    with (tmp_path / "huge.png").open("wb") as file:  # which says so in its header
-        header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 0, 0, 0, 0)
-        file.write(content[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    for name, message in (
-        ("none.png", "No such file"),
-        (".", "Is a directory"),
-        ("cut.png", "not a complete image"),
-        ("text.png", "no image of a format that is known here"),
-        ("line.png", "1x400 pixels, it needs at least 16"),
-        ("wide.png", "one side may be 5 times the other"),
-        ("alpha.png", "transparent"),
-        ("deep.tif", "32 bits a channel"),
-        ("photo.heic", "no image of a format that is known here, such as PNG or JPEG"),
-        ("huge.png", "it has more than 178 million pixels, make it smaller"),
-    ):
-        with pytest.raises(ValueError, match=message) as error:
-            read_image(tmp_path / name)
-        assert "\n" not in str(error.value)
-        assert str(error.value).count(str(tmp_path / name)) == 1
-
-
-def test_sixteen_bits_of_gray(tmp_path):
-    """Their upper eight, as of the channels of a colour."""
-    Image.fromarray(np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)).save(tmp_path / "deep.png")
-    image = read_image(tmp_path / "deep.png")
-    assert image.mode == "RGB"
-    assert np.array(image)[..., 1].flatten().tolist() == [value // 256 for value in range(0, 2**16, 64)]

@@ -20,9 +20,9 @@ from PIL import Image
 import magcache
 import magcache_generate
 import wan
+from magcache.app.media import to_frames, write_video
 from wan.configs import WAN_CONFIGS
-from wan.distributed.sequence import attention_backend
-from wan.utils.utils import cache_video
+from wan.utils.attention import shared_backend
 
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
@@ -107,12 +107,12 @@ def test_rings(seen, name):
 
 
 def test_attention_that_cannot_share_is_refused():
-    assert attention_backend("cuda", 1) is attention_backend("cpu", 1) is None
-    assert attention_backend("cuda", 2) == "_native_flash"
+    assert shared_backend("cuda", 1) is shared_backend("cpu", 1) is None
+    assert shared_backend("cuda", 2) == "_native_flash"
     with pytest.raises(ValueError, match="ring_size must be 1 on the CPU"):
-        attention_backend("cpu", 2)
+        shared_backend("cpu", 2)
     with diffusers_backend("_native_math"), pytest.raises(ValueError, match="_native_math cannot share sequences"):
-        attention_backend("cpu", 1)
+        shared_backend("cpu", 1)
 
 
 def test_two_processes_calibrate_once(seen, folder):
@@ -142,7 +142,7 @@ def in_one_process(prompt: str, seed: int, path: Path):
     torch.set_num_threads(1)  # as torchrun's processes have: the number decides on the last bits, and a codec on more
     video = REFERENCE["i2v-tiny"].generate(prompt, Image.open(IMAGE), 64 * 64, 5, sampling_steps=2, seed=seed)
     torch.set_num_threads(threads)
-    cache_video(video[None], str(path), fps=16, nrow=1)
+    write_video(path, to_frames(video), fps=16)
     return iio.imread(path)
 
 

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, read_json, read_tensors, write_checkpoint
-from PIL import Image
 from pipeline_stages import CASES, INPUTS, check_stages
 
 import magcache
 import wan
-from magcache.app.media import VideoInfo, probe_video, read_frames
+from magcache.app import media
 from wan.configs import WAN_CONFIGS
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.utils import cache_video
 from wan.utils.vace_source import plan_video, prepare_source
+from wan.utils.video_file import VideoInfo, probe_video, read_frames
 
 SOURCES = GOLDEN / "vace_source"
 VIDEO, MASK = str(SOURCES / "video_a.mp4"), str(SOURCES / "mask_a.mp4")  # 10 frames of 70*50
@@ -111,8 +110,9 @@ def test_videos_are_shrunk_to_the_tokens_of_81_frames(frames, height, width, siz
 
 
 def write_video(path, frames=5, height=48, width=64, seed=0):
-    video = torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return cache_video(video, str(path), fps=16)
+    pixels = torch.randint(0, 256, (frames, height, width, 3), generator=torch.Generator().manual_seed(seed))
+    media.write_video(path, pixels.to(torch.uint8).numpy(), fps=16)
+    return str(path)
 
 
 def test_a_mask_that_does_not_fit_is_refused(tmp_path):
@@ -224,9 +224,6 @@ def test_bad_images_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"^cannot read .*{name}: .*$") as error:
             prepare_source(None, None, [REFS[0], str(tmp_path / name)], 5, (64, 48))
         assert "\n" not in str(error.value)
-    Image.new("RGB", (2000, 20)).save(tmp_path / "thin.png")
-    with pytest.raises(ValueError, match="one side may be 5 times the other"):
-        prepare_source(None, None, [str(tmp_path / "thin.png")], 5, (64, 48))
 
 
 def test_sizes_and_frame_counts_that_cannot_be_are_refused():

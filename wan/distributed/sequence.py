@@ -1,17 +1,15 @@
 """Token sequences shared by the ranks of a group, on diffusers' context-parallel attention: Ulysses, ring, both."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import ContextParallelConfig, ParallelConfig
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    all_to_all_single_any_o_async,
-    all_to_all_single_any_qkv_async,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.distributed.device_mesh import init_device_mesh
+
+from wan.utils.attention import attend_exchanged, process_group, shared_backend
 
 
 class SequenceParallel:
@@ -22,7 +20,7 @@ class SequenceParallel:
 
     def __init__(self, device: str, groups: int, ring_size: int, ulysses_size: int):
         self.size, self.ulysses_size = ring_size * ulysses_size, ulysses_size
-        self.backend = attention_backend(device, ring_size)
+        self.backend = shared_backend(device, ring_size)
         shape = (groups, ring_size, ulysses_size)
         self.mesh = init_device_mesh(device, shape, mesh_dim_names=("group", "ring", "ulysses"))["ring", "ulysses"]
         self.even = self.parallel_config(ring_degree=ring_size, ulysses_degree=ulysses_size)
@@ -33,7 +31,7 @@ class SequenceParallel:
             self.uneven = self.parallel_config(ring_degree=ring_size, ring_anything=True)
             if ulysses_size > 1:  # both have no uneven mode together: the ring's attention within an exchange of heads
                 self.exchange = self.mesh["ulysses"].get_group()
-        self.group = self.even.context_parallel_config._flattened_mesh.get_group()
+        self.group = process_group(self.even.context_parallel_config)
         self.rank = dist.get_rank(self.group)
 
     def parallel_config(self, **degrees) -> ParallelConfig:
@@ -59,23 +57,7 @@ class SequenceParallel:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
         """Attention of this rank's queries to the keys of all ranks, all [B, part, heads, head_dim], of a sequence of
         so many tokens."""
-        if length % self.size == 0:
-            return dispatch_attention_fn(q, k, v, backend=self.backend, parallel_config=self.even)
-        if self.exchange is None:
-            return dispatch_attention_fn(q, k, v, backend=self.backend, parallel_config=self.uneven)
-        part, heads = q.shape[1:3]
-        q, k, v = (all_to_all_single_any_qkv_async(u, self.exchange)() for u in (q, k, v))
-        out = dispatch_attention_fn(q, k, v, backend=self.backend, parallel_config=self.uneven)
-        return all_to_all_single_any_o_async(out, self.exchange, NUM_QO_HEAD=heads, Q_S_LOCAL=part)()
-
-
-def attention_backend(device: str, ring_size: int) -> AttentionBackendName | None:
-    """The backend for shared sequences, None for the one chosen in diffusers. Raises ValueError if that cannot."""
-    active, _ = _AttentionBackendRegistry.get_active_backend()
-    if ring_size > 1 and active == AttentionBackendName.NATIVE:
-        if device == "cpu":
-            raise ValueError("ring_size must be 1 on the CPU, whose attention does not return what a ring adds up")
-        return AttentionBackendName._NATIVE_FLASH  # torch's own, too, which returns its log-sum-exp
-    if not _AttentionBackendRegistry._is_context_parallel_available(active):
-        raise ValueError(f"attention backend {active.value} cannot share sequences between ranks, native and flash can")
-    return None
+        even = length % self.size == 0
+        config = self.even if even else self.uneven
+        attend = functools.partial(dispatch_attention_fn, backend=self.backend, parallel_config=config)
+        return attend(q, k, v) if even or not self.exchange else attend_exchanged(q, k, v, self.exchange, attend)

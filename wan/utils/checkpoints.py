@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from magcache.app.errors import reason_in
-
 
 class DamagedFile(RuntimeError):
     """A file of a checkpoint that is incomplete, or holds other tensors than it should."""
@@ -17,13 +15,14 @@ class DamagedFile(RuntimeError):
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Whatever a file's content makes fail in the block becomes DamagedFile with one line."""
+    """Whatever a file's content makes fail in the block becomes DamagedFile with one line: the last of the reason."""
     try:
         yield
     except DamagedFile:
         raise
     except Exception as error:
-        raise DamagedFile(f"cannot read {path}, is it complete? ({reason_in(error)})") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[-1].strip()[:200]
+        raise DamagedFile(f"cannot read {path}, is it complete? ({reason})") from error
 
 
 def load_pth(path: str | Path, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from magcache.files import read_json
-
 # for the model, by language: one text for every number of pictures that it sees, and what holds for all of them
 _INSTRUCTIONS = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))
 _SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B")}
@@ -70,15 +68,17 @@ def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
             missing = f"prompt extension model {name} is neither a folder nor in the Hugging Face cache"
             raise ValueError(f"{missing}: {remedy}") from None
     try:
-        kind = read_json(folder / "config.json")["model_type"]
+        if not (folder / "config.json").is_file():  # a pipe would never end
+            raise FileNotFoundError("config.json")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         known = kind in _SEES_PICTURES
         index = folder / "model.safetensors.index.json"
         names = {"model.safetensors"}
         if index.is_file():
-            names = set(read_json(index)["weight_map"].values())
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = ("tokenizer_config.json", *sorted(names))
         missing = [name for name in files if not os.path.isfile(folder / name)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as fault:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise ValueError(f"prompt extension model {folder} has no usable config.json or index: {fault!r}") from None
     if not known:
         raise ValueError(f"prompt extension model {folder} is of type {kind}, a Qwen2.5 or Qwen2.5-VL model is needed")

@@ -3,9 +3,11 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
-from magcache.app.media import TOKEN_PIXELS, VideoInfo, probe_video, read_frames, read_image
+from wan.utils.video_file import VideoInfo, probe_video, read_frames
 
+TOKEN_PIXELS = 16  # on either side
 FRAME_STRIDE = 4  # video frames to a latent frame
 MAX_LATENT_FRAMES = 21  # at the full area; smaller videos may be longer, for as many tokens
 
@@ -46,12 +48,17 @@ def read_video(path: str, info: VideoInfo, frame_ids: list[int], height: int, wi
     return torch.stack([cover(frame, height, width) for frame in frames], dim=1)[:, places]
 
 
-def read_reference(path: str, height: int, width: int) -> torch.Tensor:
-    """Fits an image into the middle of a white canvas, float32 [3, 1, height, width] in [-1, 1]. Raises ValueError as
-    `read_image` does."""
-    image = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1).float() / 127.5 - 1
+def read_reference(image: str | Image.Image, height: int, width: int) -> torch.Tensor:
+    """Fits an image, or the one in a file, into the middle of a white canvas, float32 [3, 1, height, width] in [-1, 1].
+    Raises ValueError for a file that cannot be read."""
+    if isinstance(image, str):
+        try:
+            image = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read {image}: {error}") from error
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     scale = min(height / image.shape[1], width / image.shape[2])
-    fitted = [int(side * scale) for side in image.shape[1:]]
+    fitted = [max(1, int(side * scale)) for side in image.shape[1:]]
     canvas = torch.ones(3, 1, height, width)
     top, left = (height - fitted[0]) // 2, (width - fitted[1]) // 2
     fitted_image = F.interpolate(image[None], fitted, mode="bilinear")[0]
@@ -62,7 +69,7 @@ def read_reference(path: str, height: int, width: int) -> torch.Tensor:
 def prepare_source(
     video: str | None,
     mask: str | None,
-    refs: list[str] | None,
+    refs: list[str | Image.Image] | None,
     frame_num: int,
     size: tuple[int, int],
     device: torch.device | str = "cpu",
@@ -70,7 +77,7 @@ def prepare_source(
     """Reads what a VACE run starts from; needs no model. video: path of the video to edit; None to generate frame_num
     (4 n + 1) frames of `size` (width, height). With a video, `size` gives the largest area only and frame_num is not
     used: see `plan_video`. mask: path of a video of the same size and length, white where to generate; None for
-    everywhere. refs: paths of reference images. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
+    everywhere. refs: reference images, RGB, or their paths. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
     or 3, F, H, W] in [0, 1] (1 where to generate), and one float32 [3, 1, H, W] in [-1, 1] per reference, None if there
     are none, all on the device. Raises ValueError for a file that cannot be read, a mask without a video or that does
     not fit it, a size that is no multiple of 16, a wrong frame_num."""
