@@ -50,11 +50,18 @@ def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rou
         magcache.remove_magcache(model)
         uncached = denoise_seconds(model, shape, context)
         for settings, schedule in SCHEDULES.items():
-            cache = magcache.apply_magcache(model, schedule)
+            told = []
+
+            def note(call: int, skips: bool, told: list = told) -> None:
+                told.append((skips, time.perf_counter()))
+
+            magcache.apply_magcache(model, schedule, on_call=note)
             seconds = denoise_seconds(model, shape, context)
+            # of uncond calls, which follow those for cond at once
+            times = [(skips, end - start) for (_, start), (skips, end) in zip(told[::2], told[1::2], strict=True)]
             speedups[settings].append(uncached / seconds)
-            in_computed[settings].append(sum(t for _, skipped, t in cache.log if not skipped) / seconds)
-            reused[settings] += [t for _, skipped, t in cache.log if skipped]
+            in_computed[settings].append(2 * sum(t for skips, t in times if not skips) / seconds)
+            reused[settings] += [t for skips, t in times if skips]
     magcache.remove_magcache(model)
     for settings, schedule in SCHEDULES.items():
         speedup, bound = statistics.median(speedups[settings]), schedule.speedup_bound

@@ -30,6 +30,7 @@ import magcache
 from magcache.app.architecture import CLIP_TOKENS, CONTROL, LATENT
 from magcache.app.cost import call_flops, number_of_bytes, token_count
 from magcache.app.errors import first_line
+from magcache.app.progress import moment, seconds_between
 from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
@@ -203,9 +204,12 @@ def measure_loop(subject: Subject, steps: int) -> list[dict]:
         ("reused residuals", magcache.plan(ratios, steps, 1.0, 1, 0.0)),
         ("forecasts", magcache.plan_speedup(steps, 2)),
     ):
-        cache = magcache.apply_magcache(model, schedule)
+        told = []
+        magcache.apply_magcache(model, schedule, on_call=lambda *call, told=told: told.append((*call, moment())))
         cached = seconds(denoise, model, arguments, steps)
-        calls = [value for _, skipped, value in cache.log if skipped]
+        # of uncond calls, which follow those for cond at once
+        pairs = zip(told[::2], told[1::2], strict=True)
+        calls = [seconds_between(start, end) for (*_, start), (_, reused, end) in pairs if reused]
         rows.append(
             {
                 "what": f"{steps} steps, {name}",

@@ -17,7 +17,7 @@ class Calibration:
 
     Three lists in call order from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|; `stds`,
     its standard deviation over tokens (unbiased); `cosine_distances`, the mean of 1 - cos(r_t, r_{t-1}). A run begins
-    with empty lists. `reached` is the number of calls that have returned in the latest run, also if that failed.
+    with empty lists.
 
     group: of the processes (torch.distributed) that share the tokens, all of which then have the figures of all tokens.
     """
@@ -25,7 +25,6 @@ class Calibration:
     def __init__(self, steps: int, group=None):
         self.calls, self.calls_per_step = CALLS_PER_STEP * steps, CALLS_PER_STEP
         self.group = group
-        self.reached = 0
         self.reset()
 
     def reset(self) -> None:
@@ -46,7 +45,8 @@ class Calibration:
         is_token = positions < torch.as_tensor(lengths).cpu()[:, None]
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         branch = call % CALLS_PER_STEP
-        before, self.previous[branch] = self.previous[branch], residual
+        before = self.previous[branch]
+        self.previous[branch] = residual if call + CALLS_PER_STEP < self.calls else None  # the VAE decodes next
         if before is not None:
             ratio = (residual.norm(dim=-1) / before.norm(dim=-1)).double()
             cosine = torch.nn.functional.cosine_similarity(residual, before, dim=-1, eps=1e-8)
@@ -59,10 +59,8 @@ class Calibration:
             self.cosine_distances.append(1 - cosines / count)
         return out
 
-    def done(self, call: int, seconds: float) -> None:
-        self.reached = call + 1
-        if call == self.calls - 1:
-            self.previous = [None] * CALLS_PER_STEP
+    def skips(self, call: int) -> bool:
+        return False
 
     def lists(self) -> dict[str, list[float]]:
         """The three lists of a complete run by their names in a table, rounded to 5 decimals as the released script

@@ -12,7 +12,6 @@ weights are gathered for it.
 """
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,8 +27,11 @@ FOR_BLOCKS_ONLY = ("forward_vace", "embed_context", "project_time")
 FORECAST_INSTEAD = "use output forecasts (magcache.plan_speedup)"
 
 
+OnCall = Callable[[int, bool], None]
+
+
 class Runner(Protocol):
-    """What the calls of a model are handed to; see `ResidualCache`, `OutputCache`, `magcache.calibrate.Calibration`."""
+    """What the calls of a model are handed to; see `Cache`, `magcache.calibrate.Calibration`."""
 
     calls: int  # of a run
     calls_per_step: int
@@ -37,12 +39,12 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
 
+    def skips(self, call: int) -> bool:
+        """Whether the call does not compute."""
+
     def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
         """What the call returns; `forward()` runs the model as it is, `forward.args[1:]` are the arguments of the call
         by position."""
-
-    def done(self, call: int, seconds: float) -> None:
-        """The call has returned after so many seconds."""
 
 
 class Cache:
@@ -50,21 +52,24 @@ class Cache:
 
     dtype: of what is cached; None keeps it as computed (float32 in Wan).
     device: where it waits, such as "cpu" to spare GPU memory; None leaves it where it is.
-    `log` holds (call, whether it was reused, wall time in seconds) of every call since the cache was applied.
     """
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
         self.calls, self.calls_per_step = len(schedule.weights), schedule.calls_per_step
-        self.log: list[tuple[int, bool, float]] = []
         self.reset()
 
     def reset(self) -> None:
         self.kept = [[] for _ in range(self.calls_per_step)]  # per branch, newest first
 
     def skips(self, call: int) -> bool:
-        """Whether the call does not compute."""
         return call < self.calls and self.schedule.weights[call] is not None
+
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        out = self.answer(call, model, forward)
+        if call == self.calls - 1:
+            self.reset()  # the VAE decodes next and wants the memory
+        return out
 
     def branch(self, call: int) -> list:
         return self.kept[call % self.calls_per_step]
@@ -80,24 +85,13 @@ class Cache:
         """The tensor as it waits."""
         return tensor.detach().to(self.device or tensor.device, self.dtype or tensor.dtype)
 
-    def done(self, call: int, seconds: float) -> None:
-        self.log.append((call, self.skips(call), seconds))
-        if call == self.calls - 1:
-            self.reset()  # the VAE decodes next and wants the memory
-        elif call == self.calls:
-            warnings.warn(
-                f"the schedule ends after {self.calls} transformer calls but the run goes on; "
-                "the calls beyond it are computed in full",
-                stacklevel=2,
-            )
-
 
 class ResidualCache(Cache):
     """Executes a schedule with the target "residual" on a Wan transformer."""
 
     compute_dtype = None  # of the residuals before `dtype`
 
-    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+    def answer(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         dit = find_dit(model)
         unused = [name for name in FOR_BLOCKS_ONLY if hasattr(type(dit), name)] if self.skips(call) else []
         with (
@@ -123,7 +117,7 @@ class OutputCache(Cache):
     """Executes a schedule with the target "output" on any module that returns tensors, alone or in a list, a tuple, a
     dictionary or an output class of diffusers."""
 
-    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+    def answer(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         if self.skips(call):
             return self.combined(call)
         wanted = self.make_room(call)
@@ -251,14 +245,14 @@ def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManage
 class Attachment:
     """Ties a runner to an instance; lives in the instance, so that a deep copy of the model has its own."""
 
-    def __init__(self, runner: Runner, own_class: type):
-        self.runner = runner
+    def __init__(self, runner: Runner, own_class: type, on_call: OnCall | None):
+        self.runner, self.on_call = runner, on_call
         self.own_class = own_class  # of the model
         self.counter = CallCounter(runner.calls, runner.calls_per_step)
 
     def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
-        value = float(timestep)  # waits for the device, so the clock below is right
+        value = float(timestep)  # waits for the device, unless the timestep is on the CPU
         rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
         before = self.counter.call
         call = self.counter.next(value, max(rounding, 1.0 if value.is_integer() else 0.0))
@@ -271,25 +265,27 @@ class Attachment:
                     "was not stopped, plan for as many steps as a run has: what is cached waits for the others",
                     stacklevel=3,
                 )
-        if self.counter.mismatch:
-            if not known:
-                self.runner.reset()
-                warnings.warn(
-                    f"this run does not make {self.runner.calls_per_step} transformer calls a step, as planned, and is "
-                    "computed in full from here; calls_per_step of a plan is 2 with guidance, 1 without",
-                    stacklevel=3,
-                )
-            return forward()
-        start = time.perf_counter()
+        if self.counter.mismatch and not known:
+            self.runner.reset()
+            warnings.warn(
+                f"this run does not make {self.runner.calls_per_step} transformer calls a step, as planned, and is "
+                "computed in full from here; calls_per_step of a plan is 2 with guidance, 1 without",
+                stacklevel=3,
+            )
+        elif call == self.runner.calls and not known:
+            warnings.warn(
+                f"the schedule ends after {call} transformer calls but the run goes on; "
+                "the calls beyond it are computed in full",
+                stacklevel=3,
+            )
         try:
-            out = self.runner.run(call, model, forward)
-            if timestep.is_cuda:
-                torch.cuda.synchronize(timestep.device)
+            out = forward() if self.counter.mismatch else self.runner.run(call, model, forward)
+            if self.on_call:
+                self.on_call(call, not self.counter.mismatch and self.runner.skips(call))
         except BaseException:
             self.counter.reset()
             self.runner.reset()
             raise
-        self.runner.done(call, time.perf_counter() - start)
         return out
 
 
@@ -304,23 +300,31 @@ def attached_class(own_class: type) -> type:
     return type(own_class.__name__, (own_class,), same | {"__call__": __call__})
 
 
-def attach(model: torch.nn.Module, runner: Runner) -> None:
-    """Hands the calls of this instance to `runner`, in place of any runner attached before."""
+def attach(model: torch.nn.Module, runner: Runner, on_call: OnCall | None = None) -> None:
+    """Hands the calls of this instance to `runner`, in place of any runner attached before. on_call: see
+    `apply_magcache`."""
     remove_magcache(model)
     own_class = type(model)
-    model.__dict__["_magcache"] = Attachment(runner, own_class)
+    model.__dict__["_magcache"] = Attachment(runner, own_class, on_call)
     model.__class__ = attached_class(own_class)
 
 
 def apply_magcache(
-    model: torch.nn.Module, schedule: Schedule, *, dtype: torch.dtype | None = None, device: str | None = None
+    model: torch.nn.Module,
+    schedule: Schedule,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    on_call: OnCall | None = None,
 ) -> Cache:
     """Makes this instance (not its class) follow the schedule from its next call on, which starts a run.
 
     model: what the pipeline calls once a branch and step: a Wan transformer, this repo's, upstream's or diffusers',
     bare or wrapped in FSDP; with the target "output" any module that is called so, with a timestep as `t`, as
     `timestep` or as second argument.
-    dtype, device: of what is cached, see `Cache`, which is returned and holds the times of the calls.
+    dtype, device: of what is cached, see `Cache`, which is returned.
+    on_call: is told of every call that has returned: its number in the run, and whether it was reused. A GPU may still
+    be at work on it then: nothing here waits for the device but for the timestep's value, where that is not on the CPU.
 
     Applying again replaces the schedule and starts afresh; do so after a run that was stopped in its first step from
     outside the model, which no later call can tell. Raises TypeError if the model has no `blocks` and the target
@@ -330,7 +334,7 @@ def apply_magcache(
     if schedule.target == "residual":
         find_dit(model)
     cache = CACHES[schedule.target](schedule, dtype, device)
-    attach(model, cache)
+    attach(model, cache, on_call)
     return cache
 
 

@@ -96,7 +96,8 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     fail_within_a_block(model, lambda: pipeline.generate(*inputs, **arguments))
     calibration = magcache.apply_calibration(model, STEPS, model.sequence.group if model.sequence else None)
     pipeline.generate(*inputs, **arguments)
-    cache = magcache.apply_magcache(model, schedule())
+    told = []
+    magcache.apply_magcache(model, schedule(), on_call=lambda *call: told.append(call))
     pipeline.model = counted = Counted(model)
     pipeline.generate(*inputs, **arguments)
     magcache.apply_magcache(model, forecasts())
@@ -105,7 +106,7 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     return {
         "uncached": latents[0],
         "cached": latents[1],
-        "reuse": tuple(skipped for _, skipped, _ in cache.log),
+        "reuse": tuple(reused for _, reused in told),
         "collectives": counted.counts,
         "forecast": latents[2],
         "forecast collectives": forecast.counts,

@@ -179,7 +179,7 @@ class Making:
         """How far the number-th of so many requests came, and what there is of all of them."""
         if self.trials and self.trials.recorded == len(self.runs) > 0:
             return f" in the trials of prompt {number} of {count}; what was measured until then is written"
-        calls = f"after {len(self.watch.calls) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
+        calls = f"after {len(self.watch.reused) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
         kept = f"videos saved: {self.saved}"
         if self.calibration:
             kept = "only the prompts before count" if self.runs else "nothing is written"
@@ -216,15 +216,13 @@ class Making:
             print(f"failed    {request.path}: {fault}", flush=True)
 
     def run(self, request: Request, schedule: magcache.Schedule, runner: patch.Runner | None) -> tuple[Any, Watch]:
-        """The video, and what was watched. runner: of the model's calls; it starts afresh, whatever was before."""
-        cache = runner if runner is self.cache else None
-        magcache.remove_magcache(self.pipeline.model)
-        if runner:
-            patch.attach(self.pipeline.model, runner)
+        """The video, and what was watched. runner: of the model's calls, None to compute all of them; it starts afresh,
+        whatever was before."""
         self.runs_left -= 1
         self.pipeline.keeps_encoders = self.runs_left > 0 or bool(self.trials)  # of the `wan` of this repository
-        with watched(self.pipeline, schedule, cache, self.speaks) as watch:
+        with watched(self.pipeline, schedule, self.speaks) as watch:
             self.watch = watch
+            patch.attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
             video = self.generate(request, self.job.sampling.sample_steps)
         return video, watch
 

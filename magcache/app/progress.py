@@ -1,75 +1,112 @@
 """Watches a Wan pipeline while it generates: one progress bar over the steps, and where the time goes.
 
 Works from the outside, by hooks on what this repo's pipelines and upstream's have in common: `model`, `text_encoder`,
-`vae`, and a `tqdm` of their own over the steps, which this one stands in for.
+`vae`, and a `tqdm` of their own over the steps, which this one stands in for. On a GPU the times are those of events in
+its queue, so that it is waited for once a step only, by the bar, and once by the look for NaN.
 """
 
 import contextlib
-import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
 from magcache.app.errors import NotFinite
 from magcache.app.step_map import step_map
-from magcache.patch import Cache, shadowed
+from magcache.patch import shadowed
 from magcache.schedule import Schedule
 
 PHASES = ("text", "inputs", "computed", "reused", "sampler", "decode")
 LOG_SECONDS = 30  # between two lines where a bar would flood a log
 
 
+def moment() -> "float | torch.cuda.Event":
+    """Now: an event in the GPU's queue, or where there is none, a time in seconds."""
+    if not torch.cuda.is_initialized():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    """Waits until the GPU has come to the end."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
 class Watch:
     """What happened in one generation. Every moment counts to one phase: text: text encoder. inputs: encoding of images
     and videos, the transformer's way to the GPU. computed, reused: calls of the transformer. sampler: the rest of the
-    steps. decode: VAE, and what comes after it. `calls` holds (whether it was reused, seconds) of every call so far,
-    `latent` a copy of what was decoded, on the CPU; None where this process decodes nothing."""
+    steps. decode: VAE, and what comes after it. `reused` holds for every call so far whether it was, `calls` (whether
+    it was reused, seconds) of those that are timed: all of the steps before. `latent` is a copy of what was decoded, on
+    the CPU; None where this process decodes nothing."""
 
     def __init__(self, schedule: Schedule, show: bool):
         self.schedule, self.show = schedule, show
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.reused: list[bool] = []
         self.calls: list[tuple[bool, float]] = []
         self.bar = self.latent = None
-        self.start = self.clock = time.perf_counter()
+        self.start = self.clock = moment()
+        self.noted: list[tuple[str, float | torch.cuda.Event]] = []  # ends of phases that are not timed yet
+        self.sound = 0  # steps after which the latent was finite
         self.logged = -LOG_SECONDS
 
-    def lap(self, phase: str) -> float:
-        """The time since the last lap belongs to this phase; returns it."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        passed, self.clock = now - self.clock, now
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
-        return passed
+    def lap(self, phase: str) -> None:
+        """The time since what came before belongs to this phase."""
+        self.noted.append((phase, moment()))
+        for noted, end in self.noted:
+            passed, self.clock = seconds_between(self.clock, end), end
+            self.seconds[noted] = self.seconds.get(noted, 0.0) + passed
+            if noted in ("computed", "reused"):
+                self.calls.append((noted == "reused", passed))
+        self.noted.clear()
+
+    def called(self, call: int, reused: bool) -> None:
+        """The model has been called: what `magcache.apply_magcache` takes as `on_call`."""
+        self.reused.append(reused)
+        self.noted.append(("reused" if reused else "computed", moment()))
+
+    def steps(self, timesteps: Iterable, *args, **kwargs) -> Iterator:
+        """Stands in for the pipeline's `tqdm`."""
+        for timestep in timesteps:
+            self.after_step()
+            yield timestep
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Or before the first one."""
+        self.lap("sampler" if self.reused else "inputs")
+        if self.show and self.reused:
+            self.tell()
 
     def after_text(self, *_) -> None:
         self.lap("text")
 
     def before_call(self, _, args: tuple) -> None:
-        """args: of the model's call, the first of them the latents of its step."""
-        if self.calls and len(self.calls) % self.schedule.calls_per_step == 0:
+        """A hook of the model. args: of its call, the first of them the latents of its step."""
+        if self.reused and len(self.reused) % self.schedule.calls_per_step == 0:
             self.check(args[0])
-        self.lap("sampler" if self.calls else "inputs")
 
     def check(self, latents: list[torch.Tensor]) -> None:
-        """Raises NotFinite if the latest step has left NaN or infinity in the latents, which no later one mends."""
+        """Raises NotFinite if a step since the last check has left NaN or infinity in the latents, which no later one
+        mends."""
+        done = len(self.reused) // self.schedule.calls_per_step
         if all(torch.isfinite(latent).all() for latent in latents):
+            self.sound = done
             return
-        per_step = self.schedule.calls_per_step
-        calls = ("reused" if reused else "computed" for reused, _ in self.calls[-per_step:])
-        step = f"step {len(self.calls) // per_step} of {self.schedule.steps} ({', '.join(calls)})"
+        calls = self.reused[self.sound * self.schedule.calls_per_step :]
+        kinds = ", ".join("reused" if reused else "computed" for reused in calls)
+        steps = f"step {done}" if done == self.sound + 1 else f"steps {self.sound + 1} to {done}"
+        step = f"{steps} of {self.schedule.steps} ({kinds})"
         causes = "check the weights, --sample_guide_scale and --sample_shift"
         raise NotFinite(f"the latent became NaN or infinite in {step}; nothing is saved; {causes}")
-
-    def after_call(self, *_, reused: bool = False) -> None:
-        self.calls.append((reused, self.lap("reused" if reused else "computed")))
-        per_step = self.schedule.calls_per_step
-        if self.show and len(self.calls) % per_step == 0 and len(self.calls) <= len(self.schedule.weights):
-            self.tell()
 
     def timed(self, function: Callable, before: str = "", after: str = "") -> Callable:
         """The function, with a lap of these phases before and after it."""
@@ -94,18 +131,6 @@ class Watch:
             return timed(latents, *args, **kwargs)
 
         return run
-
-    def timed_run(self, cache: Cache) -> Callable:
-        """What stands in for `cache.run`; hooks of the model would not see the calls that it answers alone."""
-        run = cache.run
-
-        def timed(call: int, model: torch.nn.Module, forward: functools.partial):
-            self.before_call(model, forward.args[1:])
-            out = run(call, model, forward)
-            self.after_call(reused=cache.skips(call))
-            return out
-
-        return timed
 
     def tell(self) -> None:
         """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
@@ -145,27 +170,23 @@ def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, betwee
 
 
 @contextlib.contextmanager
-def bars_hidden(pipeline) -> Iterator[None]:
-    """Hides the pipeline's own bar over its steps."""
+def bars_replaced(pipeline, bar: Callable = lambda timesteps, *args, **kwargs: timesteps) -> Iterator[None]:
+    """Has another one stand in for the pipeline's own bar over its steps; none, by default."""
     with contextlib.ExitStack() as stack:
         for module in {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}:
             if "tqdm" in vars(module):
-                stack.enter_context(shadowed(module, {"tqdm": lambda iterable=None, *_, **__: iterable}))
+                stack.enter_context(shadowed(module, {"tqdm": bar}))
         yield
 
 
 @contextlib.contextmanager
-def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool = True) -> Iterator[Watch]:
-    """Watches `pipeline` while it generates one video in this block. schedule: of the calls, all of them computed where
-    nothing is cached. cache: what `magcache.apply_magcache` returned, if it is applied. show: whether this process has
-    the bar, on stderr; where that is no terminal, a line every 30 seconds."""
+def watched(pipeline, schedule: Schedule, show: bool = True) -> Iterator[Watch]:
+    """Watches `pipeline` while it generates one video in this block, if the calls of its model are told to
+    `Watch.called`. schedule: of the calls. show: whether this process has the bar, on stderr; where that is no
+    terminal, a line every 30 seconds."""
     watch = Watch(schedule, show)
     with contextlib.ExitStack() as stack:
-        if cache:
-            stack.enter_context(shadowed(cache, {"run": watch.timed_run(cache)}))
-        else:
-            stack.callback(pipeline.model.register_forward_pre_hook(watch.before_call).remove)
-            stack.callback(pipeline.model.register_forward_hook(watch.after_call).remove)
+        stack.callback(pipeline.model.register_forward_pre_hook(watch.before_call).remove)
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):
@@ -174,7 +195,7 @@ def watched(pipeline, schedule: Schedule, cache: Cache | None = None, show: bool
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
             timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae.decode)}
             stack.enter_context(shadowed(vae, timed))
-        stack.enter_context(bars_hidden(pipeline))
+        stack.enter_context(bars_replaced(pipeline, watch.steps))
         try:
             yield watch
             watch.lap("decode")

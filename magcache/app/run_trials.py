@@ -19,7 +19,7 @@ from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.plan_trials import candidates, forecasts, others
 from magcache.app.processes import gathered
-from magcache.app.progress import LOG_SECONDS, bars_hidden
+from magcache.app.progress import LOG_SECONDS, bars_replaced
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT
 
@@ -66,6 +66,9 @@ class Rerun:
     def reset(self) -> None:
         self.cache.reset()
 
+    def skips(self, call: int) -> bool:
+        return self.cache.skips(call)
+
     def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         if call < len(self.known) and self.known[call]:
             out = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, copy=True), self.outputs[call])
@@ -75,9 +78,6 @@ class Rerun:
         if not self.cache.skips(call):
             self.tick()
         return self.cache.run(call, model, forward)
-
-    def done(self, call: int, seconds: float) -> None:
-        self.cache.done(call, seconds)
 
 
 class TrialRuns:
@@ -174,7 +174,7 @@ class TrialRuns:
         pipeline, schedule = self.pipeline, way.schedule
         cache = patch.CACHES[schedule.target](schedule)
         patch.attach(pipeline.model, Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update))
-        with self.only_denoising(recorded), bars_hidden(pipeline):
+        with self.only_denoising(recorded), bars_replaced(pipeline):
             latent = self.generate(recorded.request, schedule.steps)
         return None if latent is None else latent.cpu()
 

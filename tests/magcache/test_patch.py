@@ -153,13 +153,28 @@ def test_outputs_of_any_structure_and_dtype():
 @pytest.mark.parametrize("target", TARGETS)
 def test_blocks_run_as_planned(model, target):
     schedule, calls = make_schedules()[target], count_block_calls(model)
-    cache = magcache.apply_magcache(model, schedule)
+    told = []
+    magcache.apply_magcache(model, schedule, on_call=lambda *call: told.append(call))
     denoise(model)
     assert sum(schedule.reuse) > 0
     assert len(calls) == schedule.computed * len(model.blocks)
-    assert [call for call, _, _ in cache.log] == list(range(2 * STEPS))
-    assert tuple(skipped for _, skipped, _ in cache.log) == schedule.reuse
-    assert all(seconds > 0 for _, _, seconds in cache.log)
+    assert told == [*enumerate(schedule.reuse)]
+
+
+def test_who_is_told_may_stop_the_run(model):
+    schedule, told = make_schedule(), []
+
+    def stop(call, reused):
+        told.append(call)
+        if told.count(call) == 1 and call == 9:
+            raise RuntimeError("stopped")
+
+    cache = magcache.apply_magcache(model, schedule, on_call=stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        denoise(model)
+    assert kept(cache) == [0, 0]
+    denoise(model)
+    assert told == [*range(10), *range(2 * STEPS)]
 
 
 def test_remove_restores_the_instance_exactly(model):
