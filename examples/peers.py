@@ -162,7 +162,7 @@ class TeaCache:
 
     def __init__(self, threshold: float, warmup: int, polynomial: tuple[float, ...], steps: int = STEPS):
         self.threshold, self.warmup, self.polynomial, self.steps = threshold, warmup, polynomial, steps
-        self.calls, self.calls_per_step = 2 * steps, 2
+        self.calls, self.calls_per_step, self.sigmas = 2 * steps, 2, None
         self.reset()
 
     def reset(self) -> None:

@@ -45,14 +45,19 @@ def noise_levels_of(scheduler, steps: int) -> tuple[float, ...]:
     """Sigmas of the sampling steps, falling, without the final one, that a flow scheduler of diffusers has after
     `set_timesteps(steps)`. The scheduler itself is left as it is.
 
-    Raises ValueError if it is not set to flow, or calls the model other than once a step.
+    Raises ValueError if it is not set to flow, calls the model other than once a step, or draws fresh noise in every
+    step: then the outputs of neighbouring steps are too far apart for a forecast.
     """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    draws = config.get("stochastic_sampling") or config.get("eta") or "tau_func" in config or "LCM" in name
+    if draws or str(config.get("algorithm_type")).startswith("sde"):
+        raise ValueError(f"{name}, as it is configured, draws fresh noise in every step: no output of it is forecast")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     try:
         return checked_levels(getattr(scheduler, "sigmas", ())[:-1], steps)
     except ValueError as error:
-        raise ValueError(f"{type(scheduler).__name__} is no flow scheduler of one call a step: {error}") from None
+        raise ValueError(f"{name} is no flow scheduler of one call a step: {error}") from None
 
 
 def log_snr(sigma: float) -> float:

@@ -13,12 +13,12 @@ weights are gathered for it.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from magcache.schedule import CALLS_PER_STEP, Schedule
 
@@ -35,6 +35,7 @@ class Runner(Protocol):
 
     calls: int  # of a run
     calls_per_step: int
+    sigmas: Sequence[float] | None  # noise levels of the steps, see `CallCounter`
 
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
@@ -57,6 +58,7 @@ class Cache:
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
         self.calls, self.calls_per_step = len(schedule.weights), schedule.calls_per_step
+        self.sigmas = schedule.sigmas
         self.reset()
 
     def reset(self) -> None:
@@ -147,32 +149,86 @@ CACHES = {"residual": ResidualCache, "output": OutputCache}  # by the target of 
 
 
 class CallCounter:
-    """Numbers the calls of a run. A run starts when the timestep rises, or when all calls are done and it is back at
-    the first one. Steps are told apart by counting, since neighbouring steps may share an integer timestep.
-    `mismatch`: whether the run has shown that it makes other than `calls_per_step` calls a step."""
+    """Numbers the calls of a run. What does not fit the plan is noticed in the first call that shows it: `fits` is
+    False from that call to the end of the run, and `notice` says it then.
 
-    def __init__(self, calls: int, calls_per_step: int = CALLS_PER_STEP):
-        self.calls, self.calls_per_step = calls, calls_per_step
+    A run starts when the timestep rises, when the latents have other shapes than before, or when all calls are done and
+    the timestep is back at the first one. Steps are told apart by counting, as neighbouring ones may share an integer
+    timestep. With `sigmas`, the noise levels of the steps, a run also starts where the timestep is that of the first
+    level and not of the next, and every timestep has to be that of its level, on a scale of 1000 or of 1.
+
+    `doubtful`: the run began at the timestep of the call before. That one ended in its first step, or it goes on, with
+    more calls a step than planned.
+    """
+
+    def __init__(self, calls: int, calls_per_step: int = CALLS_PER_STEP, sigmas: Sequence[float] | None = None):
+        self.calls, self.calls_per_step, self.sigmas = calls, calls_per_step, sigmas
         self.reset()
 
     def reset(self) -> None:
-        self.call = self.first = self.last = None
-        self.fall, self.mismatch = 0.0, False
+        self.call = self.first = self.last = self.shapes = self.notice = None
+        self.fall, self.fits, self.doubtful = 0.0, True, False
 
-    def next(self, timestep: float, resolution: float = 1.0) -> int:
+    def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = ()) -> int:
         """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
-        this, and those before them then are, too, as the steps of a run grow."""
-        finished = self.call is not None and self.call + 1 >= self.calls
-        if self.call is None or timestep > self.last or (finished and timestep >= self.first):
-            self.reset()
-            self.call, self.first, self.last = -1, timestep, timestep
+        this, and those before them then are, too, as the steps of a run grow. shapes: of the latents."""
+        self.notice = None
+        if self.call is None or self.starts(timestep, resolution, shapes):
+            self.start(timestep, shapes)
         self.call, fall = self.call + 1, self.last - timestep
-        if self.calls_per_step == 1:
-            self.mismatch |= fall == 0 and self.fall > resolution
-        else:
-            self.mismatch |= fall > 0 and self.call % self.calls_per_step != 0
+        if self.fits and (misfit := self.misfit(timestep, fall, resolution)):
+            self.notice, self.fits = f"{misfit}; the run is computed in full from here", False
+        elif self.fits and self.call == self.calls:
+            self.notice = f"the schedule ends after {self.calls} transformer calls; those beyond it are computed"
         self.last, self.fall = timestep, fall
         return self.call
+
+    def starts(self, timestep: float, resolution: float, shapes: Sequence) -> bool:
+        """Whether this is the first call of another run."""
+        if timestep > self.last or shapes != self.shapes:
+            return True
+        following = self.call + 1
+        if self.sigmas is None:
+            return following >= self.calls and timestep >= self.first
+        goes_on = self.fits and following < self.calls
+        goes_on = goes_on and self.is_level(following // self.calls_per_step, timestep, resolution)
+        return not goes_on and self.is_level(0, timestep, resolution)
+
+    def start(self, timestep: float, shapes: Sequence) -> None:
+        ended, known, doubtful = self.call, self.sigmas is not None or not self.fits, timestep == self.last
+        self.reset()
+        self.call, self.first, self.last, self.shapes, self.doubtful = -1, timestep, timestep, shapes, doubtful
+        if ended is not None and ended + 1 < self.calls and not known:
+            self.notice = (
+                f"the run before this one ended after {ended + 1} of {self.calls} transformer calls; if it was not "
+                "stopped, plan for as many steps as a run has: what is cached waits for the others"
+            )
+
+    def misfit(self, timestep: float, fall: float, resolution: float) -> str | None:
+        """What of this call does not fit."""
+        step, branch = divmod(self.call, self.calls_per_step)
+        again = fall == 0 and self.fall > resolution
+        if again if self.calls_per_step == 1 else fall > 0 and branch:
+            planned = f"this run does not make {self.calls_per_step} transformer calls a step, as planned"
+            return f"{planned} (calls_per_step of a plan is 2 with guidance, 1 without)"
+        if self.sigmas is None or step >= len(self.sigmas) or self.is_level(step, timestep, resolution):
+            return None
+        found = (
+            f"step {step + 1} of this run is at timestep {timestep:g}, in the schedule at {self.timestep_at(step):.5g}"
+        )
+        return f"{found} (plan for the noise levels of the run: its steps, shift and solver, see noise_levels_of)"
+
+    def timestep_at(self, step: int) -> float:
+        return self.sigmas[step] * (1000 if self.first > 1 else 1)
+
+    def is_level(self, step: int, timestep: float, resolution: float) -> bool:
+        """Whether the timestep is that of the step's level, up to what a timestep may lose as a whole number."""
+        lost = max(resolution, 1.0 if self.first > 1 else 0.001)
+        return abs(timestep - self.timestep_at(step)) <= lost
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -248,56 +304,76 @@ class Attachment:
     def __init__(self, runner: Runner, own_class: type, on_call: OnCall | None):
         self.runner, self.on_call = runner, on_call
         self.own_class = own_class  # of the model
-        self.counter = CallCounter(runner.calls, runner.calls_per_step)
+        self.counter = CallCounter(runner.calls, runner.calls_per_step, runner.sigmas)
+        self.conditions = {}  # by branch
 
     def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-        timestep, known = timestep_of(args, kwargs).max(), self.counter.mismatch
-        value = float(timestep)  # waits for the device, unless the timestep is on the CPU
-        rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        before = self.counter.call
-        call = self.counter.next(value, max(rounding, 1.0 if value.is_integer() else 0.0))
+        call, counter = self.count(args, kwargs), self.counter
+        if counter.notice:
+            warnings.warn(counter.notice, stacklevel=3)
+        if call == 0 or not counter.fits:
+            self.runner.reset()
+        follows = counter.fits and not (counter.doubtful and self.other_conditions(call, args, kwargs))
         forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
-        if call == 0:
-            self.runner.reset()
-            if before is not None and before + 1 < self.runner.calls and not known:
-                warnings.warn(
-                    f"the run before this one ended after {before + 1} of {self.runner.calls} transformer calls; if it "
-                    "was not stopped, plan for as many steps as a run has: what is cached waits for the others",
-                    stacklevel=3,
-                )
-        if self.counter.mismatch and not known:
-            self.runner.reset()
-            warnings.warn(
-                f"this run does not make {self.runner.calls_per_step} transformer calls a step, as planned, and is "
-                "computed in full from here; calls_per_step of a plan is 2 with guidance, 1 without",
-                stacklevel=3,
-            )
-        elif call == self.runner.calls and not known:
-            warnings.warn(
-                f"the schedule ends after {call} transformer calls but the run goes on; "
-                "the calls beyond it are computed in full",
-                stacklevel=3,
-            )
         try:
-            out = forward() if self.counter.mismatch else self.runner.run(call, model, forward)
+            out = self.runner.run(call, model, forward) if follows else forward()
             if self.on_call:
-                self.on_call(call, not self.counter.mismatch and self.runner.skips(call))
+                self.on_call(call, follows and self.runner.skips(call))
         except BaseException:
-            self.counter.reset()
+            counter.reset()
             self.runner.reset()
             raise
         return out
 
+    def count(self, args: tuple, kwargs: dict) -> int:
+        """The number of the call."""
+        timestep = timestep_of(args, kwargs).max()
+        value = float(timestep)  # waits for the device, unless the timestep is on the CPU
+        rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+        resolution = max(rounding, 1.0 if value.is_integer() and value > 1 else 0.0)
+        latents = next(iter((*args, *kwargs.values())))
+        return self.counter.next(value, resolution, [tensor.shape for tensor in tensors_in(latents)])
+
+    def other_conditions(self, call: int, args: tuple, kwargs: dict) -> bool:
+        """Whether a call of the second step that would be skipped has other tensors, beside latents and timestep, than
+        that of its branch in the first step; then they are not of the same video, or it cannot be told."""
+        step, branch = divmod(call, self.counter.calls_per_step)
+        _, *others = (*args, *kwargs.values())
+        timestep = timestep_of(args, kwargs)
+        found = [id(tensor) for tensor in tensors_in(others) if tensor is not timestep]
+        if step == 0:
+            self.conditions[branch] = found
+        return step == 1 and self.runner.skips(call) and found != self.conditions[branch]
+
 
 @functools.cache
 def attached_class(own_class: type) -> type:
-    """The class of a model of `own_class` to which something is attached; it differs in its calls only."""
+    """The class of a model of `own_class` to which something is attached; it differs in its calls only, and refuses to
+    be pickled, as there is no such class elsewhere."""
 
     def __call__(self, *args, **kwargs):
         return self._magcache.call(self, args, kwargs)
 
+    def __reduce_ex__(self, protocol):  # of a deep copy, too
+        make, arguments, *rest = super(attached, self).__reduce_ex__(protocol)
+        return made_again, (NotPickled(), make, arguments), *rest
+
+    own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
     same = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own_class.__name__, (own_class,), same | {"__call__": __call__})
+    attached = type(own_class.__name__, (own_class,), same | own)
+    return attached
+
+
+class NotPickled:
+    def __deepcopy__(self, memo: dict) -> "NotPickled":
+        return self
+
+    def __reduce_ex__(self, protocol: int):
+        raise TypeError("a model with a cache cannot be pickled: take it off first, by magcache.remove_magcache(model)")
+
+
+def made_again(guard: NotPickled, make: Callable, arguments: tuple) -> Any:
+    return make(*arguments)
 
 
 def attach(model: torch.nn.Module, runner: Runner, on_call: OnCall | None = None) -> None:
@@ -326,10 +402,13 @@ def apply_magcache(
     on_call: is told of every call that has returned: its number in the run, and whether it was reused. A GPU may still
     be at work on it then: nothing here waits for the device but for the timestep's value, where that is not on the CPU.
 
-    Applying again replaces the schedule and starts afresh; do so after a run that was stopped in its first step from
-    outside the model, which no later call can tell. Raises TypeError if the model has no `blocks` and the target
-    is "residual", RuntimeError if its class was changed since the last time (see `remove_magcache`). The first call
-    raises RuntimeError if the target is "residual" and the model does not simply hand x [B, L, C] from block to block.
+    Applying again replaces the schedule and starts afresh. A run that does not fit the schedule is computed in full
+    from the first call that shows it, with a warning. With a schedule that knows no noise levels, do apply again after
+    a run that was stopped in its first step from outside the model: no later call can tell.
+
+    Raises TypeError if the model has no `blocks` and the target is "residual", RuntimeError if its class was changed
+    since the last time (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the
+    model does not simply hand x [B, L, C] from block to block.
     """
     if schedule.target == "residual":
         find_dit(model)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from magcache.noise_levels import checked_levels
+
 CALLS_PER_STEP = 2  # cond, uncond
 MOST_KEPT = {"residual": 1, "output": 2}  # per branch, by target
 
@@ -25,13 +27,17 @@ class Schedule:
     `target` is what stands in. "residual": what the blocks add to their input; the last one as it is, so the weights
     are (1.0,). "output": what the model returned, the velocity, of the last computed call or of the last two.
 
-    Raises ValueError for another target, for a length that is no multiple of `calls_per_step`, and for weights of what
-    no earlier call of the branch has computed or more of it than is kept.
+    `sigmas` are the noise levels of the steps, falling, if it was made for any; a run at others is computed in full.
+
+    Raises ValueError for another target, for a length that is no multiple of `calls_per_step`, for weights of what no
+    earlier call of the branch has computed or more of it than is kept, and for sigmas that are not one a step, falling,
+    above 0 and at most 1.
     """
 
     weights: tuple[Weights, ...]
     calls_per_step: int = CALLS_PER_STEP
     target: str = "residual"
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self):
         if self.target not in MOST_KEPT:
@@ -40,6 +46,8 @@ class Schedule:
             raise ValueError(f"calls_per_step must be 1 or 2, got {self.calls_per_step}")
         if not self.weights or len(self.weights) % self.calls_per_step:
             raise ValueError(f"{len(self.weights)} calls do not make whole steps of {self.calls_per_step}")
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", checked_levels(self.sigmas, self.steps))
         computed = [0] * self.calls_per_step
         for call, weights in enumerate(self.weights):
             branch = call % self.calls_per_step

@@ -122,7 +122,7 @@ def plan_steps(
     if 0 not in computed or not computed <= set(range(steps)):
         raise ValueError(f"computed steps must be among 0 ... {steps - 1}, with 0, got {sorted(computed)}")
     weights = forecast_weights(computed, sigmas, forecast, decay)
-    return Schedule(join_branches([weights] * calls_per_step), calls_per_step, target)
+    return Schedule(join_branches([weights] * calls_per_step), calls_per_step, target, sigmas)
 
 
 def plan_speedup(

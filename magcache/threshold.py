@@ -67,6 +67,7 @@ def plan(
     retention_ratio: float = 0.2,
     *,
     calls_per_step: int = CALLS_PER_STEP,
+    sigmas: Sequence[float] | None = None,
 ) -> Schedule:
     """Makes the schedule of the MagCache rule.
 
@@ -75,6 +76,7 @@ def plan(
     steps: sampling steps, >= 1.
     thresh, K, retention_ratio: see `Settings`.
     calls_per_step: 2, or 1 for a model that runs without guidance; that one follows the cond ratios.
+    sigmas: noise levels of the steps, see `Schedule`; they do not change what is reused.
 
     Raises ValueError for a setting or a table that makes no sense.
     """
@@ -85,4 +87,4 @@ def plan(
     for values in split_branches(ratios)[:calls_per_step]:
         reuse = threshold_rule(resample_nearest(values, steps), settings, settings.first_free_step(steps))
         branches.append([(1.0,) if reused else None for reused in reuse])
-    return Schedule(join_branches(branches), calls_per_step)
+    return Schedule(join_branches(branches), calls_per_step, sigmas=sigmas)

@@ -103,7 +103,8 @@ def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioT
         with refusing(ValueError):
             given = {"constants": cache.constants} if cache.constants else {}
             return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver, **given)
-    return magcache.plan(table.ratios, steps, **asdict(cache.rule))
+    with refusing(ValueError):
+        return magcache.plan(table.ratios, steps, **asdict(cache.rule), sigmas=sampling.noise_levels)
 
 
 def all_computed(steps: int) -> Schedule:

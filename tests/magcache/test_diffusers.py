@@ -42,10 +42,11 @@ def make_model(kind="wan"):
     return model.eval().requires_grad_(False)
 
 
-def make_schedule(target, steps=STEPS, calls_per_step=2):
+def make_schedule(target, steps=STEPS, calls_per_step=2, shift=5.0):
     if target == "residual":
-        return magcache.plan(RATIOS, steps, 0.3, 3, 0.2, calls_per_step=calls_per_step)
-    return magcache.plan_speedup(steps, 2, calls_per_step=calls_per_step)
+        levels = magcache.noise_levels(steps, shift)
+        return magcache.plan(RATIOS, steps, 0.3, 3, 0.2, calls_per_step=calls_per_step, sigmas=levels)
+    return magcache.plan_speedup(steps, 2, shift, calls_per_step=calls_per_step)
 
 
 def noise(seed, *shapes):
@@ -53,18 +54,19 @@ def noise(seed, *shapes):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def denoise(model, steps=STEPS, seed=0, shift=5.0, guidance=True, stop_after=None, as_timestep=None, **given):
+def denoise(model, steps=STEPS, seed=0, shift=5.0, guidance=True, part=slice(None), side=4, as_timestep=None, **given):
     """Euler's method, with guidance 5 or without; called as diffusers' pipelines do. `given`: further arguments.
 
-    as_timestep: makes the argument of the noise level on a scale of 1000; the default is int64 [1].
+    part: of the steps. side: of the latent. as_timestep: makes the argument of the noise level on a scale of 1000; the
+    default is int64 [1].
     """
     as_timestep = as_timestep or (lambda level: torch.tensor([int(level)]))
     given = {"return_dict": False} | given
-    latent, *contexts, control = noise(seed, (1, 16, 2, 4, 4), (1, 5, 8), (1, 5, 8), (1, 4, 2, 4, 4))
+    latent, *contexts, control = noise(seed, (1, 16, 2, side, side), (1, 5, 8), (1, 5, 8), (1, 4, 2, side, side))
     if getattr(getattr(model, "model", model), "vace_blocks", None):
         given["control_hidden_states"] = control
     with torch.no_grad():
-        for sigma, following in [*itertools.pairwise((*magcache.noise_levels(steps, shift), 0.0))][:stop_after]:
+        for sigma, following in [*itertools.pairwise((*magcache.noise_levels(steps, shift), 0.0))][part]:
             timestep = as_timestep(1000 * sigma)
             answers = [
                 model(hidden_states=latent, timestep=timestep, encoder_hidden_states=context, **given)[0]
@@ -190,7 +192,7 @@ def test_a_timestep_for_every_token(target, model):
     magcache.apply_magcache(model, schedule)
     for _ in range(2):
         torch.testing.assert_close(denoise(model, as_timestep=by_token), expected)
-        denoise(model, seed=1, stop_after=3, as_timestep=by_token)
+        denoise(model, seed=1, part=slice(3), as_timestep=by_token)
 
 
 class Identity(torch.nn.Module):
@@ -203,8 +205,8 @@ def test_ways_to_give_a_timestep(form):
     model = Identity()
     magcache.apply_magcache(model, magcache.plan_steps([0, 2], 4, "reuse", calls_per_step=1))
     for _ in range(2):
-        for step, expected in enumerate((0, 0, 2, 2)):
-            timestep = torch.tensor(900 - step)
+        for step, (expected, level) in enumerate(zip((0, 0, 2, 2), magcache.noise_levels(4, 5.0), strict=True)):
+            timestep = torch.tensor(int(1000 * level))
             x = torch.tensor([float(step)])
             out = model(x, timestep) if form == "second" else model(x, **{form: timestep})
             assert out[0].item() == expected
@@ -257,7 +259,7 @@ def test_steps_that_share_a_timestep_are_no_wrong_number(steps, shift, dtype, ca
     timesteps = [torch.tensor(1000 * sigma) for sigma in magcache.noise_levels(steps, shift)]
     timesteps = [(t if dtype == torch.bfloat16 else t.int()).to(dtype) for t in timesteps]
     assert len({float(t) for t in timesteps}) < steps
-    model, schedule = Identity(), make_schedule("output", steps, calls_per_step)
+    model, schedule = Identity(), make_schedule("output", steps, calls_per_step, shift)
     told = []
     magcache.apply_magcache(model, schedule, on_call=lambda *call: told.append(call))
     with warnings.catch_warnings():
@@ -282,6 +284,91 @@ def test_cond_and_uncond_in_one_batch(model):
             expected = sum(w * v.double() for w, v in zip(weights, kept, strict=False))
             torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
         assert out.shape == x.shape
+
+
+# Runs that do not fit the schedule
+
+
+def lines_said(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = run()
+    return out, [str(warning.message) for warning in caught]
+
+
+OTHER_RUNS = {  # what they say; None: nothing, as they only ended early
+    "one step": ({"steps": 1}, None),
+    "stopped in the first step": ({"part": slice(1)}, None),
+    "stopped": ({"part": slice(5)}, None),
+    "stopped, of another size": ({"part": slice(5), "side": 6}, None),
+    "fewer steps": ({"steps": 5}, "step 2 of this run is at timestep "),
+    "more steps": ({"steps": 40}, "step 2 of this run is at timestep "),
+    "another shift": ({"shift": 3.0}, "step 2 of this run is at timestep "),
+    "a start in the middle": (
+        {"part": slice(3, None)},
+        "step 1 of this run is at timestep ",
+    ),
+    "only the end": ({"part": slice(6, None)}, "step 1 of this run is at timestep "),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_a_run_that_does_not_fit_is_computed_and_leaves_nothing_to_the_next(name, target, model):
+    how, said = OTHER_RUNS[name]
+    magcache.apply_magcache(model, make_schedule(target))
+    fresh, lines = lines_said(lambda: denoise(model))
+    assert lines == []
+    magcache.remove_magcache(model)
+    plain = denoise(model, seed=1, **how)
+    magcache.apply_magcache(model, make_schedule(target))
+    for number in range(3):
+        out, lines = lines_said(lambda: denoise(model, seed=1, **how))
+        if said:
+            assert torch.equal(out, plain)
+            (line,) = lines
+            assert line.startswith(said)
+            assert "the run is computed in full from here" in line
+        else:
+            assert lines == []
+        if number > 0:  # and two of them in a row
+            out, lines = lines_said(lambda: denoise(model))
+            assert torch.equal(out, fresh)
+            assert lines == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("calls_per_step", [1, 2])
+def test_two_videos_at_once(target, calls_per_step, model):
+    """Twice the calls in every step, the same timestep for all of them: nothing of one stands in for the other."""
+    latents = noise(2, (1, 16, 2, 4, 4), (1, 16, 2, 4, 4))
+    prompts = noise(3, *[(1, 5, 8)] * (2 * calls_per_step))
+
+    def run():
+        return [
+            model(latents[i // calls_per_step], torch.tensor([int(1000 * level)]), prompt, return_dict=False)[0]
+            for level in magcache.noise_levels(STEPS, 5.0)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    plain = run()
+    magcache.apply_magcache(model, make_schedule(target, calls_per_step=calls_per_step))
+    answers, lines = lines_said(run)
+    assert all(torch.equal(*pair) for pair in zip(answers, plain, strict=True))
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_timesteps_in_other_dtypes_and_scales_fit(scale, dtype):
+    if scale == 1 and dtype == torch.int64:
+        return
+    model, schedule, told = Identity(), make_schedule("output", 50), []
+    magcache.apply_magcache(model, schedule, on_call=lambda *call: told.append(call))
+    for level in magcache.noise_levels(50, 5.0):
+        for _ in range(2):
+            model(torch.zeros(1), torch.tensor(scale * level).to(dtype))
+    assert told == [*enumerate(schedule.reuse)]
 
 
 # What has no residual
@@ -452,9 +539,7 @@ def test_context_parallel(model, tmp_path):
 def test_a_run_after_an_abandoned_one_starts_clean(target, stop_after, model):
     magcache.apply_magcache(model, make_schedule(target))
     fresh = denoise(model)
-    denoise(model, seed=1, stop_after=stop_after)
-    if stop_after == 1:  # the timestep of the next run does not rise
-        magcache.apply_magcache(model, make_schedule(target))
+    denoise(model, seed=1, part=slice(stop_after))
     assert torch.equal(denoise(model), fresh)
 
 
@@ -590,4 +675,22 @@ def test_noise_levels_of(scheduler, steps):
 )
 def test_schedulers_without_flow_or_with_more_calls(scheduler, message):
     with pytest.raises(ValueError, match=f"{type(scheduler).__name__} is no flow scheduler of one call a.*{message}"):
+        magcache.noise_levels_of(scheduler, 9)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
+        diffusers.SASolverScheduler(**FLOW),
+        diffusers.LTXEulerAncestralRFScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_schedulers_of_fresh_noise_are_refused(scheduler):
+    with pytest.raises(
+        ValueError, match=f"^{type(scheduler).__name__}, as it is configured, draws fresh noise in every"
+    ):
         magcache.noise_levels_of(scheduler, 9)

@@ -1,8 +1,10 @@
 """diffusers' own pipelines, against this repository's: the demo models with the same weights, converted by diffusers'
 converter, prompt features, noise, noise levels and schedule give the same latents."""
 
+import contextlib
 import copy
 import functools
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -72,12 +74,15 @@ class Demo:
             self.given["y"] = [self.own.condition([pixels], shape, FRAMES)]
             self.call["image"] = picture
 
-    def latents(self, pipe=None, **how):
-        """Of diffusers' pipeline."""
-        features = [
+    def padded_contexts(self):
+        return [
             torch.nn.functional.pad(context[0], (0, 0, 0, self.own.config.text_len - len(context[0])))[None]
             for context in self.contexts
         ]
+
+    def latents(self, pipe=None, **how):
+        """Of diffusers' pipeline."""
+        features = self.padded_contexts()
         settings = {
             "prompt_embeds": features[0],
             "negative_prompt_embeds": features[1],
@@ -89,7 +94,8 @@ class Demo:
             "guidance_scale": 5.0,
             "output_type": "latent",
         }
-        return (pipe or self.pipe)(**settings | self.call | how).frames[0]
+        given = {name: value for name, value in (settings | self.call | how).items() if value is not None}
+        return (pipe or self.pipe)(**given).frames[0]
 
     def own_latents(self):
         how = Sampling("unipc", STEPS, SHIFT, 5.0, offload_model=False)
@@ -125,7 +131,9 @@ def schedules(demo, calls_per_step=2):
     levels = magcache.noise_levels_of(demo.pipe.scheduler, STEPS)
     return {
         "uncached": magcache.Schedule((None,) * calls_per_step * STEPS, calls_per_step),
-        "thresh and K": magcache.plan(magcache.load_ratios("t2v-tiny"), STEPS, 0.3, 3, calls_per_step=calls_per_step),
+        "thresh and K": magcache.plan(
+            magcache.load_ratios("t2v-tiny"), STEPS, 0.3, 3, calls_per_step=calls_per_step, sigmas=levels
+        ),
         "forecasts": magcache.plan_speedup(STEPS, 2.5, calls_per_step=calls_per_step, sigmas=levels),
     }
 
@@ -150,7 +158,7 @@ def test_without_guidance(t2v, kind):
     plain = t2v.latents(guidance_scale=1.0)
     reused = followed(t2v.pipe.transformer, schedules(t2v, 1)[kind])
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="this run")
+        warnings.filterwarnings("error", message=".* this run|the run|the schedule")
         assert not torch.equal(t2v.latents(guidance_scale=1.0), plain)
     assert tuple(reused) == schedules(t2v, 1)[kind].reuse
     magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
@@ -190,16 +198,86 @@ def test_pipe_to(t2v, kind):
     assert 0 < (results[0] - exact).abs().mean() < 0.2 * exact.abs().mean()
 
 
-def test_two_transformers_in_turn(t2v):
-    """As in Wan2.2: one takes the noisy steps, the other the rest, each by a schedule of its own."""
+def stop_at(step, how):
+    """A callback that stops the pipeline after that many steps."""
+
+    def after_step(pipe, done, timestep, tensors):
+        if done + 1 == step:
+            if how == "raise":
+                raise KeyboardInterrupt
+            pipe._interrupt = True
+        return tensors
+
+    return after_step
+
+
+@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
+def test_runs_that_were_stopped_or_warmed_up(t2v, kind):
+    magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
+    fresh = t2v.latents()
+    other = {"prompt_embeds": torch.zeros_like(t2v.padded_contexts()[0])}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* this run|the run|the schedule")
+        for step, how in itertools.product((1, 4), ("raise", "_interrupt")):
+            with contextlib.suppress(KeyboardInterrupt):
+                t2v.latents(callback_on_step_end=stop_at(step, how), **other)
+            assert torch.equal(t2v.latents(), fresh), (step, how)
+        t2v.latents(num_inference_steps=1, **other)  # warms up
+        assert torch.equal(t2v.latents(), fresh)
+    with pytest.warns(UserWarning, match="step 2 of this run is at timestep .*; the run is computed in full from here"):
+        t2v.latents(num_inference_steps=6)
+    assert torch.equal(t2v.latents(), fresh)
+
+
+@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
+def test_a_start_in_the_middle(t2v, kind):
+    """Video to video with a strength below 1."""
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    pipe = diffusers.WanVideoToVideoPipeline(**{name: t2v.pipe.components[name] for name in names})
+    pipe.set_progress_bar_config(disable=True)
+    how = {"strength": 0.5, "num_frames": None, "latents": None}
+
+    def edited():
+        frame = Image.fromarray(to_uint8(first_frame(CAPTION, SEED).permute(1, 2, 0)))
+        settings = {"video": [frame] * FRAMES, "generator": torch.Generator().manual_seed(0)}
+        return t2v.latents(pipe, **how, **settings)
+
+    plain = edited()
+    magcache.apply_magcache(pipe.transformer, schedules(t2v)[kind])
+    fresh = t2v.latents()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="step 1 of this run is at timestep .*; the run is computed in full from"):
+            assert torch.equal(edited(), plain)
+    assert torch.equal(t2v.latents(), fresh)
+
+
+def two_experts(t2v):
+    """As in Wan2.2: one transformer takes the noisy steps, the other the rest. Also the noise levels of each."""
     parts = t2v.pipe.components | {"transformer_2": copy.deepcopy(t2v.pipe.transformer)}
     pipe = diffusers.WanPipeline(**parts, boundary_ratio=0.8)
     pipe.set_progress_bar_config(disable=True)
-    plain, logs, schedules = t2v.latents(pipe), [], []
     levels = magcache.noise_levels_of(pipe.scheduler, STEPS)
-    timesteps = [int(1000 * level) for level in levels]
-    for model, noisy in ((pipe.transformer, True), (pipe.transformer_2, False)):
-        part = [level for level, t in zip(levels, timesteps, strict=True) if (t >= 800) == noisy]
+    return pipe, *([level for level in levels if (int(1000 * level) >= 800) == noisy] for noisy in (True, False))
+
+
+def test_one_schedule_on_two_transformers(t2v):
+    """The first steps of it are those of the noisy one; what the other one is called with does not fit."""
+    pipe, high, _ = two_experts(t2v)
+    schedule = schedules(t2v)["forecasts"]
+    logs, results = [followed(model, schedule) for model in (pipe.transformer, pipe.transformer_2)], []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="step 1 of this run is at timestep"):
+            results.append(t2v.latents(pipe))
+    assert torch.equal(*results)
+    assert tuple(logs[0]) == 2 * schedule.reuse[: 2 * len(high)]
+    assert not any(logs[1])
+
+
+def test_two_transformers_in_turn(t2v):
+    """Each by a schedule of its own; also after a run that ended in the first step of the second one."""
+    pipe, *parts = two_experts(t2v)
+    plain, logs, schedules = t2v.latents(pipe), [], []
+    for model, part in zip((pipe.transformer, pipe.transformer_2), parts, strict=True):
         schedules.append(magcache.plan_speedup(len(part), 1.5, sigmas=part))
         logs.append(followed(model, schedules[-1]))
     first, second = t2v.latents(pipe), t2v.latents(pipe)
@@ -208,6 +286,8 @@ def test_two_transformers_in_turn(t2v):
     for reused, schedule in zip(logs, schedules, strict=True):
         assert any(schedule.reuse)
         assert tuple(reused) == 2 * schedule.reuse
+    t2v.latents(pipe, callback_on_step_end=stop_at(len(parts[0]) + 1, "_interrupt"))
+    assert torch.equal(t2v.latents(pipe), first)
 
 
 def test_vace(t2v):

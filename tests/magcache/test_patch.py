@@ -4,6 +4,8 @@ and, where there is one, on this repository's."""
 import contextlib
 import copy
 import gc
+import io
+import pickle
 import types
 import warnings
 import weakref
@@ -139,8 +141,8 @@ def test_outputs_of_any_structure_and_dtype():
     model = Double()
     magcache.apply_magcache(model, magcache.plan_steps([0, 2], 4, "reuse", calls_per_step=1))
     x, seen = torch.ones(3), []
-    for timestep in (900, 700, 500, 300):
-        out, more = model(x, torch.tensor([timestep]))
+    for level in magcache.noise_levels(4, 5.0):
+        out, more = model(x, torch.tensor([level]))
         seen.append((out.clone(), more["more"].clone()))
         out.zero_()
         more["more"].zero_()
@@ -223,8 +225,14 @@ def test_a_run_after_an_abandoned_one_starts_clean(model, stop_after, target):
     magcache.apply_magcache(model, make_schedules()[target])
     fresh = denoise(model)
     denoise(model, seed=1, stop_after=stop_after)
-    with pytest.warns(UserWarning, match=f"ended after {2 * stop_after} of 24 transformer calls"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert torch.equal(denoise(model), fresh)
+    said = [str(warning.message) for warning in caught if warning.filename == __file__]
+    if target == "output":  # whose schedule knows the noise levels, and so that the run was only stopped
+        assert said == []
+    else:
+        assert [f"ended after {2 * stop_after} of 24 transformer calls" in line for line in said] == [True]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -274,9 +282,22 @@ def test_steps_that_share_a_timestep(model):
         assert len(calls) == schedule.computed * len(model.blocks)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_with_a_cache_is_not_pickled(model, target):
+    magcache.apply_magcache(model, make_schedules()[target])
+    for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+        with pytest.raises(
+            TypeError, match=r"cannot be pickled: take it off first, by magcache.remove_magcache\(model\)"
+        ):
+            save(model)
+    torch.save(model.state_dict(), io.BytesIO())
+    magcache.remove_magcache(model)
+    assert "__reduce_ex__" not in vars(type(model))
+
+
 def test_calls_beyond_the_schedule_are_computed_and_said_once(model):
     cache, calls = magcache.apply_magcache(model, make_schedule(5)), count_block_calls(model)
-    with pytest.warns(UserWarning, match="ends after 10 transformer calls") as caught:
+    with pytest.warns(UserWarning, match="the schedule ends after 10 transformer calls") as caught:
         denoise(model, 12)
     assert sum("the schedule" in str(warning.message) for warning in caught) == 1
     assert len(calls) == 3 * (make_schedule(5).computed + 14)
