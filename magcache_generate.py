@@ -18,7 +18,7 @@ try:
     from magcache.app.requests import check_replaced, choose_requests, make_requests
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
-    from magcache.app.wan_package import check_wan, start_processes
+    from magcache.app.wan_package import check_before_import, check_wan, start_processes
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
@@ -28,8 +28,9 @@ except ImportError as fault:
 def run(args: Namespace) -> bool:
     """Does what the flags ask for. Returns whether all of it worked."""
     job = make_job(args)
-    config = check_wan(job.sampling, job.inputs, job.machine)
+    check_before_import(job.sampling, job.machine)
     inputs = read_inputs(job)
+    config = check_wan(job.sampling, job.inputs, job.machine)
     processes = Processes.from_environment()
     group = start_processes(processes, job)
     requests = processes.from_first(make_requests(job))

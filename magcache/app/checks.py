@@ -45,7 +45,7 @@ def make_job(args: Namespace) -> Job:
             prompt = os.fsencode(prompt).decode()  # of a terminal that writes UTF-8, whatever the locale says
         except ValueError as fault:
             raise Refused(f"--prompt is no valid UTF-8 text: {prompt!r}") from fault
-    folder = Path(args.script).parent / "examples"
+    folder = Path(args.script).parent
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
     cache, measured = use_trials(sampling, cache, machine.ckpt_dir)

@@ -1,5 +1,7 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
+import ast
+import contextlib
 import os
 import sys
 from dataclasses import asdict, replace
@@ -7,35 +9,51 @@ from pathlib import Path
 
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import Extension, Inputs, Job, Request, Sampling
-from magcache.app.wan_package import is_stock_wan
+from magcache.app.wan_package import is_stock_wan, wan_folder
 
 
 def choose_inputs(
     sampling: Sampling, prompt: str | None, inputs: Inputs, folder: Path, needed: bool
 ) -> tuple[str, Inputs]:
-    """Takes the task's example, with files of `folder`, if neither prompt nor inputs are given; else, where they are
-    `needed`, refuses a request that lacks some."""
+    """Takes the task's example if neither prompt nor inputs are given; else, where they are `needed`, refuses a request
+    that lacks some. folder: of the script."""
     spec = sampling.spec
     for flag, path in asdict(inputs).items():
         if path is not None and flag not in spec.inputs:
             print(f"note: --{flag} is not used by task {sampling.task}")
             inputs = replace(inputs, **{flag: None})
-    missing = [flag for flag in spec.inputs if getattr(inputs, flag) is None]
-    example = dict(spec.example)
-    words = example.pop("prompt")
-    if prompt is None and len(missing) == len(spec.inputs):
-        if example and is_stock_wan():
-            wanted = "--prompt and " + ", ".join(f"--{flag}" for flag in example)
-            refuse_if(needed, f"the example of {sampling.task} is about pictures that are not here: give {wanted}")
-            return words, inputs
-        paths = {flag: ",".join(str(folder / name) for name in names.split(",")) for flag, names in example.items()}
-        return words, replace(inputs, **paths)
-    if missing and needed and spec.images:
-        raise Refused(f"task {sampling.task} needs --{missing[0]} (without it and --prompt an example runs)")
-    if prompt is None:
+    given = [flag for flag in spec.inputs if getattr(inputs, flag) is not None]
+    lacking = [flag for flag in spec.images if flag not in given]
+    if lacking and needed and (given or prompt is not None):
+        raise Refused(f"task {sampling.task} needs --{lacking[0]} (without it and --prompt an example runs)")
+    if prompt is not None:
+        return prompt, inputs
+    example = wan_example(sampling) if is_stock_wan() else located(sampling.spec.example, folder / "examples")
+    none = "--prompt is needed: there is no generate.py with an example for this task beside the wan package here"
+    refuse_if(needed and not example["prompt"], none)
+    prompt = example.pop("prompt")
+    if given:
         print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
-        prompt = words
-    return prompt, inputs
+        return prompt, inputs
+    return prompt, replace(inputs, **example)
+
+
+def wan_example(sampling: Sampling) -> dict[str, str]:
+    """That of Wan2.1's own script, which is read and not run; an empty prompt if it has none."""
+    folder = wan_folder().parent
+    with contextlib.suppress(OSError, ValueError, SyntaxError, KeyError, TypeError):
+        for statement in ast.parse((folder / "generate.py").read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "EXAMPLE_PROMPT":
+                example = ast.literal_eval(statement.value)[sampling.task]
+                known = ("prompt", *sampling.spec.inputs)
+                return located({name: example[name] for name in known if name in example}, folder)
+    return {"prompt": ""}
+
+
+def located(example: dict[str, str], folder: Path) -> dict[str, str]:
+    """With the files, which are separated by commas, in this folder."""
+    files = {flag: names.split(",") for flag, names in example.items() if flag != "prompt"}
+    return example | {flag: ",".join(str(folder / name) for name in names) for flag, names in files.items()}
 
 
 def read_inputs(job: Job) -> list | None:

@@ -19,9 +19,22 @@ from magcache.app.tasks import TASKS
 
 def is_stock_wan() -> bool:
     """Whether the `wan` here is Wan2.1's own, which is not imported to tell."""
+    return not (wan_folder() / "pipeline.py").is_file()
+
+
+def wan_folder() -> Path:
+    """Of the `wan` package here; one that is not there if there is none."""
     package = importlib.util.find_spec("wan")
-    folders = package.submodule_search_locations if package else ()
-    return not any(Path(folder, "pipeline.py").is_file() for folder in folders)
+    return Path([*(package.submodule_search_locations if package else ()), "wan"][0])
+
+
+def check_before_import(sampling: Sampling, machine: Machine) -> None:
+    """Refuses what can be told at once: importing `wan` takes seconds."""
+    other = "the wan package here is Wan2.2's: run this beside that of Wan2.1, or of this script's repository"
+    refuse_if((wan_folder() / "textimage2video.py").is_file(), other)
+    unknown = f"task {sampling.task} supports {', '.join(sampling.spec.sizes)}, not {sampling.size}"
+    refuse_if(sampling.size not in sampling.spec.sizes, unknown)
+    check_folder(sampling, machine)
 
 
 def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
@@ -30,8 +43,6 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
     configs, spec = import_configs(), sampling.spec
     config = configs.get(spec.config or spec.name)
     refuse_if(config is None, f"the wan package here has no task {spec.name}")
-    unknown = f"task {spec.name} supports {', '.join(spec.sizes)}, not {sampling.size}"
-    refuse_if(sampling.size not in spec.sizes, unknown)
     check_machine(machine)
     if is_stock_wan():
         check_stock(sampling, inputs)
@@ -121,8 +132,8 @@ def placement(machine: Machine) -> dict:
     return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
 
 
-def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
-    """names: the task's config, which has the names of the files."""
+def check_folder(sampling: Sampling, machine: Machine) -> tuple[dict, dict[str, set[str] | None]]:
+    """Refuses a checkpoint folder of another model. Returns what `read_config` and `find_weights` say of it."""
     task, folder = sampling.spec, Path(machine.ckpt_dir)
     given, needed = f"--ckpt_dir {folder}", task.model_type
     refuse_if(not os.path.isdir(folder) and not os.path.isfile(folder), f"{given} is not a folder")
@@ -136,6 +147,13 @@ def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
     ulysses = f"--ulysses_size {machine.ulysses_size}"
     uneven = f"{ulysses} does not divide the {heads} attention heads of the model in {folder}"
     refuse_if(heads % machine.ulysses_size != 0, uneven)
+    return model, weights
+
+
+def check_checkpoint(sampling: Sampling, machine: Machine, names: Any) -> None:
+    """names: the task's config, which has the names of the files."""
+    (model, weights), task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
+    given = f"--ckpt_dir {folder}"
     files = [*weights, names.t5_checkpoint, f"{names.t5_tokenizer}/tokenizer.json", names.vae_checkpoint]
     if task.images:
         files.append(names.clip_checkpoint)

@@ -176,8 +176,11 @@ def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--task", "t2v-tiny", "--ckpt_dir", "t2v"), "the wan package here has no task t2v-tiny"),
-        (("--task", "flf2v-14B", "--first_frame", IMAGE, "--last_frame", IMAGE), "81 frames only, --frame_num is 5"),
+        (("--task", "t2v-tiny", "--ckpt_dir", "t2v", "--size", "64*64"), "the wan package here has no task t2v-tiny"),
+        (
+            ("--task", "flf2v-14B", "--ckpt_dir", "flf2v", "--first_frame", IMAGE, "--last_frame", IMAGE),
+            "81 frames only, --frame_num is 5",
+        ),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
         (("--task", "t2v-1.3B", "--ckpt_dir", "damaged"), "Wan2.1_VAE.pth, is it complete"),
         (("--dit_dtype", "bfloat16"), "--dit_dtype needs the wan package of magcache_generate.py"),
@@ -207,12 +210,36 @@ def test_the_plan(checkout):
     assert "--dit_dtype needs the wan package of magcache_generate.py" in result.stderr
 
 
-def test_an_example_whose_pictures_are_others(checkout):
-    """A checkout has pictures of the same names."""
-    result, records = run(checkout, "--task", "i2v-14B", "--ckpt_dir", "i2v")
+@pytest.mark.parametrize(
+    ("task", "pictures"),
+    [("t2v-1.3B", {}), ("i2v-14B", {"image": "cat.png"}), ("vace-1.3B", {"src_ref_images": "a.png,b.png"})],
+)
+def test_the_example_is_upstreams(task, pictures, checkout, tmp_path):
+    """Of its script, which is read and not run, with the pictures that it names."""
+    root = shutil.copytree(checkout, tmp_path / "Wan2.1")
+    (root / "examples").mkdir()
+    for name in ("cat.png", "a.png", "b.png"):
+        shutil.copy(IMAGE, root / "examples" / name)
+    paths = {flag: ",".join(f"examples/{name}" for name in names.split(",")) for flag, names in pictures.items()}
+    example = {task: {"prompt": "a cat that sings"} | paths}
+    (root / "generate.py").write_text(f"import nothing_of_the_kind\n\nEXAMPLE_PROMPT = {example!r}\n")
+    kind = task.split("-")[0]
+    flags = ("--task", task, "--ckpt_dir", kind, "--frame_num", 5, "--save_file", "a.mp4")
+    result, (record,) = run(root, *flags)
+    assert result.returncode == 0, result.stderr
+    assert record["prompt"] == "a cat that sings"
+    for flag, names in pictures.items():
+        shown = ",".join(str(root / "examples" / name) for name in names.split(","))
+        assert re.search(rf"^{flag:<9} {re.escape(shown)}$", result.stdout, re.MULTILINE)
+    if kind == "vace":
+        assert record["sources"][2] == [[str(root / "examples" / name) for name in ("a.png", "b.png")]]
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_without_an_example_a_prompt_is_needed(kind, checkout):
+    result, records = run(checkout, "--task", f"{kind}-14B", "--ckpt_dir", kind)
     assert (result.returncode, records) == (2, [])
-    needed = "the example of i2v-14B is about pictures that are not here: give --prompt and --image"
-    assert result.stderr == f"magcache_generate.py: error: {needed}\n"
+    assert re.fullmatch(r"magcache_generate.py: error: --prompt is needed: there is no .*\n", result.stderr)
 
 
 WITHOUT_FLASH = "FLASH_ATTN_2_AVAILABLE = FLASH_ATTN_3_AVAILABLE = False\n\ndef flash_attention():\n    assert False\n"
@@ -222,6 +249,8 @@ NO_CUDA = "raise AssertionError('Torch not compiled with CUDA enabled')\n"
 @pytest.mark.parametrize(
     ("file", "content", "flags", "message"),
     [
+        ("__init__.py", NO_CUDA, ("--ckpt_dir", "none"), "--ckpt_dir none is not a folder"),
+        ("textimage2video.py", "", (), r"the wan package here is Wan2\.2's: run this beside that of Wan2\.1"),
         ("__init__.py", NO_CUDA, (), r"needs a CUDA device and a torch that sees it \(Torch not compiled with CUDA"),
         ("modules/model.py", WITHOUT_FLASH, (), "needs the package flash_attn: pip install flash-attn"),
         (
