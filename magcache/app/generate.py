@@ -220,7 +220,8 @@ class Making:
         whatever was before."""
         self.runs_left -= 1
         self.pipeline.keeps_encoders = self.runs_left > 0 or bool(self.trials)  # of the `wan` of this repository
-        with watched(self.pipeline, schedule, self.speaks) as watch:
+        before = self.watches[-1].seconds["decode"] if self.watches else None
+        with watched(self.pipeline, schedule, self.speaks, before) as watch:
             self.watch = watch
             patch.attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
             video = self.generate(request, self.job.sampling.sample_steps)

@@ -6,6 +6,7 @@ its queue, so that it is waited for once a step only, by the bar, and once by th
 """
 
 import contextlib
+import itertools
 import statistics
 import sys
 import time
@@ -47,8 +48,9 @@ class Watch:
     it was reused, seconds) of those that are timed: all of the steps before. `latent` is a copy of what was decoded, on
     the CPU; None where this process decodes nothing."""
 
-    def __init__(self, schedule: Schedule, show: bool):
-        self.schedule, self.show = schedule, show
+    def __init__(self, schedule: Schedule, show: bool, decoding: float | None = None):
+        """decoding: the seconds that it will take, None where they are not known."""
+        self.schedule, self.show, self.expected = schedule, show, decoding
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.reused: list[bool] = []
         self.calls: list[tuple[bool, float]] = []
@@ -121,16 +123,38 @@ class Watch:
 
         return run
 
-    def decoding(self, decode: Callable) -> Callable:
-        """The VAE's method, with what is checked, kept and timed of it."""
-        timed = self.timed(decode, "sampler")
+    def decoding(self, vae) -> Callable:
+        """The method of the VAE, with what is checked, kept, timed and said of it."""
+        timed, model = self.timed(vae.decode, "sampler"), getattr(vae, "model", None)
 
         def run(latents, *args, **kwargs):
             self.check(latents)
             self.latent = latents[0].to("cpu", copy=True)
-            return timed(latents, *args, **kwargs)
+            if not self.show:
+                return timed(latents, *args, **kwargs)
+            say = self.decoded(latents[0].shape[1])
+            say()
+            # the decoder takes one frame of the latent after another, or of each tile
+            hooked = isinstance(model, torch.nn.Module) and not getattr(model, "use_tiling", False)
+            hook = model.decoder.register_forward_hook(say) if hooked else None
+            out = timed(latents, *args, **kwargs)
+            if hook:
+                hook.remove()
+            return out
 
         return run
+
+    def decoded(self, frames: int) -> Callable:
+        """What says that one more of so many latent frames is decoded; none is when it is first called."""
+        start, numbers = moment(), itertools.count()
+
+        def say(*_) -> None:
+            done = next(numbers)
+            spent = seconds_between(start, moment())
+            left = f", about {tqdm.format_interval(round(spent / done * (frames - done)))} left" if done else ""
+            self.say(f"decode {done}/{frames} latent frames{left}", done == 0)
+
+        return say
 
     def tell(self) -> None:
         """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
@@ -139,21 +163,39 @@ class Watch:
         kinds = {reused for reused, _ in self.calls[-per_step:]}
         kind = "half reused" if len(kinds) == 2 else "reused" if kinds.pop() else "computed"
         left = seconds_left(self.calls, self.schedule, self.seconds["sampler"])
-        text = f"{done}/{steps} {kind}, about {tqdm.format_interval(round(left))} left"
+        left = tqdm.format_interval(round(left + (self.expected or 0.0)))
+        text = f"{done}/{steps} {kind}, about {left} left" + (", then decoding" if self.expected is None else "")
         if done == steps:
             spent = sum(self.seconds[phase] for phase in ("computed", "reused", "sampler"))
             text = f"{done}/{steps} in {tqdm.format_interval(round(spent))}"
-        if sys.stderr.isatty():
-            if self.bar is None:
-                self.bar = tqdm(total=steps, bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
-            room = max(10, (self.bar.ncols or 80) - len(f"denoise [] {steps}/{steps} half reused, about 0:00:00 left "))
+        if (bar := self.terminal()) is not None:
+            longest = f"denoise [] {steps}/{steps} half reused, about 0:00:00 left, then decoding "
+            room = max(10, (bar.ncols or 80) - len(longest))
             row = [all(r for r, _ in self.calls[i : i + per_step]) for i in range(0, len(self.calls), per_step)]
-            steps_so_far = step_map([*row, *[None] * (steps - done)], min(room, steps))
-            self.bar.set_description_str(f"denoise [{steps_so_far}] {text}", refresh=done == steps)
-            self.bar.update()
-        elif time.perf_counter() - self.logged >= LOG_SECONDS or done == steps:
+            text = f"[{step_map([*row, *[None] * (steps - done)], min(room, steps))}] {text}"
+        self.say(f"denoise {text}", done == steps)
+        if done == steps:
+            self.close()
+
+    def terminal(self) -> tqdm | None:
+        """The bar, where stderr is a terminal."""
+        if self.bar is None and sys.stderr.isatty():
+            self.bar = tqdm(bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
+        return self.bar
+
+    def say(self, line: str, always: bool) -> None:
+        """On a terminal in the place of the line before; in a log where it is time for one, or `always`."""
+        if (bar := self.terminal()) is not None:
+            bar.set_description_str(line)
+        elif always or time.perf_counter() - self.logged >= LOG_SECONDS:
             self.logged = time.perf_counter()
-            print(f"denoise {text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the line that the terminal shows."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 def seconds_left(calls: Sequence[tuple[bool, float]], schedule: Schedule, between: float) -> float:
@@ -180,11 +222,11 @@ def bars_replaced(pipeline, bar: Callable = lambda timesteps, *args, **kwargs: t
 
 
 @contextlib.contextmanager
-def watched(pipeline, schedule: Schedule, show: bool = True) -> Iterator[Watch]:
+def watched(pipeline, schedule: Schedule, show: bool = True, decoding: float | None = None) -> Iterator[Watch]:
     """Watches `pipeline` while it generates one video in this block, if the calls of its model are told to
     `Watch.called`. schedule: of the calls. show: whether this process has the bar, on stderr; where that is no
-    terminal, a line every 30 seconds."""
-    watch = Watch(schedule, show)
+    terminal, a line every 30 seconds. decoding: the seconds that it will take, where they are known."""
+    watch = Watch(schedule, show, decoding)
     with contextlib.ExitStack() as stack:
         stack.callback(pipeline.model.register_forward_pre_hook(watch.before_call).remove)
         # without these the time only counts elsewhere
@@ -193,12 +235,11 @@ def watched(pipeline, schedule: Schedule, show: bool = True) -> Iterator[Watch]:
             stack.callback(encoder.register_forward_hook(watch.after_text).remove)
         del encoder  # the pipeline frees it when it is done
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae.decode)}
+            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae)}
             stack.enter_context(shadowed(vae, timed))
         stack.enter_context(bars_replaced(pipeline, watch.steps))
         try:
             yield watch
             watch.lap("decode")
         finally:
-            if watch.bar is not None:
-                watch.bar.close()
+            watch.close()

@@ -89,6 +89,7 @@ def test_the_record_repeats_the_run(compared):
     for key in ("prompt", "seed", "schedule", "table", "versions", "steps_by"):
         assert again[key] == found[key]
     assert re.search(r"denoise \[#\.\.#\.\.] 6/6 in 00:\d\d", seen)
+    assert re.search(r"decode 1/5 latent frames, about 00:\d\d left", seen)
     assert "it/s" not in seen  # the package's own bar
     assert "step/s" not in seen
 
@@ -112,7 +113,10 @@ def test_record(compared):
     assert found["peak_memory"]["bytes"] > 1e8
     assert f"seed {found['seed']}" in result.stdout
     assert len(result.stdout.split("now the same")[1].splitlines()) + 2 <= 10
-    assert len(result.stderr.splitlines()) == 6  # no terminal: first and last step of both runs, after a warning each
+    said = [line.split(" ")[0] for line in result.stderr.splitlines()]  # no terminal
+    assert said == 2 * ["warning:", "denoise", "denoise", "decode"]  # first and last step
+    left = re.findall(r"^denoise 1/6 .* left(.*)$", result.stderr, re.MULTILINE)
+    assert left == [", then decoding", ""]  # the second run knows from the first what that takes
     assert result.stderr.count("warning: the text has 21 tokens, of which the model reads the first 16: ") == 2
 
 
