@@ -1,75 +1,98 @@
 """The speed-up rule: which steps compute for a given speed-up, and a forecast of the model's output in the others.
+Pure Python.
 
-It needs no calibration, but can take its two constants from one that has tried others (`magcache.trials`). What it
-knows is that the output of Wan's transformer, the velocity, changes about evenly along the log-SNR once that is bounded
-at high noise: so was it measured on small trained models, whatever the steps and the shift. Along the step index it
-does not.
+It needs no calibration, but can take its constants from one that has tried others (`magcache.trials`). It rests on two
+measurements. The output of Wan's transformer, the velocity, changes about evenly along the log-SNR: on small trained
+models for any steps and shift, on the full-size model in the middle of the run. And an error counts the more the
+earlier it is made: on the full-size model, final over local error falls to a sixth from the first step to the last
+(RA-CFGCache, arXiv 2609.36433).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate, pairwise
 
 from magcache.noise_levels import checked_levels, log_snr, noise_levels
 from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
-# both chosen on development pairs of two small models, see examples/README.md
-FLOOR = 0.008  # added to the signal-to-noise ratio where steps are spread: long before it little is decided
-DECAY = 0.25  # of the slope, per squared unit of log-SNR
+MOST_STEPS = 1000  # Wan's timesteps
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What the rule does not know by itself: floor: added to the signal-to-noise ratio where steps are spread, see
-    `choose_steps`. decay: of the slope of a forecast, see `forecast_weights`. Raises ValueError unless floor is a
-    positive number and decay one of 0 or more."""
+    """What the rule does not know by itself.
 
-    floor: float = FLOOR
-    decay: float = DECAY
+    floor: is added to the signal-to-noise ratio where steps are chosen, since long before it little is decided.
+    early: how much more an early error counts there, as the power of the noise-to-signal ratio; 0 counts all alike.
+    decay: of the slope of a forecast, per squared unit of log-SNR, see `forecast_weights`.
+
+    The defaults keep the steps near those that others chose by their effect on full-size models
+    (tests/magcache/full_size_schedules.json), and were chosen among such constants on two small ones (see
+    examples/README.md). Raises ValueError unless floor is a positive number, and the others are 0 or more.
+    """
+
+    floor: float = 0.001
+    early: float = 0.625
+    decay: float = 0.25
 
     def __post_init__(self):
-        if not (0 < self.floor < math.inf and 0 <= self.decay < math.inf):
-            raise ValueError(f"floor must be a positive number and decay at least 0, got {self.floor}, {self.decay}")
+        if not 0 < self.floor < math.inf:
+            raise ValueError(f"floor must be a positive number, got {self.floor}")
+        if not (0 <= self.early < math.inf and 0 <= self.decay < math.inf):
+            raise ValueError(f"early and decay must be numbers of 0 or more, got {self.early} and {self.decay}")
 
 
 DEFAULT = Constants()
 
 
-def choose_steps(sigmas: Sequence[float], count: int, floor: float = FLOOR) -> tuple[int, ...]:
+def choose_steps(sigmas: Sequence[float], count: int, constants: Constants = DEFAULT) -> tuple[int, ...]:
     """The `count` steps to compute, step 0 among them.
 
     sigmas: noise levels of the steps, falling, without the final 0.
 
     Along u = log(SNR + floor) the error of a forecast is taken to grow as the square of the way from the last computed
-    step, and to count with the way that the sampler goes by it. The steps are those for which the sum of these errors
-    is least, found by dynamic programming.
+    step. It counts with the way that the sampler goes by it, times exp(-early u). The steps are those for which the sum
+    of these errors is least, found by dynamic programming.
 
-    Raises ValueError unless 1 <= count <= steps.
+    Raises ValueError unless 1 <= count <= steps, and for more than `MOST_STEPS` steps.
     """
     steps = len(sigmas)
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps can be chosen among at most {MOST_STEPS}, not {steps}")
     if not 1 <= count <= steps:
         raise ValueError(f"between 1 and {steps} steps can be computed, not {count}")
-    u = np.log((1 - np.asarray(sigmas)) / sigmas + floor)
-    way = np.diff(u, append=2 * u[-1] - u[max(0, steps - 2)])  # the last step goes as far as the one before it
-    # [a, j]: of all forecasts from step a + 1 to j
-    errors = np.cumsum(np.maximum(u - u[:, None], 0) ** 2 * way, axis=1)
-    # [a, n]: of the forecasts between the computed steps a and n
-    between = np.where(np.tri(steps, dtype=bool), np.inf, np.roll(errors, 1, axis=1))
-    least, following = errors[:, -1], []  # from a computed step to the end, with so many more
-    for _ in range(count - 1):
-        totals = between + least
-        least, following = totals.min(axis=1), [totals.argmin(axis=1), *following]
+    u = [math.log((1 - sigma) / sigma + constants.floor) for sigma in sigmas]
+    ways = [b - a for a, b in pairwise(u)]
+    ways.append(ways[-1] if ways else 0.0)  # the last step goes as far as the one before it
+    counts = [way * math.exp(-constants.early * at) for at, way in zip(u, ways, strict=True)]
+    # [a][n]: of the first n forecasts after the computed step a
+    errors = [
+        list(accumulate(((u[j] - u[a]) ** 2 * counts[j] for j in range(a + 1, steps)), initial=0.0))
+        for a in range(steps)
+    ]
+    least = [row[-1] for row in errors]  # from a computed step to the end, with so many more computed steps
+    following = []
+    for more in range(1, count):
+        totals, nexts = [], []
+        for a in range(steps - more):
+            # the next one comes no sooner than after the step before a, and no later than with fewer to come
+            first = max(a + 1, nexts[-1] if nexts else 0)
+            last = min(following[-1][a] if following else steps, steps - more)
+            total, after = min((errors[a][n - a - 1] + least[n], n) for n in range(first, last + 1))
+            totals.append(total)
+            nexts.append(after)
+        least = totals
+        following.append(nexts)
     chosen = [0]
-    for after in following:
-        chosen.append(int(after[chosen[-1]]))
+    for nexts in reversed(following):
+        chosen.append(nexts[chosen[-1]])
     return tuple(chosen)
 
 
 def forecast_weights(
-    computed: Sequence[int], sigmas: Sequence[float], forecast: str = "linear", decay: float = DECAY
+    computed: Sequence[int], sigmas: Sequence[float], forecast: str = "linear", decay: float = DEFAULT.decay
 ) -> tuple[Weights, ...]:
     """Weights of a branch's last outputs for every step, newest first; None where it computes.
 
@@ -106,7 +129,7 @@ def plan_steps(
     sigmas: Sequence[float] | None = None,
     target: str = "output",
     calls_per_step: int = CALLS_PER_STEP,
-    decay: float = DECAY,
+    decay: float = DEFAULT.decay,
 ) -> Schedule:
     """The schedule that computes the given steps, in all branches, and forecasts the others.
 
@@ -145,7 +168,7 @@ def plan_speedup(
     sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
     if not 1 <= speedup <= steps:
         raise ValueError(f"speedup must be between 1 and {steps}, the number of steps, got {speedup}")
-    chosen = choose_steps(sigmas, computed_steps(steps, speedup), constants.floor)
+    chosen = choose_steps(sigmas, computed_steps(steps, speedup), constants)
     return plan_steps(chosen, steps, sigmas=sigmas, calls_per_step=calls_per_step, decay=constants.decay)
 
 

@@ -1,0 +1,85 @@
+"""The pairs of prompt and seed that the benchmarks measure on, and their final latents, many pairs in one forward."""
+
+import functools
+import random
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import torch
+from PIL import Image
+
+import magcache
+import wan.pipeline
+from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
+from examples.train_tiny.shapes import CAPTIONS, FRAMES, SIZE, Caption, opened
+from magcache.schedule import Schedule
+from wan.utils.samplers import make_sampler
+from wan.utils.utils import to_uint8
+
+GUIDE_SCALE = 5.0
+HERE = Path(__file__).parents[1]
+
+Pair = tuple[Caption, int]
+
+
+def pairs_of(kind: str, count: int, seed: int) -> list[Pair]:
+    """That many captions with seeds of their own, from `seed` on. kind: "told", the whole caption; "open", a part or
+    more of it left out."""
+    rng = random.Random(f"{kind} {seed}")
+    captions = rng.choices(CAPTIONS, k=count)
+    if kind == "open":
+        captions = [opened(caption, rng) for caption in captions]
+    return [(caption, seed + i) for i, caption in enumerate(captions)]
+
+
+@functools.cache
+def pipeline_of(task: str, folder: Path | None = None):
+    torch.set_num_threads(1)
+    return load_demo(task, folder)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a transformer gets for some pairs: noise [B, 16, f, h, w], text features of prompts and negative prompts, and
+    its other arguments."""
+
+    noise: torch.Tensor
+    contexts: tuple[list[torch.Tensor], list[torch.Tensor]]
+    given: dict
+
+
+@torch.inference_mode()
+def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
+    shape = pipeline.latent_shape((SIZE, SIZE), FRAMES)
+    noise = torch.stack([pipeline.noise(shape, seed) for _, seed in pairs])
+    texts = [str(caption) for caption, _ in pairs]
+    contexts = tuple(pipeline.text_encoder(t, pipeline.device) for t in (texts, [pipeline.sample_neg_prompt] * len(texts)))
+    given = {"seq_len": pipeline.token_count(shape)}
+    if isinstance(pipeline, wan.WanI2V):
+        # as the file that the command line would get
+        images = [Image.fromarray(to_uint8(first_frame(*pair).permute(1, 2, 0))) for pair in pairs]
+        pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
+        given["y"] = [pipeline.condition([image], shape, FRAMES) for image in pixels]
+        given["clip_fea"] = pipeline.encode_images(pixels, offload_model=False)
+    return Batch(noise, contexts, given)
+
+
+@torch.inference_mode()
+def final_latents(model, batch: Batch, steps: int, shift: float, schedule: Schedule | None = None) -> torch.Tensor:
+    """[B, 16, f, h, w], by UniPC. schedule: None without a cache."""
+    magcache.remove_magcache(model)
+    if schedule:
+        magcache.apply_magcache(model, schedule)
+    sampler, latents = make_sampler("unipc", steps, shift), batch.noise
+    for t in sampler.timesteps:
+        cond, uncond = (
+            torch.stack(model(list(latents), t=t.expand(len(latents)), context=context, **batch.given))
+            for context in batch.contexts
+        )
+        latents = sampler.step(uncond + GUIDE_SCALE * (cond - uncond), t, latents, return_dict=False)[0]
+    magcache.remove_magcache(model)
+    return latents
