@@ -7,7 +7,7 @@
     ...
     magcache.remove_magcache(model)
 
-torch and numpy are imported with the first use of what needs them.
+torch is imported with the first use of what needs it.
 """
 
 import importlib
@@ -22,9 +22,11 @@ from magcache.ratios import (
     table_names,
 )
 from magcache.schedule import Schedule
-from magcache.threshold import Settings, plan
+from magcache.threshold import Settings, plan_threshold
 
 __version__ = "0.1.0"
+
+plan = plan_threshold  # the published method by its short name
 
 _LAZY = {
     "apply_magcache": "magcache.patch",
@@ -48,6 +50,7 @@ __all__ = [
     "noise_levels",
     "noise_levels_of",
     "plan",
+    "plan_threshold",
     "save_table",
     "table_names",
     *_LAZY,

@@ -59,7 +59,7 @@ def threshold_rule(ratios: Sequence[float], settings: Settings, first_free_step:
     return tuple(reuse)
 
 
-def plan(
+def plan_threshold(
     ratios: Sequence[float],
     steps: int,
     thresh: float = 0.12,

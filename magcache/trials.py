@@ -5,28 +5,35 @@ They are part of a calibration, and stand in its table.
 """
 
 import math
+import random
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import takewhile
 
 from magcache.ratios import RatioTable
 from magcache.schedule import CALLS_PER_STEP, Schedule
 from magcache.speedup import DEFAULT, Constants, plan_speedup
-from magcache.threshold import Settings, plan
+from magcache.threshold import Settings, plan_threshold
 
 MEASURE = {
     "psnr": "dB, of the final latent against the uncached one; peak: that one's largest minus its smallest value",
     "relative_error": "root of the mean squared error over that of the uncached latent's mean square",
 }
 SETTINGS = {  # of a trial, by its method
-    "forecast": ("speedup", "floor", "decay"),
+    "forecast": ("speedup", "floor", "early", "decay"),
     "fewer steps": ("steps",),
     "thresh": ("thresh", "K", "retention_ratio"),
 }
 # of the speed-up rule, tried against the ones that hold without a calibration, which come first
-CANDIDATES = (DEFAULT, Constants(decay=0.1), Constants(decay=0.5), Constants(floor=0.004), Constants(floor=0.016))
+CANDIDATES = (
+    DEFAULT,
+    *(Constants(early=early) for early in (0.25, 0.375, 0.5, 0.875)),
+    *(Constants(decay=decay) for decay in (0.1, 1.0)),
+)
+ANOTHER = 30.0  # dB: below it the eye sees another video
+CLEAR = 0.84  # share of resampled prompts by which a candidate is clearly ahead: one standard error
 EQUAL = 150.0  # dB, of equal latents
 
 
@@ -59,7 +66,7 @@ class Way:
 def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Way:
     """sigmas: noise levels of the steps, see `magcache.noise_levels`."""
     schedule = plan_speedup(len(sigmas), speedup, sigmas=sigmas, constants=constants)
-    return Way("forecast", (speedup, constants.floor, constants.decay), schedule)
+    return Way("forecast", (speedup, *astuple(constants)), schedule)
 
 
 def fewer_steps(count: int) -> Way:
@@ -67,7 +74,7 @@ def fewer_steps(count: int) -> Way:
 
 
 def by_ratios(ratios: Sequence[float], steps: int, thresh: float, K: int, retention_ratio: float) -> Way:
-    return Way("thresh", (thresh, K, retention_ratio), plan(ratios, steps, thresh, K, retention_ratio))
+    return Way("thresh", (thresh, K, retention_ratio), plan_threshold(ratios, steps, thresh, K, retention_ratio))
 
 
 def closeness(latent, truth) -> tuple[float, float]:
@@ -80,6 +87,22 @@ def closeness(latent, truth) -> tuple[float, float]:
     peak = float(truth.max() - truth.min())
     psnr = 10 * math.log10(peak**2 / error) if error and peak else EQUAL
     return min(psnr, EQUAL), math.sqrt(error / power) if power else 0.0
+
+
+def relative_power(psnr: float) -> float:
+    """The mean squared error over the squared peak."""
+    return 10 ** (-psnr / 10)
+
+
+def pooled(psnrs: Sequence[float]) -> float:
+    """The PSNR, in dB, of the mean of the videos' squared errors, each over its squared peak: ruled by the videos that
+    became others, where the mean of PSNRs is ruled by those that nobody can tell apart."""
+    return -10 * math.log10(statistics.fmean(map(relative_power, psnrs)))
+
+
+def share_of_others(psnrs: Sequence[float]) -> float:
+    """The share of the videos below `ANOTHER`."""
+    return sum(psnr < ANOTHER for psnr in psnrs) / len(psnrs)
 
 
 def choosing_prompts(count: int) -> int:
@@ -98,15 +121,15 @@ class Trials:
         self.found.setdefault(way, {})[prompt] = close
 
     def choose(self, ways: Sequence[Way]) -> Constants:
-        """Of forecasts that differ in their constants those of the best one in the mean over the prompts that tried
-        all, if it is ahead of the first by more than the standard error of its lead, else those of the first."""
+        """Of forecasts that differ in their constants those of the one with the least pooled error over the prompts
+        that tried all, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else those
+        of the first."""
         common = sorted(set.intersection(*(set(self.found.get(way, ())) for way in ways)))
-        psnrs = [[self.found[way][prompt][0] for prompt in common] for way in ways]
-        best = max(range(len(ways)), key=lambda i: sum(psnrs[i]))
-        lead = [a - b for a, b in zip(psnrs[best], psnrs[0], strict=True)]
-        clear = len(lead) > 1 and statistics.fmean(lead) > statistics.stdev(lead) / math.sqrt(len(lead))
-        _, floor, decay = ways[best if clear else 0].settings
-        return Constants(floor, decay)
+        errors = [[relative_power(self.found[way][prompt][0]) for prompt in common] for way in ways]
+        best = min(range(len(ways)), key=lambda i: sum(errors[i]))
+        lead, rng = [a - b for a, b in zip(errors[0], errors[best], strict=True)], random.Random(0)
+        ahead = sum(sum(rng.choices(lead, k=len(lead))) > 0 for _ in range(1000)) if lead else 0
+        return Constants(*ways[best if ahead >= 1000 * CLEAR else 0].settings[1:])
 
     def entry(self, prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
         """For a table. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
@@ -129,18 +152,21 @@ class Row:
     psnr: tuple[float | None, ...]
 
     @property
-    def mean(self) -> float | None:
-        """PSNR over the prompts that tried it."""
+    def pooled(self) -> float | None:
+        """`pooled` PSNR over the prompts that tried it, None where none did."""
         tried = [psnr for psnr in self.psnr if psnr is not None]
-        return statistics.fmean(tried) if tried else None
+        return pooled(tried) if tried else None
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Latent PSNR in dB, see `MEASURE`. mean: over the prompts. promised: what nine of ten videos reach."""
+    """Latent PSNR in dB, see `MEASURE`. pooled: see `pooled`. promised: what nine of ten videos reach. others: the
+    share of videos below `ANOTHER`. mean: over the prompts."""
 
-    mean: float
+    pooled: float
     promised: float
+    others: float
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -185,7 +211,8 @@ class Measured:
             return None
         slower = [s for s in at if s < speedup] + [speedup]
         lowest = min(lower_tenth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
-        return Expectation(statistics.fmean(self.psnr_at(speedup, prompt) for prompt in self.prompts), lowest)
+        psnrs = [self.psnr_at(speedup, prompt) for prompt in self.prompts]
+        return Expectation(pooled(psnrs), lowest, share_of_others(psnrs), statistics.fmean(psnrs))
 
     def fastest(self, psnr: float, steps: int) -> float | None:
         """The largest speed-up of a run of so many steps that is promised a PSNR; None if none is."""
@@ -196,23 +223,22 @@ class Measured:
         return None
 
     def ahead(self, row: Row) -> tuple[float, int] | None:
-        """By how many dB forecasts at equal calls were ahead of another way, in the mean over the prompts that tried
+        """By how many dB of pooled PSNR forecasts at equal calls were ahead of another way, over the prompts that tried
         both, and how many these are; None if there are none, or nothing was tried on both sides of its speed-up."""
         speedup = self.speedup_of(row)
         common = [prompt for prompt in self.prompts if row.psnr[prompt] is not None]
         if not common or not self.expect(speedup):
             return None
-        return statistics.fmean(self.psnr_at(speedup, prompt) - row.psnr[prompt] for prompt in common), len(common)
+        lead = pooled([self.psnr_at(speedup, prompt) for prompt in common])
+        return lead - pooled([row.psnr[prompt] for prompt in common]), len(common)
 
     def better_without_cache(self) -> list[Row]:
         """Fewer sampler steps that come closer than any cache that computes no more calls does."""
         found = []
         for row in (row for row in self.others if row.method == "fewer steps"):
-            thresh = [
-                o.mean for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.mean is not None
-            ]
+            thresh = [o.pooled for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.pooled]
             ahead = self.ahead(row)
-            if ahead and ahead[0] < 0 and row.mean > max(thresh, default=-math.inf):
+            if ahead and ahead[0] < 0 and row.pooled > max(thresh, default=-math.inf):
                 found.append(row)
         return found
 

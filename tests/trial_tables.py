@@ -4,7 +4,7 @@
 def table_with(forecasts, others=(), steps=50, constants=None, name="mine", **measured_on):
     """Content of a table file. forecasts: PSNRs of the prompts by computed calls; others: (method, settings, calls,
     PSNRs)."""
-    constants = constants or {"floor": 0.008, "decay": 0.25}
+    constants = constants or {"floor": 0.008, "early": 0.5, "decay": 0.25}
     rows = [
         {"method": "forecast", "speedup": 2 * steps / calls, "calls": calls, "psnr": psnr} | constants
         for calls, psnr in forecasts.items()

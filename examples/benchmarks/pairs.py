@@ -3,18 +3,16 @@
 import functools
 import random
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 import torch
 from PIL import Image
 
 import magcache
 import wan.pipeline
-from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
+from examples.train_tiny.check_prompts import first_frame, load_demo
 from examples.train_tiny.shapes import CAPTIONS, FRAMES, SIZE, Caption, opened
 from magcache.schedule import Schedule
 from wan.utils.samplers import make_sampler
@@ -57,7 +55,9 @@ def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
     shape = pipeline.latent_shape((SIZE, SIZE), FRAMES)
     noise = torch.stack([pipeline.noise(shape, seed) for _, seed in pairs])
     texts = [str(caption) for caption, _ in pairs]
-    contexts = tuple(pipeline.text_encoder(t, pipeline.device) for t in (texts, [pipeline.sample_neg_prompt] * len(texts)))
+    contexts = tuple(
+        pipeline.text_encoder(t, pipeline.device) for t in (texts, [pipeline.sample_neg_prompt] * len(texts))
+    )
     given = {"seq_len": pipeline.token_count(shape)}
     if isinstance(pipeline, wan.WanI2V):
         # as the file that the command line would get

@@ -11,7 +11,7 @@ def corrected(caption: Caption, video: torch.Tensor) -> torch.Tensor | None:
     through its centres. None where there is not one shape, or it goes elsewhere."""
     mask = find_shape(video)[0]
     path = centers(mask)
-    if not is_whole(mask) or direction(path) != caption.direction:
+    if not is_whole(mask) or direction(path) != caption.direction or caption.direction not in DIRECTIONS:
         return None
     time = torch.linspace(-1, 1, len(mask))
     speed = (path @ time) / time.square().sum() * (torch.tensor(DIRECTIONS[caption.direction]) != 0)

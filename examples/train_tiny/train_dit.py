@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from examples.train_tiny.optim import MuonAdamW
 from examples.train_tiny.check_prompts import see
+from examples.train_tiny.optim import MuonAdamW
 from examples.train_tiny.own_videos import corrected
 from examples.train_tiny.shapes import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TRAINABLE, WIDE, Caption, opened, render
 from examples.train_tiny.train_vae import BASE_DIM, whole_clip_resample

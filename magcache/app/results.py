@@ -23,7 +23,7 @@ from magcache.app.prompts import slug
 from magcache.app.quality import expected_in_words
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths, free_paths
 from magcache.files import written_whole
-from magcache.trials import closeness
+from magcache.trials import ANOTHER, closeness
 
 FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
@@ -83,7 +83,8 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
     latents = ""
     if watch.latent is not None and plain.latent is not None:
         latent_psnr, relative_error = closeness(watch.latent, plain.latent)
-        latents = f", latent PSNR {latent_psnr:.2f} dB"
+        verdict = "another video" if latent_psnr < ANOTHER else "the same video"
+        latents = f", latent PSNR {latent_psnr:.2f} dB: {verdict}"
         scores |= {"latent_psnr": latent_psnr, "latent_relative_error": relative_error}
     print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
     if latents and (expected := expected_in_words(job)):

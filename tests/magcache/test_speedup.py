@@ -1,7 +1,10 @@
 """The speed-up rule: the steps against brute force, the forecasts against curves that they must meet."""
 
 import itertools
+import json
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,34 +12,59 @@ from hypothesis import strategies as st
 
 import magcache
 from magcache.noise_levels import log_snr
-from magcache.speedup import DECAY, FLOOR, choose_steps, forecast_weights
+from magcache.speedup import DEFAULT, MOST_STEPS, Constants, choose_steps, forecast_weights
 
 RUNS = {"steps": st.integers(1, 60), "shift": st.floats(0.01, 20), "solver": st.sampled_from(["unipc", "dpm++"])}
 
 
-def spread_error(chosen, sigmas):
-    """Sum over the forecast steps of the squared way along u since the last computed step, times their own way."""
-    u = [math.log((1 - sigma) / sigma + FLOOR) for sigma in sigmas]
+FULL_SIZE = json.loads((Path(__file__).parent / "full_size_schedules.json").read_text(encoding="utf-8"))
+
+
+def spread_error(chosen, sigmas, constants):
+    """Sum over the forecast steps of the squared way along u since the last computed step, times their own way, times
+    what an error counts there."""
+    u = [math.log((1 - sigma) / sigma + constants.floor) for sigma in sigmas]
     ways = [b - a for a, b in itertools.pairwise(u)]
     total, last = 0.0, 0
     for step in range(len(sigmas)):
         if step in chosen:
             last = step
         else:
-            total += (u[step] - u[last]) ** 2 * [*ways, ways[-1]][step]
+            snr = (1 - sigmas[step]) / sigmas[step]
+            counts = (snr + constants.floor) ** -constants.early
+            total += (u[step] - u[last]) ** 2 * [*ways, ways[-1]][step] * counts
     return total
 
 
-@given(st.integers(2, 10), st.floats(0.5, 20), RUNS["solver"], st.data())
-def test_the_steps_are_the_best_of_all(steps, shift, solver, data):
+@given(st.integers(2, 10), st.floats(0.5, 20), RUNS["solver"], st.floats(1e-4, 0.02), st.floats(0, 1.5), st.data())
+def test_the_steps_are_the_best_of_all(steps, shift, solver, floor, early, data):
     count = data.draw(st.integers(1, steps))
-    sigmas = magcache.noise_levels(steps, shift, solver)
-    chosen = choose_steps(sigmas, count)
+    sigmas, constants = magcache.noise_levels(steps, shift, solver), Constants(floor, early)
+    chosen = choose_steps(sigmas, count, constants)
     assert len(set(chosen)) == count
     assert chosen[0] == 0
     others = itertools.combinations(range(1, steps), count - 1)
-    least = min(spread_error((0, *rest), sigmas) for rest in others)
-    assert spread_error(chosen, sigmas) == pytest.approx(least, rel=1e-9, abs=1e-12)
+    least = min(spread_error((0, *rest), sigmas, constants) for rest in others)
+    assert spread_error(chosen, sigmas, constants) == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lists", "shift", "most"),
+    [("50 steps, shift 5", 5, 2.5), ("40 steps, i2v-14B", 5, 1.5), ("40 steps, i2v-14B", 3, 1.5)],
+)
+def test_the_steps_are_near_those_of_full_size_models(lists, shift, most):
+    """Mean distance, in steps, to schedules of as many steps that others chose by their effect on the real Wan2.1."""
+    distances = []
+    for theirs in FULL_SIZE[lists].values():
+        ours = choose_steps(magcache.noise_levels(int(lists.split()[0]), shift), len(theirs))
+        distances.append(statistics.fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
+    assert statistics.fmean(distances) <= most
+
+
+def test_steps_without_end_are_refused():
+    assert len(choose_steps(magcache.noise_levels(MOST_STEPS, 5.0), 2)) == 2
+    with pytest.raises(ValueError, match="among at most 1000, not 1001"):
+        magcache.plan_speedup(MOST_STEPS + 1, 2)
 
 
 @given(**RUNS, speedup=st.floats(1, 60), calls_per_step=st.integers(1, 2))
@@ -86,7 +114,7 @@ def test_the_slope_decays_with_the_way():
     sigmas = magcache.noise_levels(20, 5.0)
     weights = forecast_weights({0, 4, 7}, sigmas)
     b, a, j = (log_snr(sigmas[step]) for step in (4, 7, 11))
-    slope = math.exp(-DECAY * (j - b) ** 2) * (j - a) / (a - b)
+    slope = math.exp(-DEFAULT.decay * (j - b) ** 2) * (j - a) / (a - b)
     assert weights[11] == pytest.approx((1 + slope, -slope))
     assert weights[2] == (1.0,)  # nothing to draw a line through
     assert forecast_weights({0, 4, 7}, sigmas, "reuse")[11] == (1.0,)
