@@ -10,7 +10,7 @@ setup(
     package_data={"magcache": ["ratios/*.json"], "magcache.app": ["page.html"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={
-        "bench": ["diffusers>=0.42", "cache-dit==1.5.3", "scikit-image>=0.22", "scipy", "matplotlib"],
+        "bench": ["diffusers>=0.42", "scikit-image>=0.22", "scipy", "matplotlib"],
         "compare": ["scikit-image>=0.22", "matplotlib", "imageio-ffmpeg", "Pillow>=10.1"],
         "plot": ["matplotlib"],
     },

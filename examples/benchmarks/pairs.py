@@ -4,7 +4,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from examples.train_tiny.check_prompts import first_frame, load_demo
 from examples.train_tiny.shapes import CAPTIONS, FRAMES, SIZE, Caption, opened
 from magcache.schedule import Schedule
 from wan.utils.samplers import make_sampler
-from wan.utils.utils import to_uint8
+from magcache.app.media import to_uint8
 
 GUIDE_SCALE = 5.0
-HERE = Path(__file__).parents[1]
+KINDS_OF = {"t2v-tiny": ("told", "open"), "i2v-tiny": ("told",)}  # of pairs, by task
 
 Pair = tuple[Caption, int]
 
@@ -35,15 +34,15 @@ def pairs_of(kind: str, count: int, seed: int) -> list[Pair]:
 
 
 @functools.cache
-def pipeline_of(task: str, folder: Path | None = None):
+def pipeline_of(task: str):
     torch.set_num_threads(1)
-    return load_demo(task, folder)
+    return load_demo(task)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a transformer gets for some pairs: noise [B, 16, f, h, w], text features of prompts and negative prompts, and
-    its other arguments."""
+    """What a transformer gets for some pairs. noise: [B, 16, f, h, w]. contexts: text features of the prompts and of
+    the negative prompts. given: its other arguments."""
 
     noise: torch.Tensor
     contexts: tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -69,11 +68,8 @@ def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
 
 
 @torch.inference_mode()
-def final_latents(model, batch: Batch, steps: int, shift: float, schedule: Schedule | None = None) -> torch.Tensor:
-    """[B, 16, f, h, w], by UniPC. schedule: None without a cache."""
-    magcache.remove_magcache(model)
-    if schedule:
-        magcache.apply_magcache(model, schedule)
+def final_latents(model, batch: Batch, steps: int, shift: float) -> torch.Tensor:
+    """[B, 16, f, h, w], by UniPC, with whatever cache is on the model."""
     sampler, latents = make_sampler("unipc", steps, shift), batch.noise
     for t in sampler.timesteps:
         cond, uncond = (
@@ -81,5 +77,13 @@ def final_latents(model, batch: Batch, steps: int, shift: float, schedule: Sched
             for context in batch.contexts
         )
         latents = sampler.step(uncond + GUIDE_SCALE * (cond - uncond), t, latents, return_dict=False)[0]
-    magcache.remove_magcache(model)
     return latents
+
+
+def cached_latents(model, batch: Batch, shift: float, schedule: Schedule) -> torch.Tensor:
+    """The same of a run that follows the schedule."""
+    magcache.apply_magcache(model, schedule)
+    try:
+        return final_latents(model, batch, schedule.steps, shift)
+    finally:
+        magcache.remove_magcache(model)

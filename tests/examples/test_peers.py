@@ -7,7 +7,7 @@ import sampling
 import torch
 
 import magcache
-from examples import peers
+from examples.benchmarks import peers
 from wan.modules.model import WanModel
 
 PEERS = peers.all_peers()
@@ -22,14 +22,16 @@ def make_pipeline(task="t2v-tiny"):
     return types.SimpleNamespace(model=WanModel(**sizes).eval().requires_grad_(False), image=task == "i2v-tiny")
 
 
-def denoise(pipeline, steps=peers.STEPS):
+def denoise(pipeline):
     generator = torch.Generator().manual_seed(0)
     shapes = ((16, 2, 4, 4), (5, 8), (3, 8), (1, 3, 4), (4, 2, 4, 4))
     latent, text, no_text, clip_fea, y = (torch.randn(shape, generator=generator) for shape in shapes)
     given = {"seq_len": 8}
     if pipeline.image:
         given |= {"clip_fea": clip_fea, "y": [y]}
-    return sampling.denoise(pipeline.model, latent, {"context": [text]} | given, {"context": [no_text]} | given, steps)
+    return sampling.denoise(
+        pipeline.model, latent, {"context": [text]} | given, {"context": [no_text]} | given, peers.STEPS
+    )
 
 
 @pytest.fixture(scope="module", params=tuple(peers.SETTINGS))
@@ -44,9 +46,9 @@ def plain(task):
 
 def test_diffusers_computes_the_same(task, plain):
     pipeline = make_pipeline(task)
-    with peers.Peer("uncached", peers.in_diffusers).running(pipeline, {}) as run:
+    with peers.Peer("uncached", peers.in_diffusers).running(pipeline, {}) as work:
         torch.testing.assert_close(denoise(pipeline), plain, rtol=1e-3, atol=1e-4)
-        assert run.work.computed == 100
+        assert work.computed == 100
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -54,11 +56,11 @@ def test_every_run_starts_afresh_and_nothing_stays(name, task, plain):
     peer, pipeline = PEERS[name], make_pipeline(task)
     model = pipeline.model
     setting = peer.setting_for(task, 38) | ({"threshold": 0.9} if peer.bounds else {})
-    with peer.running(pipeline, setting) as run:
-        first, computed = denoise(pipeline, run.steps), run.work.computed
+    with peer.running(pipeline, setting) as work:
+        first, computed = denoise(pipeline), work.computed
         assert 2 <= computed < 100
-        assert torch.equal(denoise(pipeline, run.steps), first)
-        assert run.work.computed == computed
+        assert torch.equal(denoise(pipeline), first)
+        assert work.computed == computed
     assert pipeline.model is model
     assert torch.equal(denoise(pipeline), plain)
 
@@ -69,13 +71,13 @@ def test_the_threshold_decides(name, task, plain, monkeypatch):
     monkeypatch.setattr(peers, "TEACACHE_POLYNOMIALS", {task: (1.0, 0.0)})
     peer, pipeline = PEERS[name], make_pipeline(task)
     setting = peer.setting_for(task, 38)
-    with peer.running(pipeline, setting | {"threshold": 0.0}) as run:
+    with peer.running(pipeline, setting | {"threshold": 0.0}) as work:
         uncached = denoise(pipeline)
         torch.testing.assert_close(uncached, plain, rtol=1e-3, atol=1e-4)
-        assert run.work.computed == 100
-    with peer.running(pipeline, setting | {"threshold": 0.99}) as run:
+        assert work.computed == 100
+    with peer.running(pipeline, setting | {"threshold": 0.99}) as work:
         assert not torch.equal(denoise(pipeline), uncached)
-        assert run.work.computed < 70
+        assert work.computed < 70
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -91,9 +93,9 @@ def test_settings(name, task):
 def test_part_of_the_blocks_is_a_part_of_a_call():
     """The first of 2 blocks runs in all 100 calls, the second in the first of either branch."""
     pipeline = make_pipeline()
-    with PEERS["diffusers FirstBlockCache"].running(pipeline, {"threshold": 1e9}) as run:
+    with PEERS["diffusers FirstBlockCache"].running(pipeline, {"threshold": 1e9}) as work:
         denoise(pipeline)
-        assert run.work.computed == 2 + 98 / 2
+        assert work.computed == 2 + 98 / 2
 
 
 @pytest.mark.parametrize("budget", peers.BUDGETS)
@@ -103,9 +105,9 @@ def test_taylorseer_variants_meet_the_budget(budget):
     assert len(variants) >= 8
     for setting in variants:
         if setting["order"] == 1 and (budget == 20 or setting["lite"]):
-            with peer.running(pipeline, setting) as run:
+            with peer.running(pipeline, setting) as work:
                 denoise(pipeline)
-                assert run.work.computed == budget
+                assert work.computed == budget
 
 
 def test_magcache_follows_the_ratios_of_the_task(task):
@@ -114,18 +116,18 @@ def test_magcache_follows_the_ratios_of_the_task(task):
     computed = {name: 2 * schedule.reuse[::2].count(False) for name, schedule in schedules.items()}
     assert len(set(computed.values())) == 2
     setting = {"threshold": 0.12, "K": 6, "retention_ratio": 0.2}
-    with PEERS["diffusers MagCache"].running(pipeline, setting) as run:
+    with PEERS["diffusers MagCache"].running(pipeline, setting) as work:
         denoise(pipeline)
-        assert run.work.computed == computed[task]
+        assert work.computed == computed[task]
 
 
 def test_teacache_takes_the_polynomial_of_the_task(task, monkeypatch):
     """One that predicts a change of 1 in every step, where that of the other task predicts none."""
     monkeypatch.setattr(peers, "TEACACHE_POLYNOMIALS", dict.fromkeys(peers.SETTINGS, (0.0,)) | {task: (1.0,)})
     pipeline = make_pipeline(task)
-    with PEERS["TeaCache rule"].running(pipeline, {"threshold": 0.5, "warmup": 5}) as run:
+    with PEERS["TeaCache rule"].running(pipeline, {"threshold": 0.5, "warmup": 5}) as work:
         denoise(pipeline)
-        assert run.work.computed == 100
+        assert work.computed == 100
 
 
 @pytest.mark.skipif("diffusers SeaCache" not in PEERS, reason="since diffusers 0.42")

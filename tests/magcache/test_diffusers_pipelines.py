@@ -19,7 +19,7 @@ pytest.importorskip("wan")  # the magcache package is tested without this reposi
 import diffusers
 from PIL import Image
 
-from examples.peers import DiffusersModel
+from examples.benchmarks.peers import DiffusersModel
 from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
 from wan.pipeline import Sampling
 from wan.utils.samplers import sampling_sigmas

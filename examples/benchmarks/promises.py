@@ -1,8 +1,9 @@
 """Is what the trials of a table say true of videos that they have not seen? Expected against measured latent PSNR.
 
-python -m examples.benchmark_trials [--picture examples/trials.png]
+python -m examples.benchmarks.promises [--picture examples/trials.png]
 
-For every pair of prompt and seed: the uncached latent, and that of every speed-up, by the constants of the table.
+For every pair of prompt and seed: the uncached latent, and that of every speed-up, by the constants of the table. The
+pairs are of the same kinds as those that were tried: for t2v-tiny half told, half open.
 """
 
 import argparse
@@ -16,12 +17,13 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import magcache
-from examples.benchmark_quality import SHIFT, STEPS, Pair, mean_and_error, pipeline_of, unseen_pairs
-from examples.train_tiny.check_prompts import DEMOS, generate
-from magcache.patch import shadowed
-from magcache.trials import Measured, closeness, read_trials
+from examples.benchmarks.pairs import KINDS_OF, Pair, cached_latents, final_latents, make_batch, pairs_of, pipeline_of
+from examples.benchmarks.quality import BATCH, SHIFT, STEPS, pooled_of
+from examples.train_tiny.check_prompts import DEMOS
+from magcache.trials import Measured, closeness, pooled, read_trials, share_of_others
 
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0, 5.0)
+UNSEEN = 70000  # first seed of the pairs
 
 
 def read_table(name: str) -> Measured:
@@ -35,25 +37,20 @@ def plan(measured: Measured, speedup: float) -> magcache.Schedule:
     return magcache.plan_speedup(STEPS, speedup, SHIFT, constants=measured.constants)
 
 
-def measure(task: str, table: str, speedups: tuple[float, ...], pair: Pair) -> list[float]:
-    """Latent PSNR at every speed-up."""
+def measure(task: str, table: str, speedups: tuple[float, ...], pairs: list[Pair]) -> list[tuple[float, ...]]:
+    """Latent PSNRs of every pair, by speed-up."""
     pipeline, measured = pipeline_of(task), read_table(table)
-
-    def latent(schedule=None):
-        magcache.remove_magcache(pipeline.model)
-        if schedule:
-            magcache.apply_magcache(pipeline.model, schedule)
-        with shadowed(pipeline.vae, {"decode": lambda latents: latents}):
-            return generate(pipeline, *pair, sampling_steps=STEPS, shift=SHIFT)
-
-    truth = latent()
-    return [closeness(latent(plan(measured, speedup)), truth)[0] for speedup in speedups]
+    batch = make_batch(pipeline, pairs)
+    truth = final_latents(pipeline.model, batch, STEPS, SHIFT)
+    runs = [cached_latents(pipeline.model, batch, SHIFT, plan(measured, speedup)) for speedup in speedups]
+    found = [[closeness(*both)[0] for both in zip(latents, truth, strict=True)] for latents in runs]
+    return list(zip(*found, strict=True))
 
 
 def print_check(task: str, measured: Measured, speedups: tuple[float, ...], found: list[list[float]]) -> None:
     """found: by pair, PSNR at every speed-up."""
-    print(f"\n| {task}: speed-up | expected, dB | measured | apart | promised | reached it | within 1 dB |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n| {task}: speed-up | all videos: expected | measured | below 30 dB: expected | measured |", end="")
+    print(" nine of ten: promised | reached it | mean: expected | measured |\n|---|---|---|---|---|---|---|---|---|")
     expected, reached, within = [], 0, 0
     for speedup, psnrs in zip(speedups, zip(*found, strict=True), strict=True):
         expectation = measured.expect(plan(measured, speedup).speedup_bound)
@@ -61,9 +58,9 @@ def print_check(task: str, measured: Measured, speedups: tuple[float, ...], foun
         counts = [sum(psnr >= expectation.promised - slack for psnr in psnrs) for slack in (0, 1)]
         reached, within = reached + counts[0], within + counts[1]
         print(
-            f"| {speedup:g} | {expectation.mean:.1f} | {mean_and_error(psnrs)} | "
-            f"{statistics.mean(psnrs) - expectation.mean:+.1f} | {expectation.promised:.1f} | "
-            f"{counts[0]} of {len(psnrs)} | {counts[1]} |"
+            f"| {speedup:g} | {expectation.pooled:.1f} | {pooled(psnrs):.1f} ({pooled_of(psnrs).std():.1f}) | "
+            f"{expectation.others:.0%} | {share_of_others(psnrs):.0%} | {expectation.promised:.1f} | "
+            f"{counts[0]} of {len(psnrs)} | {expectation.mean:.1f} | {statistics.mean(psnrs):.1f} |"
         )
     everything = [(mean, psnr) for psnrs in found for mean, psnr in zip(expected, psnrs, strict=True)]
     count, mean = len(everything), statistics.mean(psnr for _, psnr in everything)
@@ -109,16 +106,19 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=tuple(DEMOS), choices=tuple(DEMOS))
     parser.add_argument("--tables", nargs="+", metavar="NAME_OR_PATH", help="one a task (default: those of the tasks)")
     parser.add_argument("--speedups", nargs="+", type=float, default=SPEEDUPS)
-    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=48, help="of a task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", metavar="PNG")
     args = parser.parse_args()
-    checks, pairs = {}, unseen_pairs(args.pairs)
+    checks, speedups = {}, tuple(args.speedups)
     with ProcessPoolExecutor(args.workers, torch.multiprocessing.get_context("spawn")) as pool:
         for task, table in zip(args.tasks, args.tables or args.tasks, strict=True):
-            jobs = [pool.submit(measure, task, table, tuple(args.speedups), pair) for pair in pairs]
-            found = [job.result() for job in tqdm(jobs, desc=task, unit="pair")]
-            checks[task] = read_table(table), tuple(args.speedups), found
+            kinds = KINDS_OF[task]
+            pairs = [pair for kind in kinds for pair in pairs_of(kind, args.pairs // len(kinds), UNSEEN)]
+            parts = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
+            jobs = [pool.submit(measure, task, table, speedups, part) for part in parts]
+            found = [psnrs for job in tqdm(jobs, desc=task, unit="batch") for psnrs in job.result()]
+            checks[task] = read_table(table), speedups, found
             print_check(task, *checks[task])
     if args.picture:
         draw(checks, str(Path(args.picture)))

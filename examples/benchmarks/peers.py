@@ -1,27 +1,26 @@
 """What users would pick instead of this cache, on the demo models, each at a given number of computed calls.
 
-python -m examples.peers [--task i2v-tiny] [--only NAME ...]  PSNR and computed calls at the settings in SETTINGS
-python -m examples.peers --tune [--budgets 26 20]             looks for such settings, minutes per peer
-python -m examples.peers --tune --refit                       the same, but only for new thresholds
-python -m examples.peers --fit --pairs 4                      fits the polynomial of the TeaCache rule
+python -m examples.benchmarks.peers [--task i2v-tiny] [--only NAME ...] [--budgets 26 20]   looks for settings
+python -m examples.benchmarks.peers --refit             the same, but only for new thresholds
+python -m examples.benchmarks.peers --fit --pairs 4     fits the polynomial of the TeaCache rule
 
-Without a cache: fewer sampler steps. Written here after their papers: the TeaCache rule (arXiv 2411.19108), the
-EasyCache rule (arXiv 2507.02860). Somebody else's code on the same weights, in diffusers' `WanTransformer3DModel`:
-diffusers' MagCache (2506.09045), FirstBlockCache (ParaAttention's), TaylorSeer (2503.06923), SeaCache (2602.18993);
-cache-dit's DBCache, plain and with its TaylorSeer (`pip install cache-dit`, left out where that is not installed).
+Settings stand in peers.json.
+
+Written here after their papers: the TeaCache rule (arXiv 2411.19108), the EasyCache rule (arXiv 2507.02860). Somebody
+else's code on the same weights, in diffusers' `WanTransformer3DModel`: diffusers' MagCache (2506.09045),
+FirstBlockCache (ParaAttention's), TaylorSeer (2503.06923), SeaCache (2602.18993).
 """
 
 import argparse
 import functools
-import importlib.util
 import itertools
+import json
 import math
-import os
-import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -30,15 +29,17 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 import magcache
-from examples.train_tiny.check_prompts import DEMOS, generate, load_demo, psnr
-from examples.train_tiny.shapes import CAPTIONS, Caption
-from magcache.patch import CallCounter, attach, blocks_hidden, run_blocks, shadowed
+from examples.benchmarks.pairs import KINDS_OF, Batch, final_latents, make_batch, pairs_of, pipeline_of
+from examples.train_tiny.check_prompts import DEMOS
+from magcache.patch import CallCounter, attach, blocks_hidden, run_blocks
+from magcache.trials import closeness, pooled
 from wan.modules.model import WanModel, stack_padded
 from wan.utils.samplers import sampling_sigmas
 
 STEPS = 50
 SHIFT = 5.0
 BUDGETS = (46, 38, 32, 26, 20)  # computed calls of 2 * STEPS
+TUNING = 9000  # first seed of the pairs that settings are looked for on
 Setting = dict[str, float]
 
 
@@ -64,7 +65,7 @@ class Work:
         self.hooks.append(model.register_forward_hook(self._end))
 
     def _begin(self, model, args, kwargs) -> None:
-        if self.counter.next(float(kwargs["t"])) == 0:
+        if self.counter.next(float(kwargs["t"][0])) == 0:
             self.total, self.unit = 0, None
 
     def _end(self, model, args, output) -> None:
@@ -83,14 +84,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Run:
-    """`steps` is to be given to the pipeline; `work.computed` holds the computed calls of the latest video."""
-
-    steps: int
-    work: Work
-
-
-@dataclass(frozen=True)
 class Peer:
     """One method. `attach(pipeline, **setting)` is a context in which `pipeline.model` follows it.
 
@@ -105,35 +98,27 @@ class Peer:
 
     def setting_for(self, task: str, budget: int) -> Setting:
         """The tuned one for a demo model and one of `BUDGETS`; KeyError for another."""
-        return SETTINGS[task][self.name][budget]
+        return SETTINGS[task][self.name][str(budget)]
 
     @contextmanager
-    def running(self, pipeline, setting: Setting) -> Iterator[Run]:
-        """`pipeline.model` follows the method; as it was afterwards, with no cache on it."""
+    def running(self, pipeline, setting: Setting) -> Iterator[Work]:
+        """`pipeline.model` follows the method; as it was afterwards, with no cache on it. What is yielded holds the
+        computed calls of the latest run."""
         own = pipeline.model
         magcache.remove_magcache(own)
-        steps = int(setting.get("steps", STEPS))
-        with self.attach(pipeline, **{name: value for name, value in setting.items() if name != "steps"}):
+        with self.attach(pipeline, **setting):
             model = pipeline.model
-            work = Work(model, model.transformer.blocks if hasattr(model, "transformer") else model.blocks, 2 * steps)
+            work = Work(model, model.transformer.blocks if hasattr(model, "transformer") else model.blocks, 2 * STEPS)
             try:
-                yield Run(steps, work)
+                yield work
             finally:
                 work.remove()
                 pipeline.model = own
 
-    def video(self, pipeline, setting: Setting, caption: Caption, seed: int) -> tuple[torch.Tensor, float]:
-        """The video [3, 17, 64, 64] and how many calls were computed for it."""
-        with self.running(pipeline, setting) as run:
-            return generate(pipeline, caption, seed, sampling_steps=run.steps, shift=SHIFT), run.work.computed
-
-
-# Fewer steps
-
-
-@contextmanager
-def no_cache(pipeline) -> Iterator[None]:
-    yield
+    def latents(self, pipeline, setting: Setting, batch: Batch) -> tuple[torch.Tensor, float]:
+        """The final latents of the batch, and how many calls were computed for it."""
+        with self.running(pipeline, setting) as work:
+            return final_latents(pipeline.model, batch, STEPS, SHIFT), work.computed
 
 
 # The TeaCache rule
@@ -216,16 +201,16 @@ class Changes(TeaCache):
         return out
 
 
-def fit_teacache(pipeline, pairs: list[tuple[Caption, int]]) -> np.ndarray:
+def fit_teacache(pipeline, batches: list[Batch]) -> np.ndarray:
     """Least squares of degree 4, over both branches and all pairs, from the step on that may reuse. Highest power
     first. Earlier steps would spoil it: their modulation changes as little as later ones', their residual by 20 %."""
     changes = Changes()
     attach(pipeline.model, changes)
-    for caption, seed in pairs:
-        generate(pipeline, caption, seed, sampling_steps=STEPS, shift=SHIFT)
+    for batch in batches:
+        final_latents(pipeline.model, batch, STEPS, SHIFT)
     magcache.remove_magcache(pipeline.model)
     first = 2 * (TEACACHE_WARMUP - 1)  # a step's change is from the one before
-    points = np.array(changes.points).reshape(len(pairs), -1, 2)[:, first:]
+    points = np.array(changes.points).reshape(len(batches), -1, 2)[:, first:]
     modulation, residual = points.reshape(-1, 2).T
     polynomial = np.polyfit(modulation, residual, 4)
     off = np.sqrt(((residual - np.polyval(polynomial, modulation)) ** 2).mean())
@@ -255,7 +240,7 @@ class EasyCache(torch.nn.Module):
         return self.model.blocks
 
     def forward(self, x: list[torch.Tensor], t: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-        step, branch = divmod(self.counter.next(float(t)), 2)
+        step, branch = divmod(self.counter.next(float(t[0])), 2)
         (latent,) = x
         if branch == 0:
             self.compute = self.decide(step, latent)
@@ -357,16 +342,16 @@ class DiffusersModel(torch.nn.Module):
         clip_fea: torch.Tensor | None = None,
         y: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """As `WanModel.forward`, for one sample."""
-        latent = torch.cat([*x, *(y or [])])
-        call = self.counter.next(float(t))
+        """As `WanModel.forward`, for samples of one size."""
+        latents = torch.cat([torch.stack(part) for part in (x, y) if part], dim=1)
+        call = self.counter.next(float(t[0]))
         if call == 0:
             self.restart()
         step, branch = divmod(call, 2)
         where = {"step_index": step, "sigma": float(self.sigmas[step]), "num_inference_steps": STEPS}
         with self.transformer.cache_context(("cond", "uncond")[branch], **where):
             text = stack_padded(context, self.text_len)
-            return list(self.transformer(latent[None], t, text, clip_fea, return_dict=False)[0])
+            return list(self.transformer(latents, t, text, clip_fea, return_dict=False)[0])
 
 
 @contextmanager
@@ -449,30 +434,6 @@ def sea_config(threshold: float, most: int, last: int):
     )
 
 
-@contextmanager
-def dbcache(pipeline, threshold: float, warmup: int, most: int, order: int = 0) -> Iterator[None]:
-    """cache-dit's DBCache with one leading block (F1B0); order: of its TaylorSeer, 0 for none."""
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # it reports every switch
-    import cache_dit
-
-    def configs() -> dict:
-        cache = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1,
-            residual_diff_threshold=threshold,
-            max_warmup_steps=int(warmup),
-            max_continuous_cached_steps=int(most),
-            num_inference_steps=STEPS,
-        )
-        taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=int(order), enable_encoder_calibrator=False)
-        return {"cache_config": cache} | ({"calibrator_config": taylor} if order else {})
-
-    model = DiffusersModel(pipeline.model)
-    cache_dit.enable_cache(model.transformer, **configs())
-    model.restart = lambda: cache_dit.refresh_context(model.transformer, **configs())
-    pipeline.model = model
-    yield
-
-
 def grid(**choices: tuple) -> Callable[[int], list[Setting]]:
     """All combinations, whatever the budget."""
     settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
@@ -495,182 +456,38 @@ def all_peers() -> dict[str, Peer]:
     )
     sea_variants = below_32(grid(most=(4, 6, 8), last=(1, 4, 6)), grid(most=(2, 4), last=(1, 4, 6)))
 
-    def dbcache_variants(**choices: tuple) -> Callable[[int], list[Setting]]:
-        return below_32(grid(warmup=(2, 4), most=(-1,), **choices), grid(warmup=(4, 8), most=(-1, 3), **choices))
-
     peers = [
-        Peer("fewer steps", no_cache, lambda budget: [{"steps": budget // 2}]),
         Peer("TeaCache rule", teacache, grid(warmup=(TEACACHE_WARMUP, 10)), (0.03, 1.0)),
         Peer("EasyCache rule", easycache, grid(warmup=(2, 5, 10)), (0.01, 1.0)),
         Peer("diffusers MagCache", diffusers_magcache, magcache_variants, (0.01, 1.0)),
         Peer("diffusers FirstBlockCache", diffusers_peer(first_block_config), bounds=(0.01, 1.0)),
         Peer("diffusers TaylorSeer", diffusers_peer(taylorseer_config), taylorseer_variants),
-        Peer("cache-dit DBCache", dbcache, dbcache_variants(), (0.01, 0.99)),
-        Peer("cache-dit DBCache + TaylorSeer", dbcache, dbcache_variants(order=(1,)), (0.01, 0.99)),
     ]
     if hasattr(diffusers, "SeaCacheConfig"):  # since 0.42
-        peers.insert(-2, Peer("diffusers SeaCache", diffusers_peer(sea_config), sea_variants, (0.03, 10.0)))
-    if importlib.util.find_spec("cache_dit") is None:
-        peers = [peer for peer in peers if peer.attach is not dbcache]
+        peers.append(Peer("diffusers SeaCache", diffusers_peer(sea_config), sea_variants, (0.03, 10.0)))
     return {peer.name: peer for peer in peers}
 
 
-# By computed calls of 100, found by --tune on three pairs: those of TaylorSeer and, on i2v-tiny, SeaCache over all
-# variants, of the others the thresholds alone (--refit), since their variants were searched with earlier weights.
-SETTINGS: dict[str, dict[str, dict[int, Setting]]] = {
-    "t2v-tiny": {
-        "fewer steps": {budget: {"steps": budget // 2} for budget in BUDGETS},
-        "TeaCache rule": {
-            46: {"warmup": 10, "threshold": 0.1057},
-            38: {"warmup": 5, "threshold": 0.1246},
-            32: {"warmup": 5, "threshold": 0.1732},
-            26: {"warmup": 5, "threshold": 0.2406},
-            20: {"warmup": 5, "threshold": 0.4162},
-        },
-        "EasyCache rule": {
-            46: {"warmup": 2, "threshold": 0.02458},
-            38: {"warmup": 5, "threshold": 0.04068},
-            32: {"warmup": 5, "threshold": 0.05623},
-            26: {"warmup": 2, "threshold": 0.05623},
-            20: {"warmup": 2, "threshold": 0.08354},
-        },
-        "diffusers MagCache": {
-            46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
-            38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1333},
-            32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.3162},
-            26: {"K": 6, "retention_ratio": 0.1, "threshold": 0.1778},
-            20: {"K": 10, "retention_ratio": 0.1, "threshold": 0.3162},
-        },
-        "diffusers FirstBlockCache": {
-            46: {"threshold": 0.1037},
-            38: {"threshold": 0.1547},
-            32: {"threshold": 0.2167},
-            26: {"threshold": 0.3398},
-            20: {"threshold": 0.7299},
-        },
-        "diffusers TaylorSeer": {
-            46: {"interval": 3, "warmup": 6, "order": 2, "lite": 0, "last": 3},
-            38: {"interval": 4, "warmup": 6, "order": 2, "lite": 1, "last": 2},
-            32: {"interval": 5, "warmup": 5, "order": 2, "lite": 1, "last": 2},
-            26: {"interval": 7, "warmup": 5, "order": 2, "lite": 1, "last": 1},
-            20: {"interval": 7, "warmup": 2, "order": 1, "lite": 1, "last": 1},
-        },
-        "diffusers SeaCache": {
-            46: {"most": 4, "last": 1, "threshold": 0.1683},
-            38: {"most": 4, "last": 1, "threshold": 0.2112},
-            32: {"most": 4, "last": 1, "threshold": 0.2902},
-            26: {"most": 4, "last": 1, "threshold": 0.4568},
-            20: {"most": 8, "last": 1, "threshold": 0.5731},
-        },
-        "cache-dit DBCache": {
-            46: {"warmup": 4, "most": -1, "threshold": 0.1128},
-            38: {"warmup": 4, "most": -1, "threshold": 0.1736},
-            32: {"warmup": 4, "most": -1, "threshold": 0.253},
-            26: {"warmup": 2, "most": -1, "threshold": 0.3624},
-            20: {"warmup": 2, "most": -1, "threshold": 0.9551},
-        },
-        "cache-dit DBCache + TaylorSeer": {
-            46: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.1108},
-            38: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.5575},
-            32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.2921},
-            26: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.9214},
-            20: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.9856},
-        },
-    },
-    "i2v-tiny": {
-        "fewer steps": {budget: {"steps": budget // 2} for budget in BUDGETS},
-        "TeaCache rule": {
-            46: {"warmup": 5, "threshold": 0.0646},
-            38: {"warmup": 5, "threshold": 0.08495},
-            32: {"warmup": 5, "threshold": 0.1117},
-            26: {"warmup": 5, "threshold": 0.1732},
-            20: {"warmup": 5, "threshold": 0.2685},
-        },
-        "EasyCache rule": {
-            46: {"warmup": 2, "threshold": 0.01568},
-            38: {"warmup": 2, "threshold": 0.02167},
-            32: {"warmup": 2, "threshold": 0.02713},
-            26: {"warmup": 2, "threshold": 0.03652},
-            20: {"warmup": 2, "threshold": 0.05623},
-        },
-        "diffusers MagCache": {
-            46: {"K": 2, "retention_ratio": 0.2, "threshold": 0.1},
-            38: {"K": 4, "retention_ratio": 0.2, "threshold": 0.1},
-            32: {"K": 6, "retention_ratio": 0.2, "threshold": 0.3162},
-            26: {"K": 8, "retention_ratio": 0.1, "threshold": 0.1333},
-            20: {"K": 8, "retention_ratio": 0.1, "threshold": 0.5623},
-        },
-        "diffusers FirstBlockCache": {
-            46: {"threshold": 0.06043},
-            38: {"threshold": 0.0866},
-            32: {"threshold": 0.1263},
-            26: {"threshold": 0.2246},
-            20: {"threshold": 0.4958},
-        },
-        "diffusers TaylorSeer": {
-            46: {"interval": 3, "warmup": 3, "order": 2, "lite": 1, "last": 6},
-            38: {"interval": 3, "warmup": 2, "order": 2, "lite": 1, "last": 1},
-            32: {"interval": 4, "warmup": 2, "order": 2, "lite": 1, "last": 2},
-            26: {"interval": 5, "warmup": 2, "order": 2, "lite": 1, "last": 1},
-            20: {"interval": 7, "warmup": 2, "order": 2, "lite": 1, "last": 1},
-        },
-        "diffusers SeaCache": {
-            46: {"most": 2, "last": 4, "threshold": 0.2112},
-            38: {"most": 2, "last": 1, "threshold": 0.265},
-            32: {"most": 4, "last": 6, "threshold": 0.5477},
-            26: {"most": 4, "last": 1, "threshold": 0.4032},
-            20: {"most": 6, "last": 1, "threshold": 0.5477},
-        },
-        "cache-dit DBCache": {
-            46: {"warmup": 4, "most": 3, "threshold": 0.08619},
-            38: {"warmup": 4, "most": -1, "threshold": 0.1149},
-            32: {"warmup": 4, "most": -1, "threshold": 0.1767},
-            26: {"warmup": 2, "most": -1, "threshold": 0.2719},
-            20: {"warmup": 2, "most": -1, "threshold": 0.7701},
-        },
-        "cache-dit DBCache + TaylorSeer": {
-            46: {"warmup": 4, "most": 3, "order": 1, "threshold": 0.08022},
-            38: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.117},
-            32: {"warmup": 4, "most": -1, "order": 1, "threshold": 0.204},
-            26: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.2623},
-            20: {"warmup": 2, "most": -1, "order": 1, "threshold": 0.7982},
-        },
-    },
-}
+# by task, peer and computed calls of 100: found by --tune on three pairs
+SETTINGS: dict[str, dict[str, dict[str, Setting]]] = json.loads(
+    (Path(__file__).parent / "peers.json").read_text(encoding="utf-8")
+)
 
 
-def own_pairs(count: int, seed: int) -> list[tuple[Caption, int]]:
-    """(caption, seed) pairs with seeds from `seed` on, 9000 or more."""
-    captions = random.Random(seed).sample(CAPTIONS, count)
-    return [(caption, seed + i) for i, caption in enumerate(captions)]
-
-
-def reference_video(pipeline, caption: Caption, seed: int) -> torch.Tensor:
-    magcache.remove_magcache(pipeline.model)
-    return generate(pipeline, caption, seed, sampling_steps=STEPS, shift=SHIFT)
-
-
-def score(peer: Peer, pipeline, setting: Setting, pairs, references) -> tuple[list[float], list[float]]:
-    """PSNR in dB and computed calls of every pair."""
-    results = [peer.video(pipeline, setting, *pair) for pair in pairs]
-    psnrs = [psnr(video, reference) for (video, _), reference in zip(results, references, strict=True)]
+def score(
+    peer: Peer, pipeline, setting: Setting, batches: list[Batch], truths: list
+) -> tuple[list[float], list[float]]:
+    """Latent PSNR in dB and computed calls of every pair."""
+    results = [peer.latents(pipeline, setting, batch) for batch in batches]
+    psnrs = [closeness(latents[0], truth[0])[0] for (latents, _), truth in zip(results, truths, strict=True)]
     return psnrs, [computed for _, computed in results]
-
-
-def computed_calls(peer: Peer, pipeline, setting: Setting, pairs) -> float:
-    """Mean over the pairs; nothing is decoded."""
-    counts = []
-    with shadowed(pipeline, {"decode": lambda latent: latent}):
-        for pair in pairs:
-            counts.append(peer.video(pipeline, setting, *pair)[1])
-    return statistics.mean(counts)
 
 
 class Tuner:
     """Looks for the setting of a peer at several budgets; what a threshold gave is kept from one to the next."""
 
-    def __init__(self, peer: Peer, pipeline, pairs, references):
-        self.peer, self.pipeline, self.pairs, self.references = peer, pipeline, pairs, references
+    def __init__(self, peer: Peer, pipeline, batches: list[Batch], truths: list[torch.Tensor]):
+        self.peer, self.pipeline, self.batches, self.truths = peer, pipeline, batches, truths
         self.known: dict[str, dict[float, float]] = {}  # variant -> threshold -> calls
 
     def nearest(self, variant: Setting, budget: int, trials: int = 8) -> tuple[Setting, float]:
@@ -686,21 +503,22 @@ class Tuner:
                 break
             threshold = float(f"{math.sqrt(low * high):.4g}")
             setting = variant | {"threshold": threshold}
-            known[threshold] = computed_calls(self.peer, self.pipeline, setting, self.pairs[:2])
+            calls = [self.peer.latents(self.pipeline, setting, batch)[1] for batch in self.batches[:2]]
+            known[threshold] = statistics.mean(calls)
         threshold = min(known, key=lambda t: abs(known[t] - budget))
         return variant | {"threshold": threshold}, known[threshold]
 
     def tune(self, budget: int, variants: list[Setting]) -> Setting:
-        """Of the variants that come within one call of the budget (or nearest), that of the best mean PSNR."""
+        """Of the variants that come within one call of the budget (or nearest), that of the best pooled PSNR."""
         found = [self.nearest(variant, budget) for variant in variants]
         least = max(1.0, min(abs(calls - budget) for _, calls in found))
         best = (-math.inf, {})
         for setting, calls in found:
             if abs(calls - budget) > least:
                 continue
-            psnrs, computed = score(self.peer, self.pipeline, setting, self.pairs, self.references)
-            print(f"  {setting}, {statistics.mean(computed):.1f} calls, {statistics.mean(psnrs):.1f} dB", flush=True)
-            best = max(best, (statistics.mean(psnrs), setting), key=lambda one: one[0])
+            psnrs, computed = score(self.peer, self.pipeline, setting, self.batches, self.truths)
+            print(f"  {setting}, {statistics.mean(computed):.1f} calls, {pooled(psnrs):.1f} dB", flush=True)
+            best = max(best, (pooled(psnrs), setting), key=lambda one: one[0])
         return best[1]
 
 
@@ -709,34 +527,26 @@ def main():
     parser.add_argument("--task", choices=tuple(DEMOS), default="t2v-tiny")
     parser.add_argument("--only", nargs="+", choices=tuple(all_peers()), default=tuple(all_peers()))
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--refit", action="store_true", help="with --tune: all but the threshold as in SETTINGS")
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--pairs", type=int, default=3, help="of every kind")
+    parser.add_argument("--refit", action="store_true", help="leaves all but the threshold as in peers.json")
+    parser.add_argument("--fit", action="store_true", help="fits the polynomial of the TeaCache rule instead")
     args = parser.parse_args()
-    pipeline = load_demo(args.task)
-    pairs = own_pairs(args.pairs, 9000 if args.tune or args.fit else 9100)
+    pipeline = pipeline_of(args.task)
+    pairs = [pair for kind in KINDS_OF[args.task] for pair in pairs_of(kind, args.pairs, TUNING)]
+    batches = [make_batch(pipeline, [pair]) for pair in pairs]
     if args.fit:
-        print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, pairs)))
+        print(tuple(float(f"{c:.6g}") for c in fit_teacache(pipeline, batches)))
         return
-    references = [reference_video(pipeline, *pair) for pair in pairs]
+    truths = [final_latents(pipeline.model, batch, STEPS, SHIFT) for batch in batches]
     for name in args.only:
         peer = all_peers()[name]
-        tuner = Tuner(peer, pipeline, pairs, references)
+        tuner = Tuner(peer, pipeline, batches, truths)
         for budget in args.budgets:
-            if args.tune:
-                variants = peer.variants(budget)
-                if args.refit:
-                    known = peer.setting_for(args.task, budget)
-                    variants = [{key: value for key, value in known.items() if key != "threshold"}]
-                print(f"{name!r}, {budget}: {tuner.tune(budget, variants)}", flush=True)
-                continue
-            psnrs, computed = score(peer, pipeline, peer.setting_for(args.task, budget), pairs, references)
-            print(
-                f"{name}, {budget} of {2 * STEPS} calls: {statistics.mean(psnrs):.1f} dB "
-                f"({', '.join(f'{value:.1f}' for value in psnrs)}), computed {', '.join(f'{c:.1f}' for c in computed)}",
-                flush=True,
-            )
+            variants = peer.variants(budget)
+            if args.refit:
+                known = peer.setting_for(args.task, budget)
+                variants = [{key: value for key, value in known.items() if key != "threshold"}]
+            print(f"{name!r}, {budget}: {tuner.tune(budget, variants)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Measures what MagCache gains in time and calibrating costs; for the quality see `examples.benchmark_quality`.
+"""Measures what MagCache gains in time and calibrating costs; for the quality see `examples.benchmarks.quality`.
 
-python -m examples.benchmark [--only speed|calibration]
+python -m examples.benchmarks.speed [--only speed|calibration]
 
 Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls): the
 median over rounds of one uncached and the cached runs each, since what else the machine does slows any of them. Beside

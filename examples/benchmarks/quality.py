@@ -1,0 +1,268 @@
+"""Measures on the demo models how close every method comes to the uncached run, at equal computed calls.
+
+python -m examples.benchmarks.quality [--only methods|settings|constants|peers] [--picture examples/quality.png]
+
+Truth: the final latent of the uncached run of the same prompt, seed, steps and shift. Latent PSNR in dB, whose peak is
+that latent's range. First: is it still the same video? Pooled (of the mean squared error over all pairs), with its
+standard error by resampling the pairs, the share below 30 dB, and the worst tenth; then the mean. Pairs are told (the
+caption says everything) or open (parts of it left out), and nothing was calibrated or tuned on them.
+
+methods: 50 steps, shift 5, at several numbers of computed calls: the speed-up rule with the constants that trials chose
+for the model, with the default ones, with those that count every error alike, MagCache as published, and fewer sampler
+steps without a cache.
+peers: the methods of `examples.benchmarks.peers`, on as many pairs as `--peer_pairs` says.
+settings: the speed-up rule and fewer sampler steps at other steps and shifts.
+constants (only when asked for): what the constants of the speed-up rule were chosen by, on pairs of their own.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import magcache
+from examples.benchmarks import peers
+from examples.benchmarks.pairs import (
+    Batch,
+    Pair,
+    cached_latents,
+    final_latents,
+    make_batch,
+    pairs_of,
+    pipeline_of,
+)  # fmt: skip
+from magcache.schedule import Schedule
+from magcache.speedup import DEFAULT, Constants
+from magcache.trials import closeness, pooled, read_trials, share_of_others
+
+STEPS, SHIFT, BUDGETS = peers.STEPS, peers.SHIFT, peers.BUDGETS  # budgets: computed calls of 2 * STEPS
+KINDS = {
+    "t2v-tiny, told": ("t2v-tiny", "told"),
+    "t2v-tiny, open": ("t2v-tiny", "open"),
+    "i2v-tiny": ("i2v-tiny", "told"),
+}
+PAIRS = {"t2v-tiny, told": 192, "t2v-tiny, open": 288, "i2v-tiny": 48}
+UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
+BATCH = 16
+# thresh, K and retention that compute so many calls, by task
+RULES = {"t2v-tiny": {46: (0.12, 2), 38: (0.13, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}}
+RULES["i2v-tiny"] = RULES["t2v-tiny"] | {38: (0.1, 4)}
+SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
+SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
+PLAIN, TRIED, OURS = "fewer sampler steps", "`--magcache_speedup`", "the same without trials"
+ALIKE, PUBLISHED = "every error alike", "MagCache as published"
+COLOURS = {
+    PUBLISHED: "tab:blue",
+    TRIED: "tab:red",
+    OURS: "tab:orange",
+    PLAIN: "black",
+    "diffusers TaylorSeer": "tab:green",
+}
+
+VARIANTS = {"the rule": (DEFAULT, "linear"), "reuse": (DEFAULT, "reuse")}
+VARIANTS |= {f"early {x:g}": (Constants(early=x), "linear") for x in (0.25, 0.375, 0.5, 0.75, 0.875)}
+VARIANTS |= {f"floor {x:g}": (Constants(floor=x), "linear") for x in (0.0002, 0.004)}
+VARIANTS |= {f"decay {x:g}": (Constants(decay=x), "linear") for x in (0.0, 0.1, 1.0, 3.0)}
+
+Run = Callable[[object, Batch], torch.Tensor]  # the final latents of (pipeline, batch)
+Found = dict[tuple[str, int], list[float]]  # PSNR of every pair, by method and number of computed calls or steps
+
+
+def follow(schedule: Schedule, shift: float = SHIFT) -> Run:
+    return lambda pipeline, batch: cached_latents(pipeline.model, batch, shift, schedule)
+
+
+def sample(steps: int, shift: float = SHIFT) -> Run:
+    """Without a cache."""
+    return lambda pipeline, batch: final_latents(pipeline.model, batch, steps, shift)
+
+
+def follow_peer(task: str, peer: peers.Peer, budget: int) -> Run:
+    return lambda pipeline, batch: peer.latents(pipeline, peer.setting_for(task, budget), batch)[0]
+
+
+def by_rule(task: str, budget: int) -> Schedule:
+    rule = RULES[task][budget]
+    schedule = magcache.plan(magcache.load_ratios(task), STEPS, *rule)
+    if schedule.computed != budget:
+        raise ValueError(f"{rule} computes {schedule.computed} calls of {task}, not {budget}")
+    return schedule
+
+
+def methods(task: str) -> dict[tuple, Run]:
+    runs, measured = {}, read_trials(magcache.load_table(task))
+    constants = {TRIED: measured.constants if measured else DEFAULT, OURS: DEFAULT, ALIKE: Constants(0.008, 0.0, 0.25)}
+    for budget in BUDGETS:
+        for name, chosen in constants.items():
+            runs[name, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT, constants=chosen))
+        runs[PUBLISHED, budget] = follow(by_rule(task, budget))
+        runs[PLAIN, budget] = sample(budget // 2)
+    return runs
+
+
+def others(task: str, names: Sequence[str]) -> dict[tuple, Run]:
+    found = peers.all_peers()
+    return {(name, budget): follow_peer(task, found[name], budget) for name in names for budget in BUDGETS}
+
+
+def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
+    """By name and number of computed steps."""
+    runs = {}
+    for count in (round(share * steps) for share in SHARES):
+        runs[OURS, count] = follow(magcache.plan_speedup(steps, steps / count, shift), shift)
+        runs[PLAIN, count] = sample(count, shift)
+    return runs
+
+
+def variants(changes: dict[str, tuple[Constants, str]], steps: int, shift: float) -> dict[tuple, Run]:
+    """The speed-up rule with other constants and forecasts, by name and number of computed steps."""
+    sigmas, runs = magcache.noise_levels(steps, shift), {}
+    for count in (round(share * steps) for share in SHARES):
+        for name, (constants, forecast) in changes.items():
+            chosen = magcache.speedup.choose_steps(sigmas, count, constants)
+            schedule = magcache.plan_steps(chosen, steps, forecast, shift=shift, decay=constants.decay)
+            runs[name, count] = follow(schedule, shift)
+        runs[PLAIN, count] = sample(count, shift)
+    return runs
+
+
+def measure(task: str, make_runs: Callable[[], dict], steps: int, shift: float, pairs: list[Pair]) -> Found:
+    """Latent PSNRs of the pairs, in one batch, by the keys of the runs."""
+    pipeline = pipeline_of(task)
+    batch = make_batch(pipeline, pairs)
+    truth = final_latents(pipeline.model, batch, steps, shift)
+    return {
+        key: [closeness(*both)[0] for both in zip(run(pipeline, batch), truth, strict=True)]
+        for key, run in make_runs().items()
+    }
+
+
+def measure_all(pool, kind: str, make_runs: Callable, steps: int, shift: float, pairs: list[Pair], batch: int) -> Found:
+    task, found = KINDS[kind][0], {}
+    jobs = [
+        pool.submit(measure, task, make_runs, steps, shift, pairs[i : i + batch]) for i in range(0, len(pairs), batch)
+    ]
+    for job in tqdm(jobs, desc=f"{kind}, {steps} steps, shift {shift:g}", unit="batch"):
+        for key, psnrs in job.result().items():
+            found.setdefault(key, []).extend(psnrs)
+    return found
+
+
+def resampled(count: int, times: int = 1000) -> np.ndarray:
+    """Numbers of pairs drawn with replacement, [times, count]."""
+    return np.random.default_rng(0).integers(count, size=(times, count))
+
+
+def pooled_of(psnrs: Sequence[float]) -> np.ndarray:
+    """Of resampled pairs."""
+    errors = 10 ** (-np.asarray(psnrs) / 10)
+    return -10 * np.log10(errors[resampled(len(errors))].mean(axis=1))
+
+
+def cell(psnrs: Sequence[float]) -> str:
+    middle = f"{pooled(psnrs):.1f} ({pooled_of(psnrs).std():.1f})"
+    return f"{middle}, {share_of_others(psnrs):.0%}, {np.quantile(psnrs, 0.1):.1f}, {np.mean(psnrs):.1f}"
+
+
+def lead(psnrs: Sequence[float], others: Sequence[float]) -> str:
+    """By how much dB of pooled PSNR the first are ahead."""
+    return f"{pooled(psnrs) - pooled(others):+.1f} ({(pooled_of(psnrs) - pooled_of(others)).std():.1f})"
+
+
+def print_methods(kind: str, found: Found) -> None:
+    """A cell: pooled PSNR (its standard error), share of other videos, worst tenth, mean; then by how much the first
+    method is ahead of the others."""
+    names, budgets = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    pairs = len(next(iter(found.values())))
+    heads = " | ".join(f"{budget} calls" for budget in budgets)
+    print(f"\n| {kind}, {pairs} pairs: pooled, below 30 dB, worst tenth, mean | {heads} |")
+    print("|---|" + "---|" * len(budgets))
+    for name in names:
+        print(f"| {name} | {' | '.join(cell(found[name, budget]) for budget in budgets)} |")
+    for name in names[1:]:
+        leads = (lead(found[names[0], budget], found[name, budget]) for budget in budgets)
+        print(f"| ahead of {name}, pooled | {' | '.join(leads)} |")
+
+
+def print_settings(kind: str, everything: dict[tuple, Found]) -> None:
+    print(f"\n| {kind}: steps, shift; computed | {PLAIN} | {OURS} | ahead by, pooled |\n|---|---|---|---|")
+    for (steps, shift), found in everything.items():
+        for count in dict.fromkeys(count for _, count in found):
+            ours, plain = found[OURS, count], found[PLAIN, count]
+            print(f"| {steps}, {shift:g}; {count} | {cell(plain)} | {cell(ours)} | {lead(ours, plain)} |")
+
+
+def draw(everything: dict[str, Found], path: str) -> None:
+    from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
+
+    figure = Figure(figsize=(5 * len(everything), 5), layout="constrained")
+    for axes, (kind, found) in zip(
+        figure.subplots(1, len(everything), squeeze=False)[0], everything.items(), strict=True
+    ):
+        for name, colour in COLOURS.items():
+            budgets = [budget for method, budget in found if method == name]
+            if budgets:
+                middle = [pooled(found[name, budget]) for budget in budgets]
+                spread = [pooled_of(found[name, budget]).std() for budget in budgets]
+                axes.errorbar(budgets, middle, spread, label=name.strip("`"), color=colour, marker="o", capsize=2)
+        axes.axhline(30, color="gray", linewidth=0.8)
+        axes.set_title(f"{kind}: {len(found[PLAIN, BUDGETS[0]])} pairs", fontsize=10)
+        axes.set_xlabel(f"computed calls of {2 * STEPS}")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("pooled latent PSNR against the uncached run, dB")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("methods", "peers", "settings", "constants"))
+    parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the pairs, for a quick look")
+    parser.add_argument("--peer_pairs", type=int, default=24)
+    parser.add_argument("--peers", nargs="+", default=tuple(peers.all_peers()), metavar="NAME")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--picture", metavar="PNG", help="draws pooled PSNR over calls")
+    parser.add_argument("--results", metavar="JSON", help="takes what was measured there before, and adds to it")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, CPU, float32, one thread a worker; UniPC, guidance 5")
+    results = Path(args.results) if args.results else None
+    known = json.loads(results.read_text()) if results and results.exists() else {}
+
+    def everything(kind, make_runs, steps=STEPS, shift=SHIFT, first=UNSEEN, count=None, batch=BATCH) -> Found:
+        pairs = pairs_of(KINDS[kind][1], count or int(PAIRS[kind] * args.share), first)
+        found = measure_all(pool, kind, make_runs, steps, shift, pairs, batch)
+        if results:
+            known.update({f"{kind}, {steps}, {shift:g}, {n}, {name}": psnrs for (name, n), psnrs in found.items()})
+            results.write_text(json.dumps(known))
+        return found
+
+    drawn = {}
+    with ProcessPoolExecutor(args.workers, torch.multiprocessing.get_context("spawn")) as pool:
+        for kind in args.kinds:
+            task = KINDS[kind][0]
+            if args.only in (None, "methods"):
+                drawn[kind] = everything(kind, functools.partial(methods, task))
+                print_methods(kind, drawn[kind])
+            if args.only in (None, "peers"):
+                # one by one, as most decide by what they see
+                found = everything(kind, functools.partial(others, task, args.peers), count=args.peer_pairs, batch=1)
+                print_methods(kind, found)
+            if args.only in (None, "settings"):
+                runs = {setting: functools.partial(at_settings, *setting) for setting in SETTINGS}
+                print_settings(kind, {setting: everything(kind, make, *setting) for setting, make in runs.items()})
+            if args.only == "constants":
+                make = functools.partial(variants, VARIANTS, STEPS, SHIFT)
+                print_methods(kind, everything(kind, make, first=DEVELOPMENT))
+    if args.picture and drawn:
+        draw(drawn, args.picture)
+
+
+if __name__ == "__main__":
+    main()
