@@ -67,16 +67,21 @@ def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
     return Batch(noise, contexts, given)
 
 
+def guided(model, batch: Batch, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The velocities [B, 16, f, h, w] at a timestep."""
+    cond, uncond = (
+        torch.stack(model(list(latents), t=t.expand(len(latents)), context=context, **batch.given))
+        for context in batch.contexts
+    )
+    return uncond + GUIDE_SCALE * (cond - uncond)
+
+
 @torch.inference_mode()
 def final_latents(model, batch: Batch, steps: int, shift: float) -> torch.Tensor:
     """[B, 16, f, h, w], by UniPC, with whatever cache is on the model."""
     sampler, latents = make_sampler("unipc", steps, shift), batch.noise
     for t in sampler.timesteps:
-        cond, uncond = (
-            torch.stack(model(list(latents), t=t.expand(len(latents)), context=context, **batch.given))
-            for context in batch.contexts
-        )
-        latents = sampler.step(uncond + GUIDE_SCALE * (cond - uncond), t, latents, return_dict=False)[0]
+        latents = sampler.step(guided(model, batch, latents, t), t, latents, return_dict=False)[0]
     return latents
 
 

@@ -58,8 +58,14 @@ def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "mag
 
 
 def expectation(job: Job) -> "magcache.trials.Expectation | None":
-    """Of the run; None without trials, or beyond the speed-ups that they have tried."""
-    return job.measured and job.measured.expect(job.schedule.speedup_bound)
+    """Of the run; None without trials, with other steps, shift or solver than theirs, and beyond the speed-ups that they
+    have tried."""
+    if not job.measured:
+        return None
+    measured_on, run = job.measured.table.measured_on, asdict(job.sampling)
+    if any(measured_on.get(key, run[key]) != run[key] for key in ("sample_steps", "sample_shift", "sample_solver")):
+        return None
+    return job.measured.expect(job.schedule.speedup_bound)
 
 
 def expected_in_words(job: Job) -> str | None:
@@ -90,7 +96,7 @@ def quality_lines(job: Job) -> list[str]:
     fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}
     rows = [("speed-up", "calls", "all videos", "nine of ten", "others", "mean", "fewer steps", "ahead by")]
     rows += [curve_row(measured, forecast, fewer.get(forecast.calls)) for forecast in measured.forecasts]
-    said = expected_in_words(job) or "not tried at this speed-up"
+    said = expected_in_words(job) or "not tried at these settings"
     lines = [
         f"quality   {said}",
         f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; all videos: "
