@@ -26,7 +26,7 @@ class Constants:
 
     floor: is added to the signal-to-noise ratio where steps are chosen, since long before it little is decided.
     early: how much more an early error counts there, as the power of the noise-to-signal ratio; 0 counts all alike.
-    decay: of the slope of a forecast, per squared unit of log-SNR, see `forecast_weights`.
+    decay: of the slope of a forecast, per unit of log-SNR, see `forecast_weights`.
 
     The defaults keep the steps near those that others chose by their effect on full-size models
     (tests/magcache/full_size_schedules.json), and were chosen among such constants on two small ones (see
@@ -35,7 +35,7 @@ class Constants:
 
     floor: float = 0.001
     early: float = 0.625
-    decay: float = 0.25
+    decay: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.floor < math.inf:
@@ -99,10 +99,10 @@ def forecast_weights(
     "linear" continues the line through the last two computed outputs b and a along the log-SNR lambda,
 
         v_j = v_a + s (v_a - v_b),
-        s = exp(-decay (lambda_j - lambda_b)^2) (lambda_j - lambda_a) / (lambda_a - lambda_b),
+        s = exp(-decay (lambda_j - lambda_b)) (lambda_j - lambda_a) / (lambda_a - lambda_b),
 
-    ever flatter the longer the way, since over longer ways the velocity turns. "reuse" takes the last one as it is; so
-    does "linear" while there is no other.
+    ever flatter the longer the way: the velocity turns, so its slope here and there have less and less to do with one
+    another. "reuse" takes the last one as it is; so does "linear" while there is no other.
     """
     snr, weights, last = [log_snr(sigma) for sigma in sigmas], [], []
     for step in range(len(sigmas)):
@@ -114,7 +114,7 @@ def forecast_weights(
         else:
             (a, b), j = (snr[i] for i in last), snr[step]
             # b may be pure noise, infinitely far away
-            slope = 0.0 if math.isinf(b) else math.exp(-decay * (j - b) ** 2) * (j - a) / (a - b)
+            slope = 0.0 if math.isinf(b) else math.exp(-decay * (j - b)) * (j - a) / (a - b)
             weights.append((1 + slope, -slope))
     return tuple(weights)
 

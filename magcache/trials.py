@@ -30,7 +30,7 @@ SETTINGS = {  # of a trial, by its method
 CANDIDATES = (
     DEFAULT,
     *(Constants(early=early) for early in (0.25, 0.375, 0.5, 0.875)),
-    *(Constants(decay=decay) for decay in (0.1, 1.0)),
+    *(Constants(decay=decay) for decay in (0.5, 2.0)),
 )
 ANOTHER = 30.0  # dB: below it the eye sees another video
 CLEAR = 0.84  # share of resampled prompts by which a candidate is clearly ahead: one standard error

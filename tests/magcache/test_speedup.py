@@ -114,7 +114,7 @@ def test_the_slope_decays_with_the_way():
     sigmas = magcache.noise_levels(20, 5.0)
     weights = forecast_weights({0, 4, 7}, sigmas)
     b, a, j = (log_snr(sigmas[step]) for step in (4, 7, 11))
-    slope = math.exp(-DEFAULT.decay * (j - b) ** 2) * (j - a) / (a - b)
+    slope = math.exp(-DEFAULT.decay * (j - b)) * (j - a) / (a - b)
     assert weights[11] == pytest.approx((1 + slope, -slope))
     assert weights[2] == (1.0,)  # nothing to draw a line through
     assert forecast_weights({0, 4, 7}, sigmas, "reuse")[11] == (1.0,)
