@@ -86,11 +86,6 @@ def test_any_run_has_a_schedule(steps, shift, solver, speedup, calls_per_step):
     assert len(branches) == 1
 
 
-def test_steps_close_in_noise_are_not_computed_twice_at_few_steps():
-    """The first steps of a large shift lie within a thousandth of pure noise."""
-    assert choose_steps(magcache.noise_levels(50, 16.0), 8)[1] > 1
-
-
 @given(st.integers(4, 60), st.floats(0.5, 20), st.data())
 def test_a_straight_line_along_log_snr_is_met_without_decay(steps, shift, data):
     sigmas = magcache.noise_levels(steps, shift)
