@@ -13,9 +13,9 @@ import magcache
 import wan.pipeline
 from examples.train_tiny.check_prompts import first_frame, load_demo
 from examples.train_tiny.shapes import CAPTIONS, FRAMES, SIZE, Caption, opened
+from magcache.app.media import to_uint8
 from magcache.schedule import Schedule
 from wan.utils.samplers import make_sampler
-from magcache.app.media import to_uint8
 
 GUIDE_SCALE = 5.0
 KINDS_OF = {"t2v-tiny": ("told", "open"), "i2v-tiny": ("told",)}  # of pairs, by task

@@ -58,8 +58,8 @@ def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "mag
 
 
 def expectation(job: Job) -> "magcache.trials.Expectation | None":
-    """Of the run; None without trials, with other steps, shift or solver than theirs, and beyond the speed-ups that they
-    have tried."""
+    """Of the run. None without trials, with other steps, shift or solver than theirs, and beyond the speed-ups they
+    tried."""
     if not job.measured:
         return None
     measured_on, run = job.measured.table.measured_on, asdict(job.sampling)
