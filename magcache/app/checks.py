@@ -40,11 +40,7 @@ def make_job(args: Namespace) -> Job:
     if args.prompt_file:
         lines = read_lines(args, sampling, base_seed)
         prompt, inputs = lines[0].prompt, replace(inputs, image=lines[0].image)
-    if prompt and not prompts.is_text(prompt):
-        try:
-            prompt = os.fsencode(prompt).decode()  # of a terminal that writes UTF-8, whatever the locale says
-        except ValueError as fault:
-            raise Refused(f"--prompt is no valid UTF-8 text: {prompt!r}") from fault
+    prompt, n_prompt = text_of(prompt, "prompt"), text_of(args.n_prompt, "n_prompt")
     folder = Path(args.script).parent
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
@@ -57,7 +53,7 @@ def make_job(args: Namespace) -> Job:
         inputs=inputs,
         machine=machine,
         output=output,
-        lines=lines or (prompts.Line(1, prompt, base_seed),),
+        lines=lines or (prompts.Line(1, prompt, base_seed, n_prompt=n_prompt),),
         base_seed=base_seed,
         prompt_file=args.prompt_file,
         extension=extension if args.use_prompt_extend else None,
@@ -69,6 +65,16 @@ def make_job(args: Namespace) -> Job:
         script=args.script,
         flags={name: value for name, value in vars(args).items() if name not in ("script", "explicit")},
     )
+
+
+def text_of(argument: str | None, flag: str) -> str | None:
+    """Of a terminal that writes UTF-8, whatever the locale says."""
+    if not argument or prompts.is_text(argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode()
+    except ValueError as fault:
+        raise Refused(f"--{flag} is no valid UTF-8 text: {argument!r}") from fault
 
 
 def check_effects(args: Namespace) -> None:
@@ -181,7 +187,7 @@ def check_extent(sampling: Sampling, inputs: Inputs, machine: Machine) -> None:
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
-    """The lines of --prompt_file, each with its image or that of --image."""
+    """The lines of --prompt_file, each with its own image and negative prompt, or those of the flags."""
     refuse_if(args.prompt is not None, "--prompt and --prompt_file exclude each other")
     try:
         lines = prompts.read_prompts(args.prompt_file, base_seed)
@@ -191,7 +197,8 @@ def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[pro
     if "image" not in sampling.spec.inputs:
         named = any(line.image for line in lines)
         refuse_if(named, f"{file} names images, task {args.task} takes none")
-    lines = tuple(replace(line, image=line.image or args.image) for line in lines)
+    given = {"image": args.image, "n_prompt": text_of(args.n_prompt, "n_prompt")}
+    lines = tuple(replace(line, **{name: getattr(line, name) or given[name] for name in given}) for line in lines)
     for line in lines if "image" in sampling.spec.inputs else ():
         refuse_if(line.image is None, f"{file}: prompt {line.number} has no image, and there is no --image")
     return lines

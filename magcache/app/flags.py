@@ -41,10 +41,11 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     parser.set_defaults(script=os.path.abspath(script))
     add = parser.add_argument_group("what to generate").add_argument
     add("--task", default="t2v-14B", choices=tuple(TASKS))
-    size = "width*height; the area where an input file has the shape"
-    add("--size", default="1280*720", choices=all_sizes(), help=size)
+    size = "width*height, or widthxheight; the area where an input file has the shape"
+    add("--size", default="1280*720", type=lambda text: text.replace("x", "*"), choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--prompt", help="what to show (default: an example)")
+    add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
     add("--prompt_file", metavar="FILE", help="a video of every line: a prompt, or JSON (README: Many prompts)")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
     add("--base_seed", type=int, default=-1, help="of the noise; negative (default): random, with a prompt file 0")
@@ -53,7 +54,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
     add("--src_video", help="source video (vace)")
-    add("--src_mask", help="source mask (vace)")
+    add("--src_mask", help="source mask, white where to generate: a video, or a picture for all frames (vace)")
     add("--src_ref_images", help="reference images, comma separated (vace)")
 
     add = parser.add_argument_group("sampling").add_argument

@@ -242,6 +242,7 @@ class Making:
             sample_solver=sampling.sample_solver,
             sampling_steps=steps,
             guide_scale=sampling.sample_guide_scale,
+            n_prompt=request.n_prompt or "",
             seed=request.seed,
             offload_model=self.job.machine.offload_model,
         )

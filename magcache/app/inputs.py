@@ -79,13 +79,13 @@ def read_inputs(job: Job) -> list | None:
 
 def check_sources(inputs: Inputs) -> None:
     """Raises ValueError for source files of vace that are no video, references that are no image, a mask alone."""
-    from magcache.app.media import probe_video, read_image
+    from magcache.app.media import frames_at_most, read_image
 
-    for path in (inputs.src_video, inputs.src_mask):
-        if path:
-            probe_video(path)
+    frames = {path: frames_at_most(2, path) for path in (inputs.src_video, inputs.src_mask) if path}
     if inputs.src_mask and not inputs.src_video:
         raise ValueError(f"the mask {inputs.src_mask} needs a source video")
+    if inputs.src_mask and frames[inputs.src_mask] < frames[inputs.src_video]:
+        raise ValueError(f"cannot use {inputs.src_mask}: the wan package here takes no picture as a mask, only a video")
     for path in inputs.references:
         read_image(path)
     if inputs.src_video:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import subprocess
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,6 +62,22 @@ def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
     areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
     width, height = (int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
     return width, height
+
+
+def frames_at_most(most: int, path: str) -> int:
+    """The number of frames in a video, counted up to this one. Raises ValueError if it is missing or no video."""
+    import imageio_ffmpeg
+
+    if not os.path.isfile(path):  # a pipe might never end
+        reason = "it is no regular file" if os.path.exists(path) else "no such file"
+        raise ValueError(f"cannot read {path}: {reason}")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:v:0"]
+    command += ["-fps_mode", "passthrough", "-frames:v", str(most), "-f", "framecrc", "-"]
+    frames = subprocess.run(command, capture_output=True, text=True).stdout
+    count = sum(not line.startswith("#") for line in frames.splitlines())
+    if not count:
+        raise ValueError(f"cannot read {path}: it is no video")
+    return count
 
 
 def to_uint8(tensor) -> np.ndarray:

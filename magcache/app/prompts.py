@@ -22,18 +22,19 @@ BEGINNINGS = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """What one line asks for. number: of the prompt in its file, from 1. image, save_file: as on the command line."""
+    """What one line asks for. number: of the prompt in its file, from 1. image, save_file, n_prompt: as on the command line."""
 
     number: int
     prompt: str
     seed: int
     image: str | None = None
     save_file: str | None = None
+    n_prompt: str | None = None
 
 
 def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     """Reads a text file with a prompt on every line, or JSON Lines: objects with "prompt" and, where wanted, "seed",
-    "image", "save_file". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace. Empty
+    "image", "save_file", "n_prompt". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace. Empty
     lines do not count.
 
     The seed of prompt i (from 0) is base_seed + i where the line gives none. Raises ValueError with one line for what
@@ -78,7 +79,7 @@ def holds(text: str, kind: type) -> bool:
 
 def read_object(line: str) -> dict:
     """One line of JSON Lines, checked. Raises ValueError."""
-    types = {"prompt": str, "seed": int, "image": str, "save_file": str}
+    types = {"prompt": str, "seed": int, "image": str, "save_file": str, "n_prompt": str}
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as fault:
@@ -93,7 +94,7 @@ def read_object(line: str) -> dict:
             raise ValueError(f'"{key}" must be {wanted}, got {shortened(value)}')
         if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
-        if types[key] is str and (not is_text(value) or ("\0" in value and key != "prompt")):
+        if types[key] is str and (not is_text(value) or ("\0" in value and key in ("image", "save_file"))):
             raise ValueError(f'"{key}" is no valid text: {shortened(value)}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
@@ -115,9 +116,10 @@ def slug(prompt: str) -> str:
 
 
 def result_name(line: Line, settings: dict, ending: str) -> str:
-    """A file name that changes with whatever decides on the video: prompt, seed, image and the settings (anything that
+    """A file name that changes with whatever decides on the video: prompts, seed, image and the settings (anything that
     JSON can hold). A rerun thus finds what it would make again, and nothing else."""
-    decisive = json.dumps([line.prompt, line.seed, line.image, settings], sort_keys=True)
+    more = [line.n_prompt] if line.n_prompt else []  # without one names are as ever
+    decisive = json.dumps([line.prompt, line.seed, line.image, settings, *more], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
     return f"{line.number:05d}_{slug(line.prompt)}_{line.seed}_{digest}{ending}"
 

@@ -64,7 +64,8 @@ def replayed_values(job: Job, request: Request) -> dict:
     if table := job.table or (job.measured and job.measured.table):
         values["mag_ratios"] = table.name if table.named else str(table.path.absolute())
     again = request.path.with_stem(f"{request.path.stem}_again").absolute()
-    return values | {"prompt": request.prompt, "base_seed": request.seed, "save_file": str(again)}
+    values |= {"prompt": request.prompt, "n_prompt": request.n_prompt}
+    return values | {"base_seed": request.seed, "save_file": str(again)}
 
 
 def command_of(job: Job, request: Request, group, values: dict) -> list[str]:

@@ -28,7 +28,8 @@ def make_requests(job: Job) -> list[Request]:
     if not job.prompt_file:
         (line,) = job.lines
         path = result_path(job, line.prompt, job.output.save_file)
-        return [Request(line.prompt, line.seed, path, replaces=bool(job.output.save_file) and path.exists())]
+        replaces = bool(job.output.save_file) and path.exists()
+        return [Request(line.prompt, line.seed, path, n_prompt=line.n_prompt, replaces=replaces)]
     folder = Path(job.output.save_file or Path(job.prompt_file).stem)
     check_names(folder)
     is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
@@ -55,8 +56,14 @@ def make_requests(job: Job) -> list[Request]:
     own = "image" in job.sampling.spec.inputs
     made = zip(job.lines, paths, strict=True)
     return [
-        # of two files with a name that holds all settings, either will do
-        Request(line.prompt, line.seed, path, line.image if own else None, not line.save_file or path.exists())
+        Request(
+            line.prompt,
+            line.seed,
+            path,
+            image=line.image if own else None,
+            n_prompt=line.n_prompt,
+            replaces=not line.save_file or path.exists(),  # of two with a name that holds all settings, either will do
+        )
         for line, path in made
     ]
 

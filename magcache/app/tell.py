@@ -15,6 +15,8 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     schedule, calls = job.schedule, len(job.schedule.weights)
     if not job.prompt_file:
         print(f"prompt    {requests[0].prompt}")
+        if requests[0].n_prompt:
+            print(f"n_prompt  {requests[0].n_prompt}")
     for flag in job.sampling.spec.inputs if not requests[0].image else ():
         if path := getattr(job.inputs, flag):
             print(f"{flag:<9} {path}")

@@ -431,6 +431,27 @@ def test_file_names_without_the_cache():
     assert result_path(job, "one fox", "film") == Path("film.png")
 
 
+def test_a_negative_prompt(tmp_path):
+    """The video is that of the pipeline, and its record repeats it."""
+    unwanted = "a red circle moves down on a white background"
+    result = demo("--n_prompt", unwanted, "--size", "64x64", "--save_file", tmp_path / "film.mp4", steps=2)
+    assert f"\nn_prompt  {unwanted}\n" in result.stdout
+    film = iio.imread(tmp_path / "film.mp4")
+    assert np.array_equal(film, frames_of(generated(2, n_prompt=unwanted), tmp_path / "api.mp4"))
+    assert not np.array_equal(film, frames_of(generated(2), tmp_path / "other.mp4"))
+    command = json.loads((tmp_path / "film.json").read_text())["command"]
+    assert command[command.index("--n_prompt") + 1] == unwanted
+    assert command[command.index("--size") + 1] == "64*64"
+
+
+def test_negative_prompts_of_a_file(tmp_path):
+    lines = [{"prompt": "a fox"}, {"prompt": "a hen", "n_prompt": "a farm"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    where = ("--prompt_file", tmp_path / "prompts.jsonl", "--save_file", tmp_path)
+    for flags, expected in (((), [None, "a farm"]), (("--n_prompt", "rain"), ["rain", "a farm"])):
+        assert [request.n_prompt for request in make_requests(job_of("--ckpt_dir", DEMO, *where, *flags))] == expected
+
+
 def test_uncached_equals_the_unpatched_model(tmp_path):
     result = demo("--save_file", tmp_path / "plain.mp4")
     assert "off: all 20 transformer calls computed" in result.stdout

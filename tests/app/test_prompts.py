@@ -31,10 +31,14 @@ def test_json_lines(tmp_path, name):
     lines = [
         {"prompt": "a cat"},
         {"prompt": "b", "seed": 3, "image": "b.png", "save_file": "b.mp4"},
-        {"prompt": "c\n\u2028d"},
+        {"prompt": "c\n\u2028d", "n_prompt": "blurred"},
     ]
     path = write(tmp_path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), name)
-    assert read_prompts(path, 5) == [Line(1, "a cat", 5), Line(2, "b", 3, "b.png", "b.mp4"), Line(3, "c\n\u2028d", 7)]
+    assert read_prompts(path, 5) == [
+        Line(1, "a cat", 5),
+        Line(2, "b", 3, "b.png", "b.mp4"),
+        Line(3, "c\n\u2028d", 7, n_prompt="blurred"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_json_lines(tmp_path, name):
         ('{"prompt": "a", "seed": 9223372036854775808}', "seed must be between 0"),
         ('{"prompt": "a", "image": ""}', '"image" is empty'),
         (r'{"prompt": "a \ud83d"}', '"prompt" is no valid text'),
-        ('{"prompt": "a", "steps": 3}', '"steps" is none of prompt, seed, image, save_file'),
+        ('{"prompt": "a", "steps": 3}', '"steps" is none of prompt, seed, image, save_file, n_prompt'),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -100,9 +104,10 @@ def test_names_change_with_what_decides_on_the_video():
         Line(1, "x" * 60 + "y", 1),  # beyond what the name shows
         Line(1, "x" * 60, 2),
         Line(1, "x" * 60, 1, image="a.png"),
+        Line(1, "x" * 60, 1, n_prompt="blurred"),
     ]
     names = {result_name(line, settings, ".mp4") for line in lines for settings in ({}, {"steps": 3})}
-    assert len(names) == 8
+    assert len(names) == 10
     assert result_name(lines[0], {"a": 1, "b": 2}, "") == result_name(lines[0], {"b": 2, "a": 1}, "")
 
 

@@ -126,6 +126,20 @@ def test_a_mask_that_does_not_fit_is_refused(tmp_path):
             prepare_source(video, mask, None, 5, (64, 48))
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_picture_is_the_mask_of_all_frames(ending, tmp_path):
+    video, mask = write_video(tmp_path / "video.mp4"), Image.new("L", (64, 48))
+    mask.paste(255, (32, 0, 64, 48))
+    mask.save(tmp_path / f"mask.{ending}")
+    _, weights, _ = prepare_source(video, str(tmp_path / f"mask.{ending}"), None, 5, (64, 48))
+    assert weights.shape == (1, 5, 48, 64)
+    assert weights[..., :28].max() < 0.05
+    assert weights[..., 36:].min() > 0.95
+    mask.resize((80, 48)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide\.png has 80\*48 pixels, the video .*video\.mp4 has 64\*48"):
+        prepare_source(video, str(tmp_path / "wide.png"), None, 5, (64, 48))
+
+
 def cut_in_half(source, target):
     content = source.read_bytes()
     target.write_bytes(content[: len(content) // 2])

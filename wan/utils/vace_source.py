@@ -76,8 +76,8 @@ def prepare_source(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
     """Reads what a VACE run starts from; needs no model. video: path of the video to edit; None to generate frame_num
     (4 n + 1) frames of `size` (width, height). With a video, `size` gives the largest area only and frame_num is not
-    used: see `plan_video`. mask: path of a video of the same size and length, white where to generate; None for
-    everywhere. refs: reference images, RGB, or their paths. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
+    used: see `plan_video`. mask: path of a video of the same size and length, or of a picture of the same size
+    for all frames, white where to generate; None for everywhere. refs: reference images, RGB, or their paths. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
     or 3, F, H, W] in [0, 1] (1 where to generate), and one float32 [3, 1, H, W] in [-1, 1] per reference, None if there
     are none, all on the device. Raises ValueError for a file that cannot be read, a mask without a video or that does
     not fit it, a size that is no multiple of 16, a wrong frame_num."""
@@ -104,16 +104,17 @@ def prepare_source(
         if mask is None:
             weights = torch.ones_like(frames)
         else:
-            weights = read_video(mask, mask_info, frame_ids, height, width)[:1].to(device).float() / 255
+            mask_ids = frame_ids if mask_info.frames > 1 else [0] * len(frame_ids)
+            weights = read_video(mask, mask_info, mask_ids, height, width)[:1].to(device).float() / 255
     references = [read_reference(ref, height, width).to(device) for ref in refs or []]
     return frames, weights, references or None
 
 
 def check_mask(mask: str, mask_info: VideoInfo, video: str, info: VideoInfo) -> None:
-    """Raises ValueError unless the mask has the size and the length of the video."""
+    """Raises ValueError unless the mask has the size of the video, and its length or a single frame."""
     for what, of_mask, of_video in (
         ("pixels", (mask_info.width, mask_info.height), (info.width, info.height)),
-        ("frames", (mask_info.frames,), (info.frames,)),
+        ("frames", (mask_info.frames,), (info.frames if mask_info.frames > 1 else 1,)),
     ):
         if of_mask != of_video:
             found, expected = ("*".join(map(str, sides)) for sides in (of_mask, of_video))
