@@ -180,7 +180,8 @@ class Job:
 @dataclass(frozen=True)
 class Request:
     """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all.
-    n_prompt: its negative prompt, None for the model's. replaces: whether a file that is at `path` by then gives way; else the result gets another name."""
+    n_prompt: its negative prompt, None for the model's. replaces: whether a file that is at `path` by then gives way;
+    else the result gets another name."""
 
     prompt: str
     seed: int

@@ -22,7 +22,8 @@ BEGINNINGS = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """What one line asks for. number: of the prompt in its file, from 1. image, save_file, n_prompt: as on the command line."""
+    """What one line asks for. number: of the prompt in its file, from 1. image, save_file, n_prompt: as on the command
+    line."""
 
     number: int
     prompt: str
@@ -34,8 +35,8 @@ class Line:
 
 def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     """Reads a text file with a prompt on every line, or JSON Lines: objects with "prompt" and, where wanted, "seed",
-    "image", "save_file", "n_prompt". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace. Empty
-    lines do not count.
+    "image", "save_file", "n_prompt". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace.
+    Empty lines do not count.
 
     The seed of prompt i (from 0) is base_seed + i where the line gives none. Raises ValueError with one line for what
     cannot be read, with the number of the line in the file.

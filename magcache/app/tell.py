@@ -13,13 +13,12 @@ from magcache.app.wan_package import is_stock_wan
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
     """Says what is going to happen. shape: (frames, height, width). groups: of processes that share the requests."""
     schedule, calls = job.schedule, len(job.schedule.weights)
-    if not job.prompt_file:
-        print(f"prompt    {requests[0].prompt}")
-        if requests[0].n_prompt:
-            print(f"n_prompt  {requests[0].n_prompt}")
-    for flag in job.sampling.spec.inputs if not requests[0].image else ():
-        if path := getattr(job.inputs, flag):
-            print(f"{flag:<9} {path}")
+    first = requests[0]
+    shown = {} if job.prompt_file else {"prompt": first.prompt, "n_prompt": first.n_prompt}
+    shown |= {} if first.image else {flag: getattr(job.inputs, flag) for flag in job.sampling.spec.inputs}
+    for name, value in shown.items():
+        if value:
+            print(f"{name:<9} {value}")
     seed = requests[0].seed if len(requests) == 1 else f"{job.base_seed} and up"
     print(f"video     {job.describe_video(shape, seed)}")
     if job.cache:

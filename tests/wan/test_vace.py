@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, read_json, read_tensors, write_checkpoint
+from PIL import Image
 from pipeline_stages import CASES, INPUTS, check_stages
 
 import magcache

@@ -76,11 +76,12 @@ def prepare_source(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
     """Reads what a VACE run starts from; needs no model. video: path of the video to edit; None to generate frame_num
     (4 n + 1) frames of `size` (width, height). With a video, `size` gives the largest area only and frame_num is not
-    used: see `plan_video`. mask: path of a video of the same size and length, or of a picture of the same size
-    for all frames, white where to generate; None for everywhere. refs: reference images, RGB, or their paths. Returns the video float32 [3, F, H, W] in [-1, 1], the mask float32 [1
-    or 3, F, H, W] in [0, 1] (1 where to generate), and one float32 [3, 1, H, W] in [-1, 1] per reference, None if there
-    are none, all on the device. Raises ValueError for a file that cannot be read, a mask without a video or that does
-    not fit it, a size that is no multiple of 16, a wrong frame_num."""
+    used: see `plan_video`. mask: path of a video of the same size and length, or of a picture of that size for all
+    frames, white where to generate; None for everywhere. refs: reference images, RGB, or their paths. Returns the video
+    float32 [3, F, H, W] in [-1, 1], the mask float32 [1 or 3, F, H, W] in [0, 1] (1 where to generate), and one float32
+    [3, 1, H, W] in [-1, 1] per reference, None if there are none, all on the device. Raises ValueError for a file that
+    cannot be read, a mask without a video or that does not fit it, a size that is no multiple of 16, a wrong
+    frame_num."""
     width, height = size
     if min(size) < TOKEN_PIXELS or width % TOKEN_PIXELS or height % TOKEN_PIXELS:
         raise ValueError(f"width and height must be multiples of {TOKEN_PIXELS}, got {width}*{height}")
