@@ -169,7 +169,8 @@ class WanPipeline:
         """Runs the sampler from noise [16, f, h, w] to a latent. contexts: of prompt and negative prompt, as
         `encode_text` returns them; given: the model's other arguments.
 
-        Every step calls the model for cond, then for uncond, and steps along uncond + guide_scale (cond - uncond).
+        Every step calls the model for cond, then for uncond, and steps along uncond + guide_scale (cond - uncond); at a
+        guide_scale of 1 it calls it for cond alone.
         """
         sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
         cond, uncond = ({"context": context} | given for context in contexts)
@@ -179,9 +180,10 @@ class WanPipeline:
                 self.model.to(self.device)
             with self.inference():
                 for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
-                    velocity_cond = self.model([latent], t=t[None], **cond)[0]
-                    velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
-                    velocity = velocity_uncond + how.guide_scale * (velocity_cond - velocity_uncond)
+                    velocity = self.model([latent], t=t[None], **cond)[0]
+                    if how.guide_scale != 1:
+                        velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
+                        velocity = velocity_uncond + how.guide_scale * (velocity - velocity_uncond)
                     latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
         finally:  # after a failure, too: another video may come
             if how.offload_model and not stays:

@@ -233,6 +233,8 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
     if args.magcache_calibration:
         too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
         refuse_if(sampling.sample_steps < 2, too_few)
+        one = "--magcache_calibration measures both calls of a step, and with --sample_guide_scale 1 there is only one"
+        refuse_if(sampling.calls_per_step == 1, one)
         check_writable(Path(args.calibration_dir))
     calibration_dir = args.calibration_dir if args.magcache_calibration else None
     trials = ()

@@ -96,20 +96,22 @@ def choose_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tup
 
 def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioTable | None) -> Schedule:
     """cache: None computes every call. table: None for a speed-up."""
-    steps = sampling.sample_steps
+    steps, per_step = sampling.sample_steps, sampling.calls_per_step
     if cache is None:
-        return all_computed(steps)
+        return all_computed(steps, per_step)
     if cache.speedup is not None:
         with refusing(ValueError):
             given = {"constants": cache.constants} if cache.constants else {}
-            return magcache.plan_speedup(steps, cache.speedup, sampling.sample_shift, sampling.sample_solver, **given)
+            levels = sampling.noise_levels
+            return magcache.plan_speedup(steps, cache.speedup, calls_per_step=per_step, sigmas=levels, **given)
     with refusing(ValueError):
-        return magcache.plan(table.ratios, steps, **asdict(cache.rule), sigmas=sampling.noise_levels)
+        given = {"calls_per_step": per_step, "sigmas": sampling.noise_levels}
+        return magcache.plan(table.ratios, steps, **asdict(cache.rule), **given)
 
 
-def all_computed(steps: int) -> Schedule:
+def all_computed(steps: int, calls_per_step: int = 2) -> Schedule:
     """The schedule without the cache."""
-    return Schedule((None, None) * steps)
+    return Schedule((None,) * calls_per_step * steps, calls_per_step)
 
 
 def predict(job: Job) -> dict[str, tuple[float, ...]] | None:

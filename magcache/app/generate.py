@@ -101,6 +101,30 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
     return result, agreed(fault, group) if goes_on else None
 
 
+class CondForBoth:
+    """For a pipeline that also makes the second call of a step where it has no weight, as Wan2.1's own does at a
+    guidance of 1: that one returns what the first did. `runner` is handed the first ones."""
+
+    calls_per_step = 2
+
+    def __init__(self, runner: patch.Runner):
+        self.runner, self.calls, self.sigmas, self.out = runner, 2 * runner.calls, runner.sigmas, None
+
+    def reset(self) -> None:
+        self.out = None
+        self.runner.reset()
+
+    def skips(self, call: int) -> bool:
+        return call % 2 == 1 or self.runner.skips(call // 2)
+
+    def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
+        if call % 2 == 0:
+            self.out = self.runner.run(call // 2, model, forward)
+            return self.out
+        out, self.out = self.out, None
+        return out
+
+
 def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
     """Returns the task's pipeline."""
     sampling, machine = job.sampling, job.machine
@@ -223,7 +247,10 @@ class Making:
         before = self.watches[-1].seconds["decode"] if self.watches else None
         with watched(self.pipeline, schedule, self.speaks, before) as watch:
             self.watch = watch
-            patch.attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
+            runner, on_call = runner or patch.OutputCache(schedule), watch.called
+            if is_stock_wan() and runner.calls_per_step == 1:
+                runner, on_call = CondForBoth(runner), lambda call, reused: call % 2 or watch.called(call // 2, reused)
+            patch.attach(self.pipeline.model, runner, on_call)
             video = self.generate(request, self.job.sampling.sample_steps)
         return video, watch
 
@@ -270,7 +297,11 @@ class Making:
         goes_on, fps, scores = self.job.goes_on, self.pipeline.config.sample_fps, None
         try:
             plain, fault = tried(
-                goes_on, functools.partial(self.run, request, all_computed(self.job.schedule.steps), None), self.own
+                goes_on,
+                functools.partial(
+                    self.run, request, all_computed(self.job.schedule.steps, self.job.schedule.calls_per_step), None
+                ),
+                self.own,
             )
             if not fault and frames is not None:
                 write = functools.partial(compare_results, self.job, request, fps, (frames, watch), plain)

@@ -36,6 +36,11 @@ class Sampling:
         return width, height
 
     @property
+    def calls_per_step(self) -> int:
+        """Of the transformer. At a guidance of 1 what it says without the prompt has no weight: cond alone is left."""
+        return 1 if self.sample_guide_scale == 1 else 2
+
+    @property
     def noise_levels(self) -> tuple[float, ...]:
         return magcache.noise_levels(self.sample_steps, self.sample_shift, self.sample_solver)
 

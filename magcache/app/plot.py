@@ -85,7 +85,7 @@ def plan_figure(job: Job, title: str):
         levels.legend(fontsize=8)
     else:
         figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
-        for (label, color), values in zip(BRANCHES, split_branches(job.table.ratios), strict=True):
+        for (label, color), values in zip(BRANCHES[: len(branches)], split_branches(job.table.ratios), strict=False):
             ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
             error.step(range(steps), prediction[label], where="mid", color=color, label=label)
         ratio.axhline(1, color="gray", linewidth=0.5)

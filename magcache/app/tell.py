@@ -7,6 +7,7 @@ from magcache.app import record
 from magcache.app.cost import needs_of, number_of_bytes
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.quality import expected_in_words
+from magcache.app.step_map import BRANCHES
 from magcache.app.wan_package import is_stock_wan
 
 
@@ -84,12 +85,11 @@ def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
 def tell_calls(job: Job, watches: list) -> None:
     calls = [call for watch in watches for call in watch.calls]
     times = {kind: [duration for reused, duration in calls if reused == kind] for kind in (False, True)}
-    cond, uncond = (sum(reused for w in watches for reused, _ in w.calls[branch::2]) for branch in (0, 1))
-    steps = job.schedule.steps * len(watches)
-    print(
-        f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {cond} of {steps} cond and "
-        f"{uncond} of {steps} uncond (bound {job.schedule.speedup_bound:.2f}x, {job.made_by})"
-    )
+    branches, steps = BRANCHES[: job.schedule.calls_per_step], job.schedule.steps * len(watches)
+    counts = [sum(reused for w in watches for reused, _ in w.calls[i :: len(branches)]) for i in range(len(branches))]
+    reused = " and ".join(f"{count} of {steps} {name}" for count, name in zip(counts, branches, strict=True))
+    bound = f"bound {job.schedule.speedup_bound:.2f}x, {job.made_by}"
+    print(f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {reused} ({bound})")
     typical = statistics.fmean(times[False])
     reused = f", reused {1000 * statistics.fmean(times[True]):.2g} ms a call" if times[True] else ""
     speedup = len(calls) * typical / sum(times[False] + times[True])

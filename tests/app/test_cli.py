@@ -431,6 +431,19 @@ def test_file_names_without_the_cache():
     assert result_path(job, "one fox", "film") == Path("film.png")
 
 
+def test_without_guidance(tmp_path):
+    """One call a step, of which the cache leaves half."""
+    flags = ("--sample_guide_scale", 1, "--use_magcache", "--magcache_speedup", 2)
+    said = demo(*flags, "--compare", "--save_file", tmp_path / "film.mp4", steps=4).stdout
+    assert "2 of 4 transformer calls computed, at most 2.00x" in said
+    assert "2 of 4 calls computed, reused 2 of 4 cond (bound 2.00x" in said
+    model = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4)
+    schedule = job_of(*model, *flags).schedule
+    expected = generated(4, schedule=schedule, dtype=None, guide_scale=1)
+    assert np.array_equal(iio.imread(tmp_path / "film.mp4"), frames_of(expected, tmp_path / "api.mp4"))
+    assert json.loads((tmp_path / "film.json").read_text())["calls"] == {"computed": 2, "reused": 2}
+
+
 def test_a_negative_prompt(tmp_path):
     """The video is that of the pipeline, and its record repeats it."""
     unwanted = "a red circle moves down on a white background"

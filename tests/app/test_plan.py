@@ -74,6 +74,13 @@ def test_the_plan_of_a_speedup(plan):
     ]  # fmt: skip
 
 
+def test_the_plan_without_guidance(plan):
+    for flags in (("--magcache_speedup", 2), ("--magcache_K", 4)):
+        lines = plan("--task", "t2v-1.3B", "--size", "832*480", "--sample_guide_scale", 1, *flags)
+        assert re.match(r"\d+ of 50 DiT calls computed", lines[0])
+        assert [line.split()[0] for line in lines if "#" in line and "reused" in line] == ["cond", "#"]
+
+
 def test_documentation_has_the_plans_of_the_published_settings():
     rows = re.findall(r"^\| ([\w.-]+), (\d+), ([\d.]+), (\d) \|[^|]*\| (\d+)/\d+, ", CALIBRATION, re.MULTILINE)
     names = {"i2v-14B": {"Wan2.1-I2V-14B-720P": "i2v-720P", "Wan2.1-I2V-14B-480P": "i2v-480P"}}
@@ -157,7 +164,11 @@ def test_a_plan_refuses_what_the_run_refuses(monkeypatch, capsys):
 
 
 def test_picture(monkeypatch, capsys, tmp_path):
-    for name, flags in (("ratios", ("--magcache_K", "4")), ("speedup", ("--magcache_speedup", "2.5"))):
+    for name, flags in (
+        ("ratios", ("--magcache_K", "4")),
+        ("speedup", ("--magcache_speedup", "2.5")),
+        ("cond", ("--magcache_K", "4", "--sample_guide_scale", "1")),
+    ):
         picture = tmp_path / f"{name}.png"
         monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *DEMO, *flags, "--magcache_plan", str(picture)])
         magcache_generate.main()

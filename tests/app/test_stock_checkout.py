@@ -89,6 +89,25 @@ def test_one_process(checkout, in_one_process):
     assert not list(checkout.glob("*.part*"))
 
 
+def test_without_guidance(checkout):
+    """Its pipeline makes two calls a step; at a guidance of 1 the second has no weight, and is not computed."""
+    cached = magcache.plan_speedup(STEPS, 2, calls_per_step=1)
+    expected = {"--base_seed": [LAYERS] * STEPS, "--use_magcache": [0 if reuse else LAYERS for reuse in cached.reuse]}
+    for flag, calls in expected.items():
+        more = (flag, "--magcache_speedup", 2) if flag == "--use_magcache" else (flag, 1)
+        result, (record,) = run(checkout, *TEXT, "--sample_guide_scale", 1, "--n_prompt", "fog", *more)
+        assert result.returncode == 0, result.stderr
+        assert record["calls"][::2] == calls
+        assert record["calls"][1::2] == [0] * STEPS
+        assert record["n_prompt"] == "fog"
+        assert f"{calls.count(LAYERS)} of {STEPS}" in result.stdout or flag == "--base_seed"
+        assert "did not follow the schedule" not in result.stderr
+        if flag == "--base_seed":
+            _, (almost,) = run(checkout, *TEXT, "--sample_guide_scale", 1.000001)
+            assert almost["calls"] == [LAYERS] * 2 * STEPS
+            torch.testing.assert_close(record["latent"], almost["latent"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [SHARED, SHARDED], ids=["own-forward", "fsdp1"])
 def test_two_processes(flags, checkout, in_one_process):
     (checkout / "a.mp4").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Text to video and text to image, every stage against the reference implementation."""
 
 import pytest
+import torch
 from golden_data import read_json, write_checkpoint
 from pipeline_stages import check_stages
 
@@ -16,6 +17,18 @@ def pipeline(tmp_path_factory):
 @pytest.mark.parametrize("name", ["t2v_a", "t2v_b", "t2v_c_image"])
 def test_every_stage(pipeline, name):
     check_stages(pipeline, name, keys=("size", "frame_num"))
+
+
+def test_at_a_guidance_of_1_only_cond_is_computed(pipeline):
+    """The other call would have no weight."""
+    videos, calls = [], []
+    hook = pipeline.model.register_forward_hook(lambda *_: calls.append(1))
+    for guide_scale, expected in ((1, 3), (1.000001, 6)):
+        calls.clear()
+        videos.append(pipeline.generate("a", (32, 32), 5, sampling_steps=3, guide_scale=guide_scale, seed=1))
+        assert len(calls) == expected
+    hook.remove()
+    torch.testing.assert_close(*videos, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_that_cannot_be_tiled_are_refused(pipeline):

@@ -82,7 +82,7 @@ class WanT2V(Pipeline):
         self, input_prompt, size=(1280, 720), frame_num=81, shift=5.0, sample_solver="unipc", sampling_steps=50,
         guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
     ):  # fmt: skip
-        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model}
+        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model, "n_prompt": n_prompt}
         return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
 
 
