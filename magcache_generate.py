@@ -15,7 +15,7 @@ try:
     from magcache.app.flags import is_first, make_parser
     from magcache.app.inputs import make_expander, read_inputs, video_shape
     from magcache.app.processes import Processes, leaving_at_once
-    from magcache.app.requests import check_replaced, choose_requests, make_requests
+    from magcache.app.requests import check_targets, choose_requests, make_requests
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
     from magcache.app.wan_package import check_before_import, check_wan, start_processes
@@ -38,8 +38,8 @@ def run(args: Namespace) -> bool:
     if not requests:
         print("all of them are finished; --overwrite makes them again")
         return True
-    check_replaced(job, requests)
     expander = make_expander(job.sampling, job.extension) if job.extension and processes.rank == 0 else None
+    check_targets(job, requests)
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 
     from magcache.app.generate import make_all

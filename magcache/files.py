@@ -1,61 +1,35 @@
 """Files that are written whole or not at all, and JSON that may hold anything."""
 
-import hashlib
-import itertools
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from typing import Any
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike, replace: bool = True) -> Iterator[Path]:
-    """A path beside `path` to write to, which nothing else has; it takes that one's place at the end, or vanishes with
-    an exception. Its ending tells writers the format.
-
-    replace: whether it also takes the place of a file that is at `path` by then; else that raises FileExistsError.
-    """
-    path = Path(path)
-    part, lock = own_part(path)
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A new file beside `path` to write to, which takes that one's place at the end, or vanishes with an exception. Its
+    ending tells writers the format."""
+    part = new_part(Path(path))
     try:
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # some file systems tell only now that they are full
-        if not replace:
-            open(path, "x").close()
-        os.replace(part, path)  # after which the part's name may be another process's
+        os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    finally:
-        lock.close()
 
 
-def own_part(path: Path) -> tuple[Path, BinaryIO]:
-    """A file beside `path` that no other process writes to, and what locks it while it is open. One that a killed
-    process has left is taken over, so that a rerun leaves nothing of it."""
+def new_part(path: Path) -> Path:
+    """An empty file beside `path` whose name nothing else has. Raises OSError where there can be none."""
     # short, as `path` may have as long a name as there can be; not of `tempfile`, which only their owner may read
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    for number in itertools.count():
-        part = path.with_name(f"{digest}{number or ''}.part{path.suffix}")
-        lock = open(part, "ab")  # noqa: SIM115
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(part)):
-                return part, lock
-        except (BlockingIOError, FileNotFoundError):  # another's, which is being written or has just become `path`
-            pass
-        except OSError:  # a file system without locks
-            return part, lock
-        lock.close()
+    part = path.with_name(f"{secrets.token_hex(8)}.part{path.suffix}")
+    open(part, "xb").close()
+    return part
 
 
 def is_special(path: str | os.PathLike) -> bool:

@@ -222,7 +222,8 @@ def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     flags = (*T2V, "--prompt", PROMPT, "--base_seed", 3, "--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp")
-    flags += ("--t5_fsdp", "--calibration_dir", folder / "dumps", "--save_file", folder / "film.mp4")
+    flags += ("--t5_fsdp", "--save_file", folder / "dumps" / "film.mp4")
+    (folder / "dumps").mkdir(exist_ok=True)
     sys.argv = ["magcache_generate.py", *map(str, flags)]
     magcache_generate.main()
 

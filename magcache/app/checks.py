@@ -3,16 +3,14 @@
 import math
 import os
 import random
-import tempfile
 from argparse import Namespace
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import magcache
 from magcache.app import prompts
-from magcache.app.checkpoint import architecture_of
 from magcache.app.choose_schedule import choose_table, make_schedule
-from magcache.app.cost import number_of_bytes, token_count
 from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
@@ -23,8 +21,6 @@ from magcache.app.wan_package import is_stock_wan
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
-MOST_TOKENS = 2**20  # a call and GPU, 14 times what the largest model was trained on (81 frames of 720p)
-VALUES_A_TOKEN = 4  # float32: hidden state, queries, keys, values
 
 
 def make_job(args: Namespace) -> Job:
@@ -47,7 +43,6 @@ def make_job(args: Namespace) -> Job:
     cache, measured = use_trials(sampling, cache, machine.ckpt_dir)
     table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
-    check_extent(sampling, inputs, machine)
     return Job(
         sampling=sampling,
         inputs=inputs,
@@ -89,10 +84,8 @@ def check_effects(args: Namespace) -> None:
     for name in sorted(given):
         if name in needs and not needs[name][0]:
             print(f"note: --{name} has no effect without {needs[name][1]}")
-    for name in ("mag_ratios", "magcache_speedup", "magcache_quality", "magcache_dtype", "magcache_offload", "compare"):
+    for name in ("mag_ratios", "magcache_speedup", "magcache_quality", "magcache_offload", "compare"):
         refuse_if(bool(getattr(args, name)) and not cached, f"--{name} needs --use_magcache")
-    unused = "calibration_dir" in given and not args.magcache_calibration
-    refuse_if(unused, "--calibration_dir needs --magcache_calibration")
 
 
 def make_machine(args: Namespace) -> Machine:
@@ -156,6 +149,8 @@ def make_sampling(args: Namespace) -> Sampling:
     refuse_if(wrong, f"task {args.task} makes one image: --frame_num must be 1, got {frames}")
     few = f"task {args.task} needs --frame_num {task.least_frames} or more, got {frames}"
     refuse_if(1 <= frames < task.least_frames, few)
+    most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end, got {shortened(frames)}"
+    refuse_if(frames > MOST_FRAMES, most)
     refuse_if(frames < 1 or frames % 4 != 1, f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
     refuse_if(steps < 1, f"--sample_steps must be at least 1, got {steps}")
     many = f"--sample_steps must be at most {MOST_STEPS}, got {shortened(steps)}: the models know 1000 noise levels"
@@ -169,21 +164,6 @@ def make_sampling(args: Namespace) -> Sampling:
     except ValueError as fault:
         raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
     return sampling
-
-
-def check_extent(sampling: Sampling, inputs: Inputs, machine: Machine) -> None:
-    """Refuses videos that no machine could make. With a source video, which decides on the length, its references
-    count."""
-    (width, height), references = sampling.pixels, len(inputs.references)
-    frames, shards = sampling.frame_num, machine.shards if machine.shards > 0 else 1
-    tokens = token_count(frames, height, width, references)
-    needed = VALUES_A_TOKEN * tokens * architecture_of(sampling.spec, machine.ckpt_dir).dim // shards
-    memory = number_of_bytes(4 * min(needed, 10**300))
-    estimate = f"{shortened(tokens)} tokens a call, for which a GPU needs {memory} and more"
-    most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end"
-    refuse_if(frames > MOST_FRAMES, f"{most}, got {shortened(frames)}: {estimate}")
-    what = f"{references} reference images and {frames} frames" if references else f"{frames} frames"
-    refuse_if(tokens > MOST_TOKENS * shards, f"{what} of {sampling.size} are {estimate}: ask for fewer")
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
@@ -209,7 +189,7 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
         rule = magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
     wanted = args.use_magcache or bool(args.magcache_plan)
     both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
-    refuse_if(wanted and args.magcache_calibration, both)
+    refuse_if(wanted and bool(args.magcache_calibration), both)
     speedup, quality, most = args.magcache_speedup, args.magcache_quality, sampling.sample_steps
     given = {"magcache_thresh", "magcache_K", "retention_ratio"}.intersection(getattr(args, "explicit", ()))
     for flag, value in (("magcache_speedup", speedup), ("magcache_quality", quality)):
@@ -223,56 +203,27 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
         refuse_if(not 1 <= speedup <= most, one_step)
     if not wanted:
         return None
-    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_dtype, args.magcache_offload, quality)
+    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_offload, quality)
 
 
 def make_output(args: Namespace, sampling: Sampling) -> Output:
     refuse_if(args.overwrite and not args.prompt_file, "--overwrite needs --prompt_file: a single video is always made")
     for package in ("skimage", "matplotlib", "imageio_ffmpeg", "PIL") if args.compare else ():
         need_package(package, "--compare")
-    if args.magcache_calibration:
-        too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
-        refuse_if(sampling.sample_steps < 2, too_few)
-        one = "--magcache_calibration measures both calls of a step, and with --sample_guide_scale 1 there is only one"
-        refuse_if(sampling.calls_per_step == 1, one)
-        check_writable(Path(args.calibration_dir))
-    calibration_dir = args.calibration_dir if args.magcache_calibration else None
+    if not args.magcache_calibration:
+        return Output(args.save_file, args.overwrite, args.compare)
+    too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
+    refuse_if(sampling.sample_steps < 2, too_few)
+    one = "--magcache_calibration measures both calls of a step, and with --sample_guide_scale 1 there is only one"
+    refuse_if(sampling.calls_per_step == 1, one)
     trials = ()
-    if args.magcache_trials is not None:
+    if args.magcache_calibration is not True:
         from magcache.app.plan_trials import read_speedups  # with numpy
 
-        refuse_if(not args.magcache_calibration, "--magcache_trials needs --magcache_calibration")
-        trials = read_speedups(args.magcache_trials, sampling)
-    return Output(args.save_file, args.overwrite, args.magcache_record == "on", args.compare, calibration_dir, trials)
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path, or the first above it that exists."""
-    return next(parent for parent in (path, *path.absolute().parents) if os.path.exists(parent))
-
-
-def check_writable(folder: Path) -> None:
-    """The folder, or the first above it that exists, must take files."""
-    existing = nearest_existing(folder)
-    try:  # asking for permission is not enough: in /proc it is granted
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as fault:
-        raise Refused(f"cannot write to {folder}: {fault.strerror}") from fault
-    check_names(folder / "x")
-
-
-def check_names(path: Path, *endings: str) -> None:
-    """Refuses paths that the file system cannot hold. endings: of the files beside a result, in place of its own."""
-    absolute = path.absolute()
-    refuse_if("\0" in str(path), f"{str(path)!r} is no file name")
-    if os.name != "posix":
-        return
-    existing = nearest_existing(absolute)
-    most, longest = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
-    beside = [path.stem + ending for ending in endings]
-    name = max((*absolute.parts, *beside), key=lambda name: len(os.fsencode(name)))
-    size = len(os.fsencode(name))
-    refuse_if(size > most, f"the file name {name[:40]}...{name[-20:]} has {size} bytes, at most {most} can be written")
-    size = len(os.fsencode(absolute.parent / name))
-    refuse_if(size >= longest, f"the path of {name[:40]} has {size} bytes, at most {longest - 1} can be written")
+        trials = read_speedups(args.magcache_calibration, sampling)
+    folder = Path("calibration")
+    if args.save_file:
+        folder = Path(args.save_file) if args.prompt_file else Path(args.save_file).parent
+    video = f"{sampling.size.replace('*', 'x')}_{sampling.frame_num}f_{sampling.sample_steps}steps"
+    table = folder / f"{sampling.task}_{video}_{datetime.now():%Y%m%d_%H%M%S}.json"
+    return Output(args.save_file, args.overwrite, args.compare, table, trials)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from magcache.app.job import Job, Request
 from magcache.app.media import write_image, write_video
+from magcache.app.requests import comparison_paths
 from magcache.app.wan_package import device_name
 from magcache.files import written_whole
 from magcache.schedule import Schedule
@@ -100,12 +101,11 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
     scores = score(frames, reference)
     apart, factor = difference(frames, reference)
     parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
-    both = request.path.with_name(f"{request.path.stem}_compare{'.png' if len(frames) == 1 else '.mp4'}")
-    if len(frames) == 1:
+    _, both, about = comparison_paths(job, request.path)
+    if both.suffix == ".png":
         write_image(both, next(side_by_side(parts)))
     else:
         write_video(both, side_by_side(parts), fps)
-    about = both.with_suffix(".html")
     text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds))
     with written_whole(about) as part:
         part.write_text(text, encoding="utf-8", errors="replace")

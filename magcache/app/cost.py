@@ -13,7 +13,7 @@ from magcache.app.job import Job
 from magcache.app.wan_package import is_stock_wan
 from magcache.schedule import Schedule
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 TEXT_ENCODER = 5.68e9  # parameters of umt5-xxl's encoder
 VAE_WEIGHTS = 507e6  # bytes, float32
 VAE_AT_ONCE = 19_500  # bytes for each pixel of a frame, or of a tile, that is decoded at once
@@ -70,10 +70,10 @@ def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int
     return schedule.computed * computed + sum(schedule.reuse) * reused, len(schedule.weights) * computed
 
 
-def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int, dtype: str | None = None) -> int:
-    """Memory of the cached residuals or outputs of all branches. dtype: None for float32, as Wan computes them."""
+def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
+    """Memory of the cached residuals or outputs of all branches, in float32, as Wan computes them."""
     numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * LATENT}[schedule.target]
-    return schedule.calls_per_step * schedule.history * numbers * BYTES[dtype or "float32"]
+    return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
 
 
 def call_bytes(sizes: Architecture, tokens: int, autocast: bool) -> float:
@@ -131,7 +131,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     activations = call_bytes(sizes, tokens, cuda or dtype != "float32") / shards
     cached = 0.0
     if job.cache and not job.cache.offload:
-        cached = cached_bytes(job.schedule, sizes, tokens, job.cache.dtype)
+        cached = cached_bytes(job.schedule, sizes, tokens)
         cached /= shards if job.schedule.target == "residual" else 1
     text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:

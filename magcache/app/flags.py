@@ -104,18 +104,13 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--magcache_speedup", type=float, metavar="X", help=speedup)
     quality = "the largest speed-up that is promised this latent PSNR by the trials of the model's ratio table"
     add("--magcache_quality", type=float, metavar="DB", help=quality)
-    add("--magcache_calibration", action="store_true", help="measure this model's ratio table in a run without skips")
-    trials = "also try these speed-ups on every prompt, such as 2,2.5,3,4, for --magcache_quality"
-    add("--magcache_trials", metavar="X,X,...", help=trials)
+    calibration = "measure this model's ratio table in a run without skips, and write it beside the video, or into the "
+    calibration += "folder of all, by default calibration; with speed-ups also try these on every prompt"
+    add("--magcache_calibration", nargs="?", const=True, default=False, metavar="X,X,...", help=calibration)
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
-    add("--magcache_dtype", choices=("float32", "bfloat16", "float16"), help="of what is cached (default: as computed)")
     add("--magcache_offload", action="store_true", help="what is cached waits in CPU memory")
     plan = "only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are"
     add("--magcache_plan", nargs="?", const=True, metavar="PNG", help=plan)
-    record = "write a JSON beside the video with all it takes to make it again (default: on)"
-    add("--magcache_record", default="on", choices=("on", "off"), help=record)
     compare = "also generate without the cache; both and their difference as a video and a page, with scores"
     add("--compare", action="store_true", help=compare)
-    where = "where a calibration is written (default: calibration)"
-    add("--calibration_dir", default="calibration", action=Explicit, help=where)
     return parser

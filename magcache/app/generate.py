@@ -26,7 +26,7 @@ from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
 from magcache.app.processes import Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
-from magcache.app.record import make_record, record_path, save_record
+from magcache.app.record import make_record, save_record
 from magcache.app.results import CalibrationFile, compare_results, save_result
 from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
@@ -54,9 +54,6 @@ def make_all(
         requests = prompts.share(requests, group.index, group.count)
         failures = []
         if requests:  # there may be fewer videos than groups
-            if group.rank == 0:
-                for request in requests:
-                    request.path.parent.mkdir(parents=True, exist_ok=True)
             with timed(seconds, "load"):
                 pipeline = load(job, config, processes, group)
             making = Making(job, pipeline, processes, group, own, inputs, seconds)
@@ -149,9 +146,8 @@ class Making:
         self.speaks = processes.rank == 0
         self.cache = self.calibration = None
         if job.cache:
-            dtype = getattr(torch, job.cache.dtype) if job.cache.dtype else None
             device = "cpu" if job.cache.offload else None
-            self.cache = magcache.apply_magcache(pipeline.model, job.schedule, dtype=dtype, device=device)
+            self.cache = magcache.apply_magcache(pipeline.model, job.schedule, device=device)
         elif job.calibrates:
             sharing = sharing_group(job.machine, group)
             self.calibration = magcache.apply_calibration(pipeline.model, job.schedule.steps, sharing)
@@ -230,7 +226,7 @@ class Making:
         if self.trials:
             self.trials.try_prompt(watch.latent, self.runs[-1]["mag_ratio"])
         if self.job.output.compare:
-            self.compare(*(saved or (request, {})), frames, watch)
+            self.compare(request, saved or {}, frames, watch)
         watch.latent = None
 
     def fail(self, what: str, request: Request, fault: str) -> None:
@@ -274,21 +270,19 @@ class Making:
             offload_model=self.job.machine.offload_model,
         )
 
-    def save(self, request: Request, video: torch.Tensor, watch: Watch) -> tuple[Request, dict]:
-        """Writes the video [3, F, H, W] in [-1, 1] and its record. Returns the request, with the path that the video
-        has, and the record."""
+    def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
+        """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""
         if not torch.isfinite(video).all():
             raise NotFinite("the VAE decoded NaN or infinite values from a latent that holds none; nothing is saved")
-        path = save_result(video, request.path, self.pipeline.config.sample_fps, request.replaces)
-        request, self.saved = replace(request, path=path), self.saved + 1
+        save_result(video, request.path, self.pipeline.config.sample_fps)
+        self.saved += 1
         watch.lap("save")
         frames, height, width = video.shape[1:]
         print(f"saved     {request.path} ({width}x{height}, {frames} frames)", flush=True)
         seconds = self.seconds | watch.seconds
         record = make_record(self.job, request, self.group, (frames, height, width), seconds, watch.calls)
-        if save_record(self.job, request.path, record):
-            print(f"record    {record_path(request.path)}", flush=True)
-        return request, record
+        save_record(request.path, record)
+        return record
 
     def compare(self, request: Request, record: dict, frames: np.ndarray | None, watch: Watch) -> None:
         """Generates the same video without the cache, and writes the comparison, also into the record. frames: with the
@@ -310,6 +304,6 @@ class Making:
             print(f"the comparison failed; the video with the cache is in {request.path}", file=sys.stderr)
             raise
         if scores:
-            save_record(self.job, request.path, record | {"comparison": scores})
+            save_record(request.path, record | {"comparison": scores})
         if fault:
             self.fail("comparisons", request, fault)

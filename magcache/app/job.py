@@ -96,14 +96,13 @@ class Machine:
 @dataclass(frozen=True)
 class CacheSettings:
     """What the cache is to do: by the MagCache rule, or, with a `speedup`, by that. table: a name or a path, None to
-    choose it. dtype: of what is cached, None as computed; offload: whether it waits in CPU memory. quality: latent PSNR
+    choose it. offload: whether what is cached waits in CPU memory. quality: latent PSNR
     in dB that the speed-up has to be promised, which then is the fastest one; constants: of the speed-up's rule, None
     for those that hold without trials."""
 
     rule: magcache.Settings
     speedup: float | None = None
     table: str | None = None
-    dtype: str | None = None
     offload: bool = False
     quality: float | None = None
     constants: "magcache.Constants | None" = None
@@ -126,14 +125,13 @@ class Extension:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written, and where. calibration_dir: None unless the run measures ratios. trials: speed-ups that it
+    """What is written, and where. table: of the ratios, None unless the run measures them. trials: speed-ups that it
     tries then, rising."""
 
     save_file: str | None
     overwrite: bool
-    record: bool
     compare: bool
-    calibration_dir: str | None
+    table: Path | None = None
     trials: tuple[float, ...] = ()
 
 
@@ -163,7 +161,7 @@ class Job:
 
     @property
     def calibrates(self) -> bool:
-        return self.output.calibration_dir is not None
+        return self.output.table is not None
 
     @property
     def goes_on(self) -> bool:
@@ -185,12 +183,10 @@ class Job:
 @dataclass(frozen=True)
 class Request:
     """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all.
-    n_prompt: its negative prompt, None for the model's. replaces: whether a file that is at `path` by then gives way;
-    else the result gets another name."""
+    n_prompt: its negative prompt, None for the model's."""
 
     prompt: str
     seed: int
     path: Path
     image: str | None = None
     n_prompt: str | None = None
-    replaces: bool = False

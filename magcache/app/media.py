@@ -92,13 +92,13 @@ def to_frames(video) -> np.ndarray:
     return to_uint8(video).transpose(1, 2, 3, 0)
 
 
-def write_image(path: str | os.PathLike, picture: np.ndarray, replace: bool = True) -> None:
+def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Writes uint8 [H, W, 3] in the format of the ending, as `magcache.files.written_whole` does."""
-    with written_whole(path, replace) as part:
+    with written_whole(path) as part:
         Image.fromarray(picture).save(part)
 
 
-def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int, replace: bool = True) -> None:
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int) -> None:
     """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) in the colours of BT.709, which browsers play,
     as `magcache.files.written_whole` does. Raises OSError if frames are missing from the file."""
     import imageio_ffmpeg
@@ -109,7 +109,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int,
     settings = {"codec": "libx264", "quality": 8, "macro_block_size": 1}
     settings |= {"output_params": ["-vf", BT709, *early_index]}
     settings |= {"ffmpeg_log_level": "quiet"}  # of its failures, dozens of lines
-    with written_whole(path, replace) as part:
+    with written_whole(path) as part:
         writer = imageio_ffmpeg.write_frames(str(part), first.shape[1::-1], fps=fps, **settings)
         writer.send(None)
         written = None

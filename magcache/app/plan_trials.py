@@ -10,21 +10,22 @@ from magcache.speedup import DEFAULT, Constants, computed_steps
 
 
 def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
-    """Of --magcache_trials, rising. Raises Refused."""
+    """Of --magcache_calibration, rising. Raises Refused."""
     steps = sampling.sample_steps
     try:
         speedups = sorted(float(part) for part in text.split(","))
     except ValueError as fault:
-        raise Refused(f"--magcache_trials takes speed-ups such as 2,2.5,3,4, got {text!r}") from fault
+        raise Refused(f"--magcache_calibration takes speed-ups such as 2,2.5,3,4, got {text!r}") from fault
     for speedup in speedups:
-        refuse_if(not 1 < speedup <= steps, f"--magcache_trials must be above 1 and at most {steps}, got {speedup:g}")
+        if not 1 < speedup <= steps:
+            raise Refused(f"--magcache_calibration takes speed-ups above 1 and at most {steps}, got {speedup:g}")
     counts = [computed_steps(steps, speedup) for speedup in speedups]
-    same = f"--magcache_trials {text} names speed-ups that compute the same number of {steps} steps: {counts}"
+    same = f"--magcache_calibration {text} names speed-ups that compute the same number of {steps} steps: {counts}"
     refuse_if(len(set(counts)) < len(counts), same)
     cost = sum(way.cost for way in forecasts(sampling, speedups, DEFAULT))
     cost += sum(way.cost for way in candidates(sampling, speedups)[1:]) / 2  # at most half of the prompts try them
     runs = cost / (CALLS_PER_STEP * steps)
-    dear = f"--magcache_trials {text} would cost {runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
+    dear = f"--magcache_calibration {text} would cost {runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
     refuse_if(runs > TRIAL_BUDGET, f"{dear}: leave out the smallest speed-ups")
     return tuple(speedups)
 

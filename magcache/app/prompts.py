@@ -4,9 +4,8 @@ import codecs
 import hashlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,6 @@ from magcache.app.errors import shortened
 from magcache.files import is_special, reason_of
 
 MAX_SEED = 2**63 - 1
-# of MP4 and QuickTime, Matroska, PNG, JPEG, WebP
-BEGINNINGS = re.compile(
-    rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL
-)
 
 
 @dataclass(frozen=True)
@@ -123,24 +118,6 @@ def result_name(line: Line, settings: dict, ending: str) -> str:
     decisive = json.dumps([line.prompt, line.seed, line.image, settings, *more], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
     return f"{line.number:05d}_{slug(line.prompt)}_{line.seed}_{digest}{ending}"
-
-
-def find_clash(paths: Iterable[Path]) -> tuple[int, int] | None:
-    """Positions of the first two paths that are the same file but for the ending, as the record beside it would be."""
-    seen = {}
-    for position, path in enumerate(paths):
-        first = seen.setdefault(os.path.splitext(os.path.realpath(path))[0], position)
-        if first != position:
-            return first, position
-    return None
-
-
-def is_result(path: Path) -> bool:
-    """Whether a video or a picture is there, by how it begins; results are written whole or not at all."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return bool(BEGINNINGS.match(file.read(12)))
 
 
 def share(requests: Sequence, index: int, count: int) -> list:

@@ -8,7 +8,7 @@ from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
 from magcache.trials import ANOTHER
 
-HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration --magcache_trials 2,2.5,3,4")
+HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration 2,2.5,3,4")
 
 
 def use_trials(

@@ -23,8 +23,7 @@ MADE_BY = "magcache_generate.py"
 PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "magcache_trials")
-NOT_OF_ONE_VIDEO += ("calibration_dir", "magcache_plan", "compare")
+NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "magcache_plan", "compare")
 OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
 
 
@@ -76,36 +75,22 @@ def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
     return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]
 
 
-def save_record(job: Job, path: Path, entries: dict) -> bool:
-    """Writes the record of the video at `path` where it is wanted; a full disk must not cost what comes after."""
-    if not job.output.record:
-        return False
+def save_record(path: Path, entries: dict) -> None:
+    """Writes the record of the video at `path`; a full disk must not cost what comes after."""
     try:
         write_record(record_path(path), entries)
     except (OSError, RecursionError) as fault:
         print(f"warning: the record could not be written: {fault}", file=sys.stderr)
-        return False
-    return True
 
 
 def record_path(video: Path) -> Path:
     return video.with_suffix(".json")
 
 
-def read_record(path: Path) -> dict:
-    """The record in a file; empty if there is none in it."""
+def is_record(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = read_json(path)
-        if record["made_by"].startswith(MADE_BY):
-            return record
-    return {}
-
-
-def compared_files(path: Path) -> list:
-    """Names of the files of a comparison that the record in a file tells of."""
-    with contextlib.suppress(KeyError, TypeError):
-        return list(read_record(path)["comparison"]["files"])
-    return []
+        return read_json(path)["made_by"].startswith(MADE_BY)
+    return False
 
 
 def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:

@@ -1,20 +1,19 @@
 """Which videos a job makes, and where they go."""
 
-import itertools
+import contextlib
 import os
+import secrets
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from magcache.app import prompts
-from magcache.app.checks import check_names, check_writable
 from magcache.app.choose_schedule import settings_of
-from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.errors import Refused, first_line, refusing
 from magcache.app.job import OF_OUR_WAN, Job, Request
-from magcache.app.record import compared_files, read_record, record_path
-from magcache.files import is_special
+from magcache.app.record import is_record, record_path
+from magcache.files import is_special, new_part
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
@@ -24,48 +23,41 @@ def endings_of(job: Job) -> tuple[str, ...]:
     return IMAGE_ENDINGS if job.sampling.spec.makes_image else VIDEO_ENDINGS
 
 
+def results_folder(job: Job) -> Path:
+    """Where the videos of a prompt file go that name no file."""
+    return Path(job.output.save_file or Path(job.prompt_file).stem)
+
+
 def make_requests(job: Job) -> list[Request]:
     if not job.prompt_file:
         (line,) = job.lines
-        path = result_path(job, line.prompt, job.output.save_file)
-        replaces = bool(job.output.save_file) and path.exists()
-        return [Request(line.prompt, line.seed, path, n_prompt=line.n_prompt, replaces=replaces)]
-    folder = Path(job.output.save_file or Path(job.prompt_file).stem)
-    check_names(folder)
-    is_file = folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS or folder.is_file()
-    refuse_if(is_file, f"with --prompt_file, --save_file must be a folder, got {folder}")
-    check_writable(folder)
-    decisive, paths = decisive_settings(job), []
+        named = job.output.save_file
+        path = named_path(job, named) if named else default_path(job, line.prompt)
+        return [Request(line.prompt, line.seed, path, n_prompt=line.n_prompt)]
+    folder, decisive, requests = results_folder(job), decisive_settings(job), []
+    if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS:
+        raise Refused(f"with --prompt_file, --save_file must be a folder, got {folder}")
     for line in job.lines:
+        path = folder / prompts.result_name(line, decisive, endings_of(job)[0])
         if line.save_file:
             try:
-                paths.append(result_path(job, line.prompt, line.save_file))
+                path = named_path(job, line.save_file)
             except Refused as refusal:
                 raise Refused(f"prompt {line.number}: {refusal}") from refusal
-        else:
-            paths.append(folder / prompts.result_name(line, decisive, endings_of(job)[0]))
-            check_result(job, paths[-1])
-    if clash := prompts.find_clash(paths):
-        first, second = (paths[position] for position in clash)
-        what = "result" if first.suffix == second.suffix else "record beside the result"
-        numbers = f"{clash[0] + 1} and {clash[1] + 1}"
-        raise Refused(f"prompts {numbers} of {job.prompt_file} have the same {what} {second}")
-    beside = {file for path in paths for file in comparison_paths(path)} if job.output.compare else set()
-    for path in beside.intersection(paths):
-        raise Refused(f"the result {path} of {job.prompt_file} has the name of another one's comparison")
-    own = "image" in job.sampling.spec.inputs
-    made = zip(job.lines, paths, strict=True)
-    return [
-        Request(
-            line.prompt,
-            line.seed,
-            path,
-            image=line.image if own else None,
-            n_prompt=line.n_prompt,
-            replaces=not line.save_file or path.exists(),  # of two with a name that holds all settings, either will do
-        )
-        for line, path in made
-    ]
+        image = line.image if "image" in job.sampling.spec.inputs else None
+        requests.append(Request(line.prompt, line.seed, path, image, line.n_prompt))
+    check_apart(job, requests)
+    return requests
+
+
+def check_apart(job: Job, requests: list[Request]) -> None:
+    """Refuses requests of which two would write the same file."""
+    seen = {}
+    for number, request in enumerate(requests, 1):
+        for file in files_of(job, request.path):
+            first = seen.setdefault(os.path.realpath(file), number)
+            if first != number:
+                raise Refused(f"prompts {first} and {number} of {job.prompt_file} would both write {file}")
 
 
 def decisive_settings(job: Job) -> dict:
@@ -76,7 +68,7 @@ def decisive_settings(job: Job) -> dict:
         "plan": [schedule.target, schedule.weights] if job.cache else None,
     }
     flags = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
-    settings |= {flag: job.flags[flag] for flag in ("magcache_dtype", *flags)}
+    settings |= {flag: job.flags[flag] for flag in flags}
     fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
     inputs = [path for flag, path in asdict(job.inputs).items() if flag != "image"]
@@ -89,7 +81,7 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
         return requests
     missing = requests
     if not job.output.overwrite and not job.calibrates:
-        missing = [request for request in requests if not prompts.is_result(request.path)]
+        missing = [r for r in requests if not (os.path.isfile(r.path) and os.path.getsize(r.path))]
     finished = len(requests) - len(missing)
     print(f"prompts   {len(requests)} in {job.prompt_file}" + (f", {finished} of them finished" if finished else ""))
     from magcache.app.media import read_image
@@ -100,86 +92,76 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
     return missing
 
 
-def check_replaced(job: Job, requests: list[Request]) -> None:
-    """Says which files will be replaced. A video, its record and its comparison take the places of earlier ones, but of
-    no other files."""
-    kind, replaced = "image" if job.sampling.spec.makes_image else "video", []
-    for request in requests:
-        path, record = request.path, record_path(request.path)
-        if request.replaces and path.exists() and not is_empty(path):
-            replaced.append(path)
-            wrong = f"{path} exists and is no {kind}: move it, or choose another --save_file"
-            refuse_if(not prompts.is_result(path), wrong)
-        other = job.output.record and record.exists() and not read_record(record)
-        refuse_if(other, f"{record} exists and is no record of a video: move it, or use --magcache_record off")
-        if not job.output.compare:
-            continue
-        earlier = compared_files(record)
-        for file in comparison_paths(path):
-            other = file.exists() and file.name not in earlier
-            refuse_if(other, f"{file} exists and is of no earlier --compare: move it, or choose another --save_file")
+def check_targets(job: Job, requests: list[Request]) -> None:
+    """Refuses, by trying, what cannot be written, and says what will be replaced. Makes the folders that are ours."""
+    files = [file for request in requests for file in files_of(job, request.path)]
+    tables = [job.output.table] if job.calibrates else []
+    own = results_folder(job) if job.prompt_file else None  # those that name a file say where there is one
+    for folder in {file.parent for file in (*files, *tables) if file.parent == own or file in tables}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as fault:
+            raise Refused(f"cannot write to {str(folder)!r}: {reason_of(fault)}") from fault
+    for file in (*files, *tables):
+        check_target(file)
+    replaced = [file for file in files if file.exists()]
+    for file in replaced:
+        if file.suffix == ".json" and not is_record(file):
+            raise Refused(f"{file} exists and is no record of a video: move it, or choose another --save_file")
     if replaced:
-        files = replaced[0] if len(replaced) == 1 else f"{len(replaced)} files, the first {replaced[0]},"
-        print(f"note: {files} will be replaced")
+        more = f" and {len(replaced) - 1} more files" if len(replaced) > 1 else ""
+        print(f"note: {replaced[0]}{more} will be replaced")
 
 
-def is_empty(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == 0
+def check_target(path: Path) -> None:
+    """Refuses a file that cannot be written, by trying."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # finds a name that is too long
+        if is_special(path) or path.is_dir():
+            raise Refused(f"{path} exists and is no regular file")
+        new_part(path).unlink()
+    except (OSError, ValueError) as fault:
+        raise Refused(f"cannot write {str(path)!r}: {reason_of(fault)}") from fault
 
 
-def comparison_paths(path: Path) -> tuple[Path, Path, Path, Path]:
-    """Files of a comparison beside the video: the uncached one, both as a video or as a picture, the page."""
-    both = path.with_name(f"{path.stem}_compare")
-    return path.with_stem(f"{path.stem}_uncached"), *(both.with_name(both.name + e) for e in (".mp4", ".png", ".html"))
+def reason_of(fault: OSError | ValueError) -> str:
+    return getattr(fault, "strerror", None) or first_line(fault)
 
 
-def free_paths(path: Path) -> Iterator[Path]:
-    """The path, then others beside it that neither a video nor a record has."""
-    yield path
-    for number in itertools.count(2):
-        other = path.with_stem(f"{path.stem}_{number}")
-        if not other.exists() and not record_path(other).exists():
-            yield other
+def files_of(job: Job, path: Path) -> list[Path]:
+    """All that is written of a video: itself, its record, its comparison."""
+    return [path, record_path(path), *(comparison_paths(job, path) if job.output.compare else ())]
 
 
-def result_path(job: Job, prompt: str, save_file: str | None) -> Path:
-    """save_file, or upstream's pattern of names with the prompt reduced to characters that are safe anywhere."""
-    path = checked_path(job, save_file) if save_file else Path(default_name(job, prompt))
-    check_writable(path.parent)
-    check_result(job, path)
-    return path
+def comparison_paths(job: Job, path: Path) -> tuple[Path, Path, Path]:
+    """Files of a comparison beside the video: the uncached one, both of them as one, the page."""
+    both = path.with_name(f"{path.stem}_compare{'.png' if job.sampling.frame_num == 1 else '.mp4'}")
+    return path.with_stem(f"{path.stem}_uncached"), both, both.with_suffix(".html")
 
 
-def check_result(job: Job, path: Path) -> None:
-    """Refuses a name that cannot be written, with all that goes beside it, into a folder that takes files."""
-    beside = [".json"] if job.output.record else []
-    beside += [f"_uncached{path.suffix}", "_compare.html"] if job.output.compare else []
-    check_names(path, *beside)
-    refuse_if(is_special(path) or path.is_dir(), f"{path} exists and is no regular file")
-
-
-def checked_path(job: Job, save_file: str) -> Path:
+def named_path(job: Job, save_file: str) -> Path:
     path, endings = Path(save_file), endings_of(job)
-    check_names(path)
-    is_folder = save_file.endswith(("/", os.sep)) or not path.name or path.is_dir()
-    refuse_if(is_folder, f"--save_file {save_file} is a folder")
+    if save_file.endswith(("/", os.sep)) or not path.name or os.path.isdir(path):
+        raise Refused(f"--save_file {save_file} is a folder")
     if not path.suffix:
         path = path.with_name(path.name + endings[0])
-    wrong = f"--save_file must end in one of {', '.join(endings)} for task {job.sampling.task}, got {path.name}"
-    refuse_if(path.suffix.lower() not in endings, wrong)
-    refuse_if(not path.parent.is_dir(), f"the folder of --save_file does not exist: {path.parent}")
+    if path.suffix.lower() not in endings:
+        wrong = f"--save_file must end in one of {', '.join(endings)} for task {job.sampling.task}"
+        raise Refused(f"{wrong}, got {path.name}")
     return path
 
 
-def default_name(job: Job, prompt: str) -> str:
+def default_path(job: Job, prompt: str) -> Path:
+    """By upstream's pattern, with the prompt reduced to characters that are safe anywhere, and what makes it unique."""
     sampling, machine, cache = job.sampling, job.machine, job.cache
     size = sampling.size.replace("*", "x") if sys.platform == "win32" else sampling.size
     parts = [sampling.task, size, str(machine.ulysses_size), str(machine.ring_size), prompts.slug(prompt)]
-    parts.append(datetime.now().strftime("%Y%m%d_%H%M%S"))
+    parts += [datetime.now().strftime("%Y%m%d_%H%M%S"), secrets.token_hex(3)]
     if cache:
         rule = cache.rule
         settings = f"E{rule.thresh}_K{rule.K}_R{rule.retention_ratio}"
         if cache.speedup is not None:
             settings = f"X{cache.speedup}" if cache.quality is None else f"Q{cache.quality}"
         parts = ["magcache", sampling.task, settings.replace(".", ""), *parts[1:]]
-    return "_".join(parts) + endings_of(job)[0]
+    return Path("_".join(parts) + endings_of(job)[0])

@@ -21,28 +21,22 @@ from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
 from magcache.app.prompts import slug
 from magcache.app.quality import expected_in_words
-from magcache.app.requests import IMAGE_ENDINGS, comparison_paths, free_paths
+from magcache.app.requests import IMAGE_ENDINGS, comparison_paths
 from magcache.files import written_whole
 from magcache.trials import ANOTHER, closeness
 
 FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
 
-def save_result(video: torch.Tensor, path: Path, fps: int, replace: bool = True) -> Path:
-    """Writes the video [3, F, H, W] in [-1, 1], or the image that it is, and returns its path: another one beside
-    `path` if a file is there that it must not replace. If writing fails, keeps the pixels as a tensor, since an hour of
-    work is in them. Raises LostResult where not even that can be done."""
+def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
+    """Writes the video [3, F, H, W] in [-1, 1], or the image that it is. If that fails, keeps the pixels as a tensor,
+    since an hour of work is in them. Raises LostResult where not even that can be done."""
     frames = to_frames(video)
     try:
-        for free in free_paths(path):
-            try:
-                if path.suffix.lower() in IMAGE_ENDINGS:
-                    write_image(free, frames[0], replace)
-                else:
-                    write_video(free, frames, fps, replace)
-                return free
-            except FileExistsError:  # since the run began
-                print(f"note: {free} is there by now and is not replaced")
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            write_image(path, frames[0])
+        else:
+            write_video(path, frames, fps)
     except BaseException as fault:
         if not (rescue := keep_pixels(video, path)):
             raise LostResult(f"could not write {path} ({first_line(fault)}), nor its pixels anywhere else") from fault
@@ -77,7 +71,8 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
     """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
     cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same."""
     (frames, watch), (video, plain) = cached, uncached
-    path = save_result(video, comparison_paths(request.path)[0], fps)
+    path = comparison_paths(job, request.path)[0]
+    save_result(video, path, fps)
     plain.lap("save")
     scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
     latents = ""
@@ -95,28 +90,26 @@ def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncache
 
 
 class CalibrationFile:
-    """The table of a calibration: named now, and written again with every prompt that is done."""
+    """The table of a calibration, which is written again with every prompt that is done."""
 
     def __init__(self, job: Job):
-        sampling = job.sampling
-        video = f"{sampling.size.replace('*', 'x')}_{sampling.frame_num}f_{sampling.sample_steps}steps"
-        self.job, self.name = job, f"{sampling.task}_{video}_{datetime.now():%Y%m%d_%H%M%S}"
-        self.folder, self.table = Path(job.output.calibration_dir), None
+        self.job, self.path, self.table = job, job.output.table, None
 
     def write(self, runs: list[dict], done: list[Request], trials: dict | None = None) -> None:
         """runs: the lists of every calibrated one; `done` are their requests. trials: what the table holds of those.
         Into another folder where its own takes it no longer."""
-        table = magcache.make_table(self.name, runs, self.measured_on(done)) | ({"trials": trials} if trials else {})
-        for folder in (self.folder, *map(Path, spare_folders())):
+        table = magcache.make_table(self.path.stem, runs, self.measured_on(done))
+        table |= {"trials": trials} if trials else {}
+        for folder in (self.path.parent, *map(Path, spare_folders())):
+            path = folder / self.path.name
             try:
-                magcache.save_table(folder / f"{self.name}.json", table, replace=self.table is not None)
+                magcache.save_table(path, table, replace=self.table is not None)
             except OSError as fault:
-                reason = f"{self.folder} takes no file any more ({first_line(fault)})"
+                reason = f"{self.path.parent} takes no file any more ({first_line(fault)})"
                 continue
-            if folder != self.folder:
+            if path != self.path:
                 print(f"warning: {reason}; the calibration is in {folder}", file=sys.stderr)
-                self.folder = folder
-            self.table = table
+            self.path, self.table = path, table
             return
         raise Failed(f"the calibration could be kept nowhere: {reason}")
 
@@ -139,7 +132,7 @@ class CalibrationFile:
 
     def finish(self) -> None:
         """Says where it is, with what goes beside it."""
-        path, published = self.folder / f"{self.name}.json", None
+        path, published = self.path, None
         print(f"table     {path} (use it with --use_magcache --mag_ratios {path})")
         with contextlib.suppress(ValueError):
             sampling, ckpt_dir = self.job.sampling, self.job.machine.ckpt_dir

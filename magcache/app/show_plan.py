@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from magcache.app.checkpoint import architecture_of
-from magcache.app.checks import check_names, check_writable, make_job
+from magcache.app.checks import make_job
 from magcache.app.choose_schedule import make_schedule, predict
 from magcache.app.cost import cached_bytes, needs_of, number_of_bytes, run_flops, token_count
-from magcache.app.errors import need_package, refuse_if
+from magcache.app.errors import need_package
 from magcache.app.inputs import planned_video
 from magcache.app.job import CacheSettings, Job
 from magcache.app.quality import quality_lines
+from magcache.app.requests import check_target
 from magcache.app.step_map import digits, reuse_by_branch, ruler, step_map
-from magcache.files import is_special
 from magcache.ratios import RatioTable
 
 
@@ -24,9 +24,7 @@ def show_plan(args: Namespace) -> None:
     picture = Path(args.magcache_plan) if args.magcache_plan is not True else None
     if picture:
         need_package("matplotlib", "--magcache_plan with a picture")
-        check_writable(picture.parent)
-        check_names(picture)
-        refuse_if(is_special(picture) or picture.is_dir(), f"{picture} exists and is no regular file")
+        check_target(picture)
     with contextlib.redirect_stdout(io.StringIO()) as notes:
         job = make_job(args)
         task, size, sizes = job.sampling.task, job.sampling.size, job.sampling.spec.sizes
@@ -83,7 +81,7 @@ def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -
         f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
         f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
         f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
-        f"memory    {memory(job, cached_bytes(schedule, sizes, tokens, job.cache.dtype))}",
+        f"memory    {memory(job, cached_bytes(schedule, sizes, tokens))}",
         *([f"needs     about {needs_of(job, pixels)}"] if not job.sampling.spec.is_demo else []),
     ]
 

@@ -35,7 +35,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     if not job.sampling.spec.is_demo and not is_stock_wan():
         tell_needs(job, shape)
     if job.calibrates:
-        print(f"          their ratios are measured and written to {job.output.calibration_dir}/")
+        print(f"          their ratios are measured and written to {job.output.table.parent}/")
         if speedups := job.output.trials:
             named = ", ".join(f"{speedup:g}" for speedup in speedups)
             print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs a prompt")

@@ -24,7 +24,7 @@ from magcache.app.flags import make_parser
 from magcache.app.inputs import read_inputs, video_shape
 from magcache.app.media import to_frames, write_video
 from magcache.app.prompts import Line
-from magcache.app.requests import choose_requests, make_requests, result_path
+from magcache.app.requests import choose_requests, default_path, make_requests, named_path
 from magcache.app.results import save_result
 from magcache.app.tell import announce
 from wan.configs import WAN_CONFIGS
@@ -148,7 +148,7 @@ VIDEO = ("--src_video", "{pictures}/film.mp4")
 RATIOS = ("--use_magcache", "--mag_ratios")
 FAST = ("--use_magcache", "--magcache_speedup")
 GOOD = ("--use_magcache", "--magcache_quality")
-TRIALS = ("--magcache_calibration", "--magcache_trials")
+TRIALS = ("--magcache_calibration",)
 PROMPTS = ("--prompt_file",)
 BAD = [
     ((), "--ckpt_dir is needed"),
@@ -178,7 +178,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--mag_ratios", "t2v-14B"), "--mag_ratios needs --use_magcache"),
     (("--ckpt_dir", "{ok}", "--compare"), "--compare needs --use_magcache"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
-    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--calibration_dir", "{ok}/config.json/x"), "cannot write to"),
+    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--save_file", "{ok}/config.json/x.mp4"), "cannot write"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}"), "cannot read the ratio table"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/empty.json"), "cannot read the ratio table"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/odd.json"), "pairs of cond and uncond, got 3 numbers"),
@@ -198,15 +198,13 @@ BAD = [
     (("--ckpt_dir", "{ok}", *GOOD, "40", "--magcache_speedup", "2"), "in place of --magcache_speedup"),
     (("--ckpt_dir", "{ok}", *GOOD, "40", "--retention_ratio", "0.2"), "in place of --retention_ratio: give one"),
     (("--ckpt_dir", "{ok}", *GOOD, "40"), "t2v-1.3B holds no trials; measure one by the same command with"),
-    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "nothing"), "--magcache_trials 2,2.5,3,4 in place of"),
+    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "nothing"), "--magcache_calibration 2,2.5,3,4 in place of"),
     (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "{tables}/broken.json"), "broken.json cannot be read: "),
-    (("--ckpt_dir", "{ok}", "--magcache_trials", "2"), "--magcache_trials needs --magcache_calibration"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_trials", "2"), "needs --magcache_calibration"),
     (("--ckpt_dir", "{ok}", *TRIALS, "2,fast"), "takes speed-ups such as 2,2.5,3,4, got '2,fast'"),
-    (("--ckpt_dir", "{ok}", *TRIALS, ""), "--magcache_trials is empty"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "1,2"), "must be above 1 and at most 50, got 1"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "2,nan"), "must be above 1 and at most 50, got nan"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "must be above 1 and at most 50, got 51"),
+    (("--ckpt_dir", "{ok}", *TRIALS, ""), "--magcache_calibration is empty"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "1,2"), "above 1 and at most 50, got 1"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "2,nan"), "above 1 and at most 50, got nan"),
+    (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "above 1 and at most 50, got 51"),
     (("--ckpt_dir", "{ok}", *TRIALS, "3,3.05"), "compute the same number of 50 steps: [16, 16]"),
     (("--ckpt_dir", "{ok}", *TRIALS, "1.2,1.3,1.4,1.5,1.6,2"), "uncached runs a prompt, more than 2.5: leave out"),
     (("--ckpt_dir", "{ok}", *TRIALS, "1.5,1.75,2,2.5,3,4"), "would cost 2.87 uncached runs"),  # 2.2, and the constants
@@ -230,7 +228,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--save_file", "/"), "is a folder"),
     (("--ckpt_dir", "{ok}", "--use_magcach"), "unrecognized arguments"),
     (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
-    (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "does not exist: no/such/folder"),
+    (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "no/such/folder/x.mp4': No such file or directory"),
     (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "makes one image: --frame_num must be 1"),
     (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "holds a model of type t2v, task flf2v-14B needs flf2v"),
     (("--ckpt_dir", "{ok}", "--task", "i2v-14B"), "holds a model of type t2v, task i2v-14B needs i2v"),
@@ -414,8 +412,8 @@ NASTY = [
 @pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
 def test_file_names_are_safe(prompt, tmp_path):
     flags = ["--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480"]
-    name = str(result_path(job_of(*flags), prompt, None))
-    assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}\.mp4", name)
+    name = str(default_path(job_of(*flags), prompt))
+    assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_[\w-]*_\d{8}_\d{6}_[0-9a-f]{6}\.mp4", name)
     path = tmp_path / name
     frames = frames_of(torch.zeros(3, 5, 16, 16), path)
     assert frames.shape == (5, 16, 16, 3)
@@ -425,10 +423,10 @@ def test_file_names_are_safe(prompt, tmp_path):
 def test_file_names_without_the_cache():
     job = job_of("--task", "t2i-14B", "--size", "1024*1024", "--ckpt_dir", "x")
     assert re.fullmatch(
-        r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}\.png",
-        str(result_path(job, "one fox", None)),
+        r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}_[0-9a-f]{6}\.png",
+        str(default_path(job, "one fox")),
     )
-    assert result_path(job, "one fox", "film") == Path("film.png")
+    assert named_path(job, "film") == Path("film.png")
 
 
 def test_without_guidance(tmp_path):
@@ -490,7 +488,8 @@ def test_cached(tmp_path):
 
 def test_calibrate_then_use(tmp_path):
     dumps = tmp_path / "dumps"
-    result = demo("--magcache_calibration", "--calibration_dir", dumps, "--save_file", tmp_path / "a.mp4")
+    dumps.mkdir()
+    result = demo("--magcache_calibration", "--save_file", dumps / "a.mp4")
     (path,) = dumps.glob("t2v-tiny_64x64_17f_10steps_*.json")
     assert str(path) in result.stdout
     table = json.loads(path.read_text())
@@ -504,8 +503,8 @@ def test_calibrate_then_use(tmp_path):
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 500
     names = {path.name, path.with_suffix(".png").name, *(f"{name}.json" for name in flat.values())}
-    assert {file.name for file in dumps.iterdir()} == names
-    assert np.array_equal(iio.imread(tmp_path / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
+    assert {file.name for file in dumps.iterdir()} == names | {"a.mp4", "a.json"}
+    assert np.array_equal(iio.imread(dumps / "a.mp4"), frames_of(generated(), tmp_path / "api.mp4"))
 
     cached = demo("--use_magcache", "--mag_ratios", path, "--magcache_K", 1, "--save_file", tmp_path / "b.mp4")
     by_hand = magcache.plan([1.0, 1.0, *table["mag_ratio"]], 10, 0.12, 1)
@@ -532,14 +531,14 @@ def test_calibration_on_several_prompts(tmp_path):
     prompts = ["a red circle moves left on a black background", "a blue square moves up on a white background"]
     (tmp_path / "prompts.txt").write_text(f"{prompts[0]}\n\n  {prompts[1]}\n")
     flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3, "--base_seed", 5)
-    calibrate = (*flags, "--magcache_calibration", "--calibration_dir", tmp_path / "dumps")
+    calibrate = (*flags, "--magcache_calibration")
     both = run(*calibrate, "--prompt_file", tmp_path / "prompts.txt", "--save_file", tmp_path / "films")
     assert both.returncode == 0, both.stderr
-    films = sorted((tmp_path / "films").glob("*.mp4"))
-    single = run(*calibrate, "--prompt", prompts[1], "--base_seed", 6, "--save_file", tmp_path / "single.mp4")
+    films = sorted((tmp_path / "films").glob("0*.mp4"))
+    single = run(*calibrate, "--prompt", prompts[1], "--base_seed", 6, "--save_file", tmp_path / "films" / "x.mp4")
     assert "now hold this calibration, not the one before" in single.stdout
     tables = {
-        tuple(t["measured_on"]["prompts"]): t for t in map(read_table, (tmp_path / "dumps").glob("t2v-tiny_*.json"))
+        tuple(t["measured_on"]["prompts"]): t for t in map(read_table, (tmp_path / "films").glob("t2v-tiny_*.json"))
     }
     average, second = tables[tuple(prompts)], tables[(prompts[1],)]
     assert average["measured_on"]["seeds"] == [5, 6]
@@ -547,7 +546,7 @@ def test_calibration_on_several_prompts(tmp_path):
         *(average[k] for k in ("mag_ratio", "mag_ratio_spread")), second["mag_ratio"], strict=True
     ):
         assert spread == pytest.approx(2**0.5 * abs(mean - value), abs=3e-5)  # of two values
-    assert np.array_equal(iio.imread(films[1]), iio.imread(tmp_path / "single.mp4"))
+    assert np.array_equal(iio.imread(films[1]), iio.imread(tmp_path / "films" / "x.mp4"))
     assert not np.array_equal(iio.imread(films[0]), iio.imread(films[1]))
 
 
@@ -557,7 +556,7 @@ def read_table(path):
 
 def test_an_aborted_calibration_leaves_nothing(tmp_path):
     flags = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 3000, "--prompt", PROMPT]
-    flags += ["--magcache_calibration", "--calibration_dir", tmp_path / "dumps", "--save_file", tmp_path / "film.mp4"]
+    flags += ["--magcache_calibration", "--save_file", tmp_path / "film.mp4"]
     command = [sys.executable, "-u", REPO / "magcache_generate.py", *flags]
     code, err = interrupted(command, rb" [1-9]\d*/3000")  # in the progress bar
     assert code == 130

@@ -62,7 +62,7 @@ def test_every_task(task, tmp_path):
         [*common, *plain_flags, "--save_file", tmp_path / f"plain{ending}"],
         [*common, *flags, *CACHE, "--save_file", tmp_path / f"cached{ending}"],
         [
-            *(*common, *plain_flags, "--magcache_calibration", "--calibration_dir", tmp_path / "tables"),
+            *(*common, *plain_flags, "--magcache_calibration"),
             *("--save_file", tmp_path / f"calibration{ending}"),
         ],
     ]
@@ -91,7 +91,7 @@ def test_every_task(task, tmp_path):
     assert not np.array_equal(results[0], results[1])
     assert f"{schedule.computed} of {2 * STEPS} calls computed" in result.stdout
     assert f"table {table}" in result.stdout
-    (measured,) = (tmp_path / "tables").glob(f"{task}_*.json")
+    (measured,) = tmp_path.glob(f"{task}_*.json")
     magcache.plan(magcache.load_ratios(measured), STEPS, 0.1, 2)
 
 
@@ -103,10 +103,10 @@ def test_trials_with_input_files(tmp_path):
     checkpoint = write_checkpoint(kind, tmp_path / folder)
     common = [sys.executable, TESTS.parent / "magcache_generate.py", "--task", task, "--ckpt_dir", checkpoint, *flags]
     common += ["--sample_steps", 6, "--base_seed", 1, "--prompt", "a bird", "--save_file", tmp_path / "film.mp4"]
-    tried = ["--magcache_calibration", "--magcache_trials", "2", "--calibration_dir", tmp_path / "tables"]
+    tried = ["--magcache_calibration", "2"]
     for more in (tried, ["--use_magcache", "--magcache_speedup", "2", "--compare"]):
         if more is not tried:
-            (path,) = (tmp_path / "tables").glob(f"{task}_*.json")
+            (path,) = tmp_path.glob(f"{task}_*.json")
             more += ["--mag_ratios", path]
         result = subprocess.run(list(map(str, [*common, *more])), capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr

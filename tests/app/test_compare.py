@@ -32,7 +32,7 @@ from magcache.app.flags import make_parser
 from magcache.app.job import Request
 from magcache.app.media import to_frames, write_video
 from magcache.app.record import save_record
-from magcache.app.requests import check_replaced
+from magcache.app.requests import check_targets
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 
@@ -53,7 +53,7 @@ def demo(*flags, stderr=subprocess.PIPE, steps=6):
 def compared(tmp_path_factory):
     """A run with a drawn seed and a comparison."""
     folder = tmp_path_factory.mktemp("compared")
-    cache = ("--use_magcache", "--magcache_thresh", 1, "--magcache_dtype", "bfloat16")
+    cache = ("--use_magcache", "--magcache_thresh", 1, "--magcache_offload")
     return folder, demo(*cache, "--compare", "--save_file", folder / "a film.mp4")
 
 
@@ -141,20 +141,17 @@ def test_bytes_that_are_no_text_stop_no_record(tmp_path):
     assert json.loads((tmp_path / "film.json").read_text(encoding="utf-8"))["prompt"] == "caf\udce9 ü"
 
 
-def test_no_record(tmp_path, capsys):
-    """Not in the place of another file, nor where it is not wanted; one that cannot be written stops nothing."""
+def test_a_record_takes_no_other_files_place(tmp_path, capsys):
+    """One that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
-    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO))
-    on, off = (make_job(make_parser(SCRIPT).parse_args([*flags, "--magcache_record", word])) for word in ("on", "off"))
+    job = make_job(make_parser(SCRIPT).parse_args(["--task", "t2v-tiny", "--ckpt_dir", str(DEMO)]))
     with pytest.raises(Refused, match=r"film.json exists and is no record of a video"):
-        check_replaced(on, [Request("a", 1, tmp_path / "film.mp4")])
-    check_replaced(off, [Request("a", 1, tmp_path / "film.mp4")])
-    assert not save_record(off, tmp_path / "film.mp4", {})
-    assert (tmp_path / "film.json").read_text() == '{"mine": 1}'
-    assert not save_record(on, tmp_path / "gone" / "film.mp4", {})
+        check_targets(job, [Request("a", 1, tmp_path / "film.mp4")])
+    save_record(tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
-    assert save_record(on, tmp_path / "other.mp4", {})
-    check_replaced(on, [Request("a", 1, tmp_path / "other.mp4")])
+    save_record(tmp_path / "other.mp4", {})
+    check_targets(job, [Request("a", 1, tmp_path / "other.mp4")])
+    assert capsys.readouterr().out == f"note: {tmp_path}/other.json will be replaced\n"
 
 
 def test_comparison_files(compared):
@@ -277,8 +274,18 @@ def test_a_single_picture(tmp_path):
     """Equal ones at that: nothing to draw or to divide by."""
     picture = np.full((1, 32, 48, 3), 77, np.uint8)
     seconds = dict.fromkeys(progress.PHASES, 0.1)
-    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_speedup", "2")
-    job = make_job(make_parser(SCRIPT).parse_args(flags))
+    flags = (
+        "--task",
+        "t2v-tiny",
+        "--ckpt_dir",
+        str(DEMO),
+        "--use_magcache",
+        "--magcache_speedup",
+        "2",
+        "--frame_num",
+        "1",
+    )
+    job = make_job(make_parser(SCRIPT).parse_args([*flags, "--frame_num", "1"]))
     request = Request("a fox \udce9", 1, tmp_path / "fox\udce9.png")
     found = compare.write_comparison(job, request, 16, (picture, seconds), (picture, seconds))
     both, about = found["files"]

@@ -1,17 +1,13 @@
 """Files of many prompts."""
 
 import json
-import os
 from itertools import chain
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache.app.media import write_image, write_video
-from magcache.app.prompts import Line, find_clash, is_result, read_prompts, result_name, share, slug
-from magcache.app.requests import IMAGE_ENDINGS, VIDEO_ENDINGS
+from magcache.app.prompts import Line, read_prompts, result_name, share, slug
 
 PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
 
@@ -109,29 +105,6 @@ def test_names_change_with_what_decides_on_the_video():
     names = {result_name(line, settings, ".mp4") for line in lines for settings in ({}, {"steps": 3})}
     assert len(names) == 10
     assert result_name(lines[0], {"a": 1, "b": 2}, "") == result_name(lines[0], {"b": 2, "a": 1}, "")
-
-
-def test_clashes(tmp_path):
-    paths = [tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "." / "x" / ".." / "a.mp4"]
-    assert find_clash(paths) == (0, 2)
-    assert find_clash(paths[:2]) is None
-    assert find_clash([tmp_path / "a.mp4", tmp_path / "a.mkv"]) == (0, 1)  # both have the record a.json
-
-
-def test_finished(tmp_path):
-    frames = np.zeros((5, 16, 16, 3), np.uint8)
-    whole = [tmp_path / f"whole{ending}" for ending in VIDEO_ENDINGS + IMAGE_ENDINGS]
-    for path in whole:
-        if path.suffix in VIDEO_ENDINGS:
-            write_video(path, frames, 16)
-        else:
-            write_image(path, frames[0])
-    assert all(map(is_result, whole))
-    others = {"empty.mp4": b"", "text.mp4": b"a film, later"}
-    for name, content in others.items():
-        (tmp_path / name).write_bytes(content)
-    os.mkfifo(tmp_path / "pipe.mp4")
-    assert not any(is_result(tmp_path / name) for name in (*others, "pipe.mp4", "none.mp4", ""))
 
 
 @given(st.lists(st.integers(), unique=True), st.integers(1, 9))

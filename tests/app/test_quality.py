@@ -112,12 +112,12 @@ def test_published_settings_of_every_task(task):
 @pytest.mark.slow
 def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    where = ("--calibration_dir", tmp_path / "tables", "--save_file", tmp_path / "films")
-    tried = ("--magcache_calibration", "--magcache_trials", "1.5,2,3", "--sample_steps", 12, "--base_seed", 5)
+    where = ("--save_file", tmp_path / "films")
+    tried = ("--magcache_calibration", "1.5,2,3", "--sample_steps", 12, "--base_seed", 5)
     assert "speed-ups 1.5, 2, 3, and others; at most 2.5" in run(
         "--prompt_file", tmp_path / "prompts.txt", *tried, *where
     )
-    (path,) = (tmp_path / "tables").glob("t2v-tiny_*.json")
+    (path,) = (tmp_path / "films").glob("t2v-tiny_*.json")
     table = json.loads(path.read_text())
     assert len(table["mag_ratio"]) == 22
     assert table["trials"]["prompts"] == PROMPTS
@@ -154,12 +154,12 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
 def test_what_was_tried_before_a_stop_is_kept(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--base_seed", 5)
-    where = ("--calibration_dir", tmp_path / "tables", "--save_file", tmp_path / "films")
-    stopped = command("--magcache_calibration", "--magcache_trials", "2,3", *flags, *where)
+    where = ("--save_file", tmp_path / "films")
+    stopped = command("--magcache_calibration", "2,3", *flags, *where)
     code, err = interrupted(stopped, b"trials of prompt 2 of 2")
     assert code == 130
     assert b"stopped in the trials of prompt 2 of 2; what was measured until then is written" in err
-    (path,) = (tmp_path / "tables").glob("t2v-tiny_*.json")
+    (path,) = (tmp_path / "films").glob("t2v-tiny_*.json")
     measured = magcache.read_trials(magcache.load_table(path))
     assert measured.prompts == (0,)
     assert len(measured.forecasts[0].psnr) == 2

@@ -415,25 +415,11 @@ ENCODERS = [
 
 FAR = ["--task", "t2v-14B", "--ckpt_dir", "x", "--prompt", "a"]
 VALUES = [
-    Case(
-        "frames far", [*FAR, "--frame_num", 40001], 2, r"at most 4093, .*got 40001: 36003600 tokens a call, .* 2.95 TB"
-    ),
+    Case("frames far", [*FAR, "--frame_num", 40001], 2, "at most 4093, where the models' positions end, got 40001"),
     Case("frames of 400 digits", [*FAR, "--frame_num", 4 * 10**400 + 1], 2, "--frame_num must be at most 4093"),
-    Case(
-        "frames of many tokens",
-        [*FAR, "--frame_num", 4001],
-        2,
-        r"4001 frames of 1280\*720 are 3603600 tokens a call, .* needs 295 GB",
-    ),
     Case("steps far", [*FAR, "--sample_steps", 10**9], 2, "--sample_steps must be at most 10000, got 1000000000"),
     Case("steps of 400 digits", [*FAR, "--sample_steps", 10**400], 2, "--sample_steps must be at most 10000"),
     Case("steps of 5000 digits", [*FAR, "--sample_steps", "1" * 5000], 2, "invalid int value"),
-    Case(
-        "many references",
-        ["--task", "vace-14B", "--ckpt_dir", "x", "--prompt", "a", "--src_ref_images", "a," * 999],
-        2,
-        r"999 reference images and 81 frames of 1280\*720 are 3672000 tokens",
-    ),
     Case(
         "world no number",
         TINY,
@@ -508,22 +494,20 @@ VALUES = [
 ]
 
 NAMES = [
-    Case("name long", [*TINY, "--save_file", "x" * 300], 2, "has 300 bytes, at most 255 can be written"),
-    Case("name long with the record", [*TINY, "--save_file", "x" * 251 + ".mp4"], 2, "has 256 bytes, at most 255"),
+    Case("name long", [*TINY, "--save_file", "x" * 300], 2, "File name too long"),
+    Case("name long with the record", [*TINY, "--save_file", "x" * 251 + ".mp4"], 2, "x.json': File name too long"),
     Case(
         "name long with the comparison",
         [*TINY, "--use_magcache", "--compare", "--save_file", "x" * 243 + ".mp4"],
         2,
-        "_compare.html has 256 bytes|_uncached.mp4 has 256 bytes",
+        "_uncached.mp4': File name too long",
     ),
-    Case(
-        "name long in UTF-8", [*TINY, "--save_file", "猫" * 84 + ".mp4"], 2, "has 256 bytes, at most 255 can be written"
-    ),
-    Case("path long", [*TINY, "--save_file", "x/" * 2200 + "a.mp4"], 2, "at most 4095 can be written"),
+    Case("name long in UTF-8", [*TINY, "--save_file", "猫" * 84 + ".mp4"], 2, "File name too long"),
+    Case("path long", [*TINY, "--save_file", "x/" * 2200 + "a.mp4"], 2, "File name too long"),
     Case("checkpoint name long", [*TINY, "--ckpt_dir", "x" * 300], 2, "is not a folder"),
     Case("prompt file name long", [*TINY, "--prompt_file", "x" * 300], 2, "--prompt_file: cannot read"),
     Case("table name long", [*TINY, "--use_magcache", "--mag_ratios", "x" * 300], 2, "cannot read the ratio table"),
-    Case("folder name long", file_of("a.txt", "a", "--prompt_file", "a.txt", "--save_file", "x" * 300), 2, "300 bytes"),
+    Case("folder name long", file_of("a.txt", "a", "--prompt_file", "a.txt", "--save_file", "x" * 300), 2, "too long"),
     Case(
         "image name long",
         [
@@ -541,20 +525,25 @@ NAMES = [
         2,
         "cannot read x+: File name too long",
     ),
-    Case("calibration folder long", [*TINY, "--magcache_calibration", "--calibration_dir", "x" * 300], 2, "300 bytes"),
+    Case(
+        "calibration folder long",
+        [*TINY, "--magcache_calibration", "--save_file", "x" * 300 + "/film.mp4"],
+        2,
+        "File name too long",
+    ),
     Case(
         "NUL in a result",
         file_of("a.jsonl", r'{"prompt": "a", "save_file": "a\u0000.mp4"}', "--prompt_file", "a.jsonl"),
         2,
         'line 1: "save_file" is no valid text',
     ),
-    Case("NUL in a name", [*TINY, "--save_file", "a\0.mp4"], 2, r"'a\\x00.mp4' is no file name"),
+    Case("NUL in a name", [*TINY, "--save_file", "a\0.mp4"], 2, r"cannot write 'a\\x00.mp4': embedded null byte"),
     Case("NUL in the checkpoint", [*TINY, "--ckpt_dir", "a\0"], 2, "is not a folder"),
     Case(
         "name in a prompt file long",
         file_of("a.jsonl", f'{{"prompt": "a", "save_file": "{"x" * 300}.mp4"}}', "--prompt_file", "a.jsonl"),
         2,
-        "prompt 1: .*304 bytes",
+        "File name too long",
     ),
 ]
 
@@ -566,12 +555,10 @@ PIPES = [
         "table a device", [*TINY, "--use_magcache", "--mag_ratios", "/dev/zero"], 2, "/dev/zero: it is no regular file"
     ),
     Case("result a pipe", pipe("p.mp4", *TINY, "--save_file", "p.mp4"), 2, "p.mp4 exists and is no regular file"),
-    Case("record a pipe", pipe("p.json", *TINY, "--save_file", "p.mp4"), 2, "p.json exists and is no record"),
-    Case("result folder takes nothing", [*TINY, "--save_file", "/proc/a.mp4"], 2, "cannot write to /proc: "),
+    Case("record a pipe", pipe("p.json", *TINY, "--save_file", "p.mp4"), 2, "p.json exists and is no regular file"),
+    Case("result folder takes nothing", [*TINY, "--save_file", "/proc/a.mp4"], 2, "cannot write ./proc/a.mp4.: "),
     Case("result folder a device", [*TINY, "--save_file", "/dev/null/a.mp4"], 2, "cannot write|does not exist"),
-    Case(
-        "calibration a pipe", pipe("p", *TINY, "--magcache_calibration", "--calibration_dir", "p"), 2, "cannot write to"
-    ),
+    Case("calibration a pipe", pipe("calibration", *TINY, "--magcache_calibration"), 2, "cannot write to"),
     Case("checkpoint a pipe", pipe("p", *TINY, "--ckpt_dir", "p"), 2, "is not a folder"),
     Case(
         "image a pipe",

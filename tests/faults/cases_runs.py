@@ -120,7 +120,7 @@ def prompts(count: int, flags: list) -> Callable[[Path], list]:
     return prepare
 
 
-def calibrated(count: int, where: str = "dumps") -> Callable[[Path], None]:
+def calibrated(count: int, where: str = "calibration") -> Callable[[Path], None]:
     """The table is of that many prompts."""
 
     def check(folder: Path) -> None:
@@ -202,13 +202,18 @@ def plain_locale() -> None:
         stream.reconfigure(encoding="ascii", errors="strict")
 
 
+def turned_into_a_file(folder: Path) -> None:
+    (folder / "calibration").rmdir()
+    (folder / "calibration").touch()
+
+
 def not_finite_then(folder: Path) -> None:
     """The other video of the batch is there."""
     assert len(list((folder / "prompts").glob("*.mp4"))) == 1
 
 
 STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
-CALIBRATION = ["--magcache_calibration", "--calibration_dir", "dumps", "--save_file", "films"]
+CALIBRATION = ["--magcache_calibration"]
 BATCH = prompts(2, FAST)
 CASES = [
     *(
@@ -235,9 +240,8 @@ CASES = [
     RunCase("SIGKILL in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]),
             -signal.SIGKILL, "", disturb=signalled(signal.SIGKILL, "out", "3 of 8"), check=calibrated(2)),
     RunCase("the folder of a calibration becomes a file", folder_for(prompts(2, CALIBRATION)), 0,
-            r"dumps takes no file any more \(.*\); the calibration is in .*/tmp", {"TMPDIR": "tmp"},
-            disturb=once("out", "loading", lambda folder: (folder / "dumps").touch()),
-            check=calibrated(2, "tmp")),
+            r"calibration takes no file any more \(.*\); the calibration is in .*/tmp", {"TMPDIR": "tmp"},
+            disturb=once("out", "loading", turned_into_a_file), check=calibrated(2, "tmp")),
     RunCase("SIGTERM in the second video of a batch", prompts(2, ["--sample_steps", 30]), 143,
             r"stopped by SIGTERM in prompt 2 of 2, after \d+ of 60 calls; videos saved: 1",
             disturb=signalled(signal.SIGTERM, "out", "2 of 2"), check=not_finite_then),
@@ -252,7 +256,7 @@ CASES = [
     RunCase("guidance that overflows", [*SAVED, "--sample_guide_scale", "1e38"], 1, r"in step \d of 4", check=nothing),
     RunCase("guidance that overflows, with a comparison", [*SAVED, *FAST, "--compare", "--sample_guide_scale", "1e38"],
             1, r"in step \d of 4", check=nothing),
-    RunCase("a calibration of NaN", poisoned(DIT, "head.head.bias", [*SAVED, *CALIBRATION[:3]]), 1,
+    RunCase("a calibration of NaN", poisoned(DIT, "head.head.bias", [*SAVED, *CALIBRATION]), 1,
             "the calibration stopped in prompt 1 of 1", check=nothing),
     RunCase("a batch whose guidance overflows", prompts(2, ["--sample_guide_scale", "1e38"]), 1,
             "2 of 2 videos failed", check=said("failed    prompts/00001")),
@@ -276,17 +280,8 @@ CASES = [
     ),
     RunCase("a locale without the prompt's characters", [*FLAGS, "--prompt", "a 🦊 moves", "--save_file", "film.mp4"],
             0, "", arrange=plain_locale, check=both(said("a \\U0001f98a moves"), lambda f: film(f / "film.mp4"))),
-    RunCase("a file that is no video has the name", existing("film.mp4", b"my notes", SAVED), 2,
-            "film.mp4 exists and is no video", check=kept_whole("film.mp4", b"my notes")),
-    RunCase("an empty file has the name", existing("film.mp4", b"", SAVED), 0, "",
-            check=lambda folder: film(folder / "film.mp4")),
+    RunCase("a file has the name", existing("film.mp4", b"my notes", SAVED), 0, "",
+            check=both(said("note: film.mp4 will be replaced"), lambda folder: film(folder / "film.mp4"))),
     RunCase("a file of another has a name like a part", existing("film.part.mp4", b"mine", SAVED), 0, "",
             check=both(kept_whole("film.part.mp4", b"mine"), lambda folder: film(folder / "film.mp4"))),
-    RunCase("an uncached video has the name of a comparison's",
-            existing("film_uncached.mp4", b"mine", [*SAVED, *FAST, "--compare"]), 2,
-            "film_uncached.mp4 exists and is of no earlier --compare", check=kept_whole("film_uncached.mp4", b"mine")),
-    RunCase("the name is taken while it runs", SAVED, 0, "",
-            disturb=once("out", "loading", lambda folder: (folder / "film.mp4").write_bytes(b"mine")),
-            check=both(kept_whole("film.mp4", b"mine"), lambda folder: film(folder / "film_2.mp4"),
-                       said("film.mp4 is there by now and is not replaced"))),
 ]  # fmt: skip

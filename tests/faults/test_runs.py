@@ -1,13 +1,11 @@
 """Faults while the script runs, in processes of their own."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from faults import warm
 from faults.cases_runs import CASES
-from faults.table import table
 
 
 @pytest.mark.slow
@@ -27,7 +25,3 @@ def test_run(case, tmp_path):
     assert not list(tmp_path.rglob("*.part.*")) or case.name.startswith("a file of another")
     if case.check:
         case.check(tmp_path)
-
-
-def test_readme_is_the_table():
-    assert (Path(__file__).parent / "README.md").read_text() == table() + "\n"
