@@ -68,7 +68,7 @@ def test_costs_and_results(tmp_path):
     write_checkpoint("t2v", tmp_path)
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-1.3B"], str(tmp_path))
     steps, count, ratios = 16, 8, [0.99, 0.98] * 15
-    flags = ["--sample_steps", steps, "--magcache_calibration", "--magcache_trials", ",".join(map(str, SPEEDUPS))]
+    flags = ["--sample_steps", steps, "--magcache_calibration", ",".join(map(str, SPEEDUPS))]
     job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*FLAGS, *flags)))))
 
     def generate(request, steps):
