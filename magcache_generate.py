@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 
 try:
+    from magcache.app.backend import check_before_import, check_wan, start_processes
     from magcache.app.checks import make_job  # nothing here imports torch until something runs
     from magcache.app.console import Stopped, speaking_safely, stopping_cleanly
     from magcache.app.errors import Failed, Refused
@@ -18,7 +19,6 @@ try:
     from magcache.app.requests import check_targets, choose_requests, make_requests
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
-    from magcache.app.wan_package import check_before_import, check_wan, start_processes
 except ImportError as fault:
     remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import magcache
 from magcache.app import prompts
+from magcache.app.backend import backend
 from magcache.app.choose_schedule import choose_table, make_schedule
 from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
 from magcache.app.inputs import choose_inputs
@@ -17,7 +18,6 @@ from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, 
 from magcache.app.processes import Processes
 from magcache.app.quality import use_trials
 from magcache.app.tasks import TASKS
-from magcache.app.wan_package import is_stock_wan
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
@@ -91,7 +91,7 @@ def check_effects(args: Namespace) -> None:
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags that the `wan` here does not have, and those for several GPUs that the number of processes does not
     fit; a plan is for any machine."""
-    for flag in OF_OUR_WAN if is_stock_wan() else ():
+    for flag in () if backend().has_own_flags else OF_OUR_WAN:
         needs = f"--{flag} needs the wan package of magcache_generate.py, this one is Wan2.1's own"
         refuse_if(bool(getattr(args, flag)), needs)
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")

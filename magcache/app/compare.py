@@ -17,10 +17,10 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from magcache.app.backend import device_name
 from magcache.app.job import Job, Request
 from magcache.app.media import write_image, write_video
 from magcache.app.requests import comparison_paths
-from magcache.app.wan_package import device_name
 from magcache.files import written_whole
 from magcache.schedule import Schedule
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 
 from magcache.app.architecture import LATENT, PATCH, Architecture, tensor_shapes
+from magcache.app.backend import backend
 from magcache.app.checkpoint import architecture_of
 from magcache.app.job import Job
-from magcache.app.wan_package import is_stock_wan
 from magcache.schedule import Schedule
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
@@ -118,8 +118,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     machine, sizes = job.machine, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
     shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks
     tokens = token_count(*pixels, len(job.inputs.references))
-    stock = is_stock_wan()
-    dtype = machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp and not stock else "float32")
+    dtype = backend().weights_dtype(machine, cuda)
     all_weights = weights = weight_bytes(sizes, dtype)
     if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
         large, _ = parameters(sizes, "blocks.0.")
@@ -138,7 +137,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling)
     stays = weights if machine.dit_fsdp or not machine.offload_model else 0.0
-    again = stock or job.prompt_file or job.output.compare  # else the text encoder is freed
+    again = job.prompt_file or job.output.compare or not backend().frees_encoders
     kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
     card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
     return Needs(dtype, weights, activations, cached, text, vae, card, all_weights)

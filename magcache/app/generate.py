@@ -15,28 +15,33 @@ import torch
 from tqdm import tqdm
 
 import magcache
-import wan
 from magcache import patch
 from magcache.app import prompts
+from magcache.app.backend import backend, load_pipeline
 from magcache.app.choose_schedule import all_computed
 from magcache.app.console import Stopped
 from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.inputs import extend_prompt, inputs_of
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
-from magcache.app.processes import Processes, agreed, gathered
+from magcache.app.processes import Group, Processes, agreed, gathered
 from magcache.app.progress import Watch, watched
 from magcache.app.record import make_record, save_record
 from magcache.app.results import CalibrationFile, compare_results, save_result
 from magcache.app.run_trials import TrialRuns
 from magcache.app.tell import summarise
-from magcache.app.wan_package import damaged_file, device_name, is_stock_wan, placement, sharing_group
 
 Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
 
 
 def make_all(
-    job: Job, config: Any, processes: Processes, group: Any, inputs: list | None, expander: Any, requests: list[Request]
+    job: Job,
+    config: Any,
+    processes: Processes,
+    group: Group,
+    inputs: list | None,
+    expander: Any,
+    requests: list[Request],
 ) -> Failures:
     """Makes this group's share of the requests, and returns what failed in any group. config: the model's, of the `wan`
     package. group: of processes, of `start_processes`. inputs: of `read_inputs`. expander: of `make_expander`, None
@@ -55,7 +60,7 @@ def make_all(
         failures = []
         if requests:  # there may be fewer videos than groups
             with timed(seconds, "load"):
-                pipeline = load(job, config, processes, group)
+                pipeline = load_pipeline(job, config, processes, group)
             making = Making(job, pipeline, processes, group, own, inputs, seconds)
             making.make(requests)
             summarise(job, making.watches, seconds)
@@ -71,7 +76,7 @@ def explained() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as fault:
         less = "--offload_blocks, --offload_model True, --vae_tiling, a smaller --size or fewer frames need less"
         raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
-    except (OSError, *damaged_file()) as fault:
+    except (OSError, *backend().damaged) as fault:
         raise Failed(first_line(fault)) from fault
 
 
@@ -98,45 +103,6 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
     return result, agreed(fault, group) if goes_on else None
 
 
-class CondForBoth:
-    """For a pipeline that also makes the second call of a step where it has no weight, as Wan2.1's own does at a
-    guidance of 1: that one returns what the first did. `runner` is handed the first ones."""
-
-    calls_per_step = 2
-
-    def __init__(self, runner: patch.Runner):
-        self.runner, self.calls, self.sigmas, self.out = runner, 2 * runner.calls, runner.sigmas, None
-
-    def reset(self) -> None:
-        self.out = None
-        self.runner.reset()
-
-    def skips(self, call: int) -> bool:
-        return call % 2 == 1 or self.runner.skips(call // 2)
-
-    def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
-        if call % 2 == 0:
-            self.out = self.runner.run(call // 2, model, forward)
-            return self.out
-        out, self.out = self.out, None
-        return out
-
-
-def load(job: Job, config: Any, processes: Processes, group: Any) -> Any:
-    """Returns the task's pipeline."""
-    sampling, machine = job.sampling, job.machine
-    device = device_name(machine)
-    if processes.world > 1:
-        device = f"{processes.world} processes, {device}"
-    print(f"device    {device}; loading {machine.ckpt_dir}", flush=True)
-    if not torch.cuda.is_available() and not sampling.spec.is_demo:
-        slow = "the wan package here is made for one" if is_stock_wan() else "a full-size model takes hours for a video"
-        print(f"note: there is no CUDA device; {slow}", flush=True)
-    spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
-    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | placement(machine)
-    return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
-
-
 class Making:
     """A loaded pipeline with the job's cache or calibration on it, and what came of the requests so far. own: the
     processes of this group, of `Processes.patient_group`. seconds: of what came before."""
@@ -149,8 +115,7 @@ class Making:
             device = "cpu" if job.cache.offload else None
             self.cache = magcache.apply_magcache(pipeline.model, job.schedule, device=device)
         elif job.calibrates:
-            sharing = sharing_group(job.machine, group)
-            self.calibration = magcache.apply_calibration(pipeline.model, job.schedule.steps, sharing)
+            self.calibration = magcache.apply_calibration(pipeline.model, job.schedule.steps, group.sharing)
         if inputs is None:
             given = job.inputs
             paths = [given.src_video], [given.src_mask], [given.references or None]
@@ -243,10 +208,7 @@ class Making:
         before = self.watches[-1].seconds["decode"] if self.watches else None
         with watched(self.pipeline, schedule, self.speaks, before) as watch:
             self.watch = watch
-            runner, on_call = runner or patch.OutputCache(schedule), watch.called
-            if is_stock_wan() and runner.calls_per_step == 1:
-                runner, on_call = CondForBoth(runner), lambda call, reused: call % 2 or watch.called(call // 2, reused)
-            patch.attach(self.pipeline.model, runner, on_call)
+            backend().attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
             video = self.generate(request, self.job.sampling.sample_steps)
         return video, watch
 
@@ -256,19 +218,20 @@ class Making:
         shape = {"size": sampling.pixels}
         if sampling.spec.images:
             shape = {"max_area": math.prod(sampling.pixels)}
-        return self.pipeline.generate(
-            request.prompt,
-            *inputs_of(request, self.inputs),
-            **shape,
-            frame_num=sampling.frame_num,
-            shift=sampling.sample_shift,
-            sample_solver=sampling.sample_solver,
-            sampling_steps=steps,
-            guide_scale=sampling.sample_guide_scale,
-            n_prompt=request.n_prompt or "",
-            seed=request.seed,
-            offload_model=self.job.machine.offload_model,
-        )
+        with backend().apart(self.group):
+            return self.pipeline.generate(
+                request.prompt,
+                *inputs_of(request, self.inputs),
+                **shape,
+                frame_num=sampling.frame_num,
+                shift=sampling.sample_shift,
+                sample_solver=sampling.sample_solver,
+                sampling_steps=steps,
+                guide_scale=sampling.sample_guide_scale,
+                n_prompt=request.n_prompt or "",
+                seed=request.seed,
+                offload_model=self.job.machine.offload_model,
+            )
 
     def save(self, request: Request, video: torch.Tensor, watch: Watch) -> dict:
         """Writes the video [3, F, H, W] in [-1, 1] and its record, which it returns."""

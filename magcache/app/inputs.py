@@ -1,15 +1,13 @@
 """What a video is made of: prompt, images, source video; the examples of each task; the shape that follows."""
 
-import ast
-import contextlib
 import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from magcache.app.backend import backend
 from magcache.app.errors import Refused, refuse_if, refusing
 from magcache.app.job import Extension, Inputs, Job, Request, Sampling
-from magcache.app.wan_package import is_stock_wan, wan_folder
 
 
 def choose_inputs(
@@ -28,7 +26,7 @@ def choose_inputs(
         raise Refused(f"task {sampling.task} needs --{lacking[0]} (without it and --prompt an example runs)")
     if prompt is not None:
         return prompt, inputs
-    example = wan_example(sampling) if is_stock_wan() else located(sampling.spec.example, folder / "examples")
+    example = dict(backend().example(sampling, folder))
     none = "--prompt is needed: there is no generate.py with an example for this task beside the wan package here"
     refuse_if(needed and not example["prompt"], none)
     prompt = example.pop("prompt")
@@ -38,28 +36,9 @@ def choose_inputs(
     return prompt, replace(inputs, **example)
 
 
-def wan_example(sampling: Sampling) -> dict[str, str]:
-    """That of Wan2.1's own script, which is read and not run; an empty prompt if it has none."""
-    folder = wan_folder().parent
-    with contextlib.suppress(OSError, ValueError, SyntaxError, KeyError, TypeError):
-        for statement in ast.parse((folder / "generate.py").read_text(encoding="utf-8")).body:
-            if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "EXAMPLE_PROMPT":
-                example = ast.literal_eval(statement.value)[sampling.task]
-                known = ("prompt", *sampling.spec.inputs)
-                return located({name: example[name] for name in known if name in example}, folder)
-    return {"prompt": ""}
-
-
-def located(example: dict[str, str], folder: Path) -> dict[str, str]:
-    """With the files, which are separated by commas, in this folder."""
-    files = {flag: names.split(",") for flag, names in example.items() if flag != "prompt"}
-    return example | {flag: ",".join(str(folder / name) for name in names) for flag, names in files.items()}
-
-
 def read_inputs(job: Job) -> list | None:
-    """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the source video, mask
-    and references of vace, as lists of one. Empty for tasks without. None for vace with a stock `wan`: its pipeline
-    reads them once it is loaded (`prepare_source`), and only what can be told without it is checked."""
+    """Reads the input files whole, so that a bad one fails now: the images of i2v and flf2v, or the sources of vace as
+    `Backend.read_sources` has them. Empty for tasks without."""
     sampling, inputs, spec = job.sampling, job.inputs, job.sampling.spec
     if not spec.inputs:
         return []
@@ -68,28 +47,7 @@ def read_inputs(job: Job) -> list | None:
     with refusing(ValueError):
         if spec.images:
             return [read_image(getattr(inputs, flag)) for flag in spec.images]
-        if is_stock_wan():
-            return check_sources(inputs)
-        from wan.utils.vace_source import prepare_source
-
-        files = (inputs.src_video, inputs.src_mask, [read_image(path) for path in inputs.references])
-        sources = prepare_source(*files, sampling.frame_num, sampling.pixels)
-        return [[source] for source in sources]
-
-
-def check_sources(inputs: Inputs) -> None:
-    """Raises ValueError for source files of vace that are no video, references that are no image, a mask alone."""
-    from magcache.app.media import frames_at_most, read_image
-
-    frames = {path: frames_at_most(2, path) for path in (inputs.src_video, inputs.src_mask) if path}
-    if inputs.src_mask and not inputs.src_video:
-        raise ValueError(f"the mask {inputs.src_mask} needs a source video")
-    if inputs.src_mask and frames[inputs.src_mask] < frames[inputs.src_video]:
-        raise ValueError(f"cannot use {inputs.src_mask}: the wan package here takes no picture as a mask, only a video")
-    for path in inputs.references:
-        read_image(path)
-    if inputs.src_video:
-        print("note: this wan package reads the source video after loading; its size and length are the video's")
+        return backend().read_sources(sampling, inputs)
 
 
 def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:

@@ -9,12 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from magcache.app.errors import first_line
+
+if TYPE_CHECKING:
+    import torch
 
 # for a process that never comes, or hangs; where one fails, torchrun ends the others at once
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)  # for processes that wait while others make videos
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that make a video together. This one is the `rank`-th of `size`, the group the `index`-th of
+    `count`. sharing: what they share the tokens by, a group of torch.distributed; None if each has all of them."""
+
+    rank: int = 0
+    size: int = 1
+    index: int = 0
+    count: int = 1
+    sharing: "torch.distributed.ProcessGroup | None" = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tasks: an entry holds all that sets one apart, so a new model is a new entry. Pure Python."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from magcache import Settings
 from magcache.app.architecture import CLIP_TOKENS, Architecture
@@ -179,3 +180,9 @@ TASKS = {task.name: task for task in _ALL}
 def all_sizes() -> tuple[str, ...]:
     """Of every task, each once."""
     return tuple(dict.fromkeys(size for task in TASKS.values() for size in task.sizes))
+
+
+def located(example: dict[str, str], folder: Path) -> dict[str, str]:
+    """An example with its files, which are separated by commas, in this folder."""
+    files = {flag: names.split(",") for flag, names in example.items() if flag != "prompt"}
+    return example | {flag: ",".join(str(folder / name) for name in names) for flag, names in files.items()}

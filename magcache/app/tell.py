@@ -4,11 +4,11 @@ import statistics
 import sys
 
 from magcache.app import record
+from magcache.app.backend import backend
 from magcache.app.cost import needs_of, number_of_bytes
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.quality import expected_in_words
 from magcache.app.step_map import BRANCHES
-from magcache.app.wan_package import is_stock_wan
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
@@ -32,7 +32,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
             print(f"note: these settings reuse nothing; a larger {larger} would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
-    if not job.sampling.spec.is_demo and not is_stock_wan():
+    if not job.sampling.spec.is_demo and backend().has_own_flags:
         tell_needs(job, shape)
     if job.calibrates:
         print(f"          their ratios are measured and written to {job.output.table.parent}/")

@@ -20,9 +20,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from magcache.app import checkpoint
 from magcache.app.architecture import tensor_shapes
+from magcache.app.backend import backend, check_checkpoint
 from magcache.app.errors import Refused
-from magcache.app.job import Machine, Sampling
-from magcache.app.wan_package import check_checkpoint, check_encoders
+from magcache.app.job import Inputs, Machine, Sampling
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.t5 import tensor_names
@@ -132,7 +132,7 @@ def check(folder: Path, task: str) -> None:
     sampling = Sampling(task, "832*480", 81, "unipc", 50, 5.0, 5.0)
     machine = Machine(str(folder), True, False, False, False, 1, 1)
     check_checkpoint(sampling, machine, WAN_CONFIGS[task])
-    check_encoders(sampling, machine, WAN_CONFIGS[task])
+    backend().check(sampling, Inputs(), machine, WAN_CONFIGS[task])
 
 
 def bytes_seen() -> int:

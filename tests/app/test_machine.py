@@ -20,9 +20,10 @@ from magcache.app import cost, tell
 from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
+from magcache.app.our_wan import check_machine
+from magcache.app.processes import Processes
 from magcache.app.requests import make_requests
 from magcache.app.tasks import TASKS
-from magcache.app.wan_package import check_machine
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
@@ -186,15 +187,14 @@ def test_weights_of_two_dtypes_are_not_sharded_by_an_old_torch(monkeypatch):
 
 
 def test_more_processes_than_cards(monkeypatch):
-    machine = job_of("--task", "t2v-14B").machine
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(Refused, match="there are 8 processes on this machine, and 4 GPUs"):
-        check_machine(machine)
+    with pytest.raises(ValueError, match="there are 8 processes on this machine, and 4 GPUs"):
+        Processes.from_environment().check_gpus()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from golden_data import write_checkpoint
 
 import magcache
-from magcache.app.inputs import check_sources
 from magcache.app.job import Inputs
+from magcache.app.stock_wan import StockWan
 
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_vace(checkout):
 )
 def test_vace_sources_are_checked(sources, message):
     with pytest.raises(ValueError, match=message):
-        check_sources(Inputs(**sources))
+        StockWan().read_sources(None, Inputs(**sources))
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [("i2v", ("image",)), ("flf2v", ("first_frame", "last_frame"))])
@@ -186,9 +186,9 @@ def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
     result, records = run(checkout, *TEXT, "--magcache_calibration", *SHARED, *SHARDED, processes=2)
     assert result.returncode == 0, result.stderr
     assert [record["calls"] for record in records] == [[LAYERS] * 2 * STEPS] * 2
-    (path,) = (checkout / "calibration").glob("t2v-1.3B_*.json")
+    (path,) = checkout.glob("t2v-1.3B_*.json")
     ratios = json.loads(path.read_text())["mag_ratio"]
-    assert json.loads((checkout / "calibration" / "wan2_1_mag_ratio.json").read_text()) == ratios
+    assert json.loads((checkout / "wan2_1_mag_ratio.json").read_text()) == ratios
     assert magcache.load_ratios(path) == (1.0, 1.0, *ratios)
     assert len(set(ratios)) > STEPS
 

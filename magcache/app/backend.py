@@ -1,0 +1,209 @@
+"""The `wan` package beside the script: what is asked of it, whichever it is. Two modules answer: `our_wan`, for that of
+this repository, and `stock_wan`, for Wan2.1's own, which does less."""
+
+import abc
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magcache.app import checkpoint
+from magcache.app.errors import Refused, first_line, refusing
+from magcache.app.job import Inputs, Job, Machine, Sampling
+from magcache.app.processes import Group, Processes
+from magcache.app.tasks import TASKS
+
+if TYPE_CHECKING:
+    import torch
+
+    from magcache.patch import OnCall, Runner
+
+
+class Backend(abc.ABC):
+    """A `wan` package. has_own_flags: whether it takes the flags `magcache.app.job.OF_OUR_WAN`. frees_encoders: whether
+    a pipeline drops its encoders once no other video comes. without_card: what to say where there is no CUDA device.
+    damaged: what it raises for a file that it cannot read."""
+
+    has_own_flags: bool
+    frees_encoders: bool
+    without_card: str
+    damaged: tuple[type[Exception], ...] = ()
+
+    @abc.abstractmethod
+    def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
+        """What a request without prompt and files is about, by flag; the prompt is empty where there is none. folder:
+        of the script."""
+
+    @abc.abstractmethod
+    def weights_dtype(self, machine: Machine, cuda: bool) -> str:
+        """Of the linear layers in the transformer's blocks."""
+
+    @abc.abstractmethod
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+        """Refuses what this package would fail with only after loading. config: of the task's model."""
+
+    @abc.abstractmethod
+    def start_groups(self, processes: Processes, machine: Machine) -> Group:
+        """Divides the processes, which are connected, into groups that make a video together each."""
+
+    @abc.abstractmethod
+    def read_sources(self, sampling: Sampling, inputs: Inputs) -> list | None:
+        """The source video, its mask and the references of vace, lists of one each; None where only the pipeline can
+        read them. Raises ValueError for what cannot be used."""
+
+    def placement(self, machine: Machine) -> dict[str, Any]:
+        """Arguments of a pipeline beside those that upstream's has."""
+        return {}
+
+    def apart(self, group: Group) -> AbstractContextManager:
+        """Lets a pipeline load and generate without the other groups."""
+        return nullcontext()
+
+    def attach(self, model: "torch.nn.Module", runner: "Runner", on_call: "OnCall") -> None:
+        """Hands the calls of the pipeline's model to `runner`, which starts afresh."""
+        from magcache import patch
+
+        patch.attach(model, runner, on_call)
+
+
+def wan_folder() -> Path:
+    """Of the `wan` package here, which is not imported for that; one that is not there if there is none."""
+    package = importlib.util.find_spec("wan")
+    return Path([*(package.submodule_search_locations if package else ()), "wan"][0])
+
+
+@functools.cache
+def backend() -> Backend:
+    if (wan_folder() / "pipeline.py").is_file():
+        from magcache.app.our_wan import OurWan
+
+        return OurWan()
+    from magcache.app.stock_wan import StockWan
+
+    return StockWan()
+
+
+def check_before_import(sampling: Sampling, machine: Machine) -> None:
+    """Refuses what can be told at once: importing `wan` takes seconds."""
+    if (wan_folder() / "textimage2video.py").is_file():
+        raise Refused(
+            "the wan package here is Wan2.2's: run this beside that of Wan2.1, or of this script's repository"
+        )
+    if sampling.size not in sampling.spec.sizes:
+        raise Refused(f"task {sampling.task} supports {', '.join(sampling.spec.sizes)}, not {sampling.size}")
+    check_folder(sampling, machine)
+
+
+def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
+    """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
+    model's config."""
+    chosen = backend()
+    try:
+        from wan.configs import WAN_CONFIGS
+    except ImportError as fault:
+        remedy = "run this beside one, in its environment"
+        raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {remedy}") from fault
+    except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
+        needs = "the wan package here needs a CUDA device and a torch that sees it"
+        raise Refused(f"{needs} ({first_line(fault)})") from fault
+    config = WAN_CONFIGS.get(sampling.spec.config or sampling.task)
+    if config is None:
+        raise Refused(f"the wan package here has no task {sampling.task}")
+    with refusing(ValueError):
+        Processes.from_environment().check_gpus()
+    check_checkpoint(sampling, machine, config)
+    chosen.check(sampling, inputs, machine, config)
+    return config
+
+
+@contextmanager
+def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the block, which checks files of a checkpoint, become `Refused`: that another download would help where
+    they are of these types."""
+    try:
+        yield
+    except errors as fault:
+        raise Refused(f"{first_line(fault)}: download it again") from fault
+    except ValueError as fault:
+        raise Refused(first_line(fault)) from fault
+
+
+def check_folder(sampling: Sampling, machine: Machine) -> tuple[dict, dict[str, set[str] | None]]:
+    """Refuses a checkpoint folder of another model. Returns what `read_config` and `find_weights` say of it."""
+    task, folder = sampling.spec, Path(machine.ckpt_dir)
+    given = f"--ckpt_dir {folder}"
+    if not os.path.isdir(folder) and not os.path.isfile(folder):
+        raise Refused(f"{given} is not a folder")
+    if other := checkpoint.other_content(folder):
+        raise Refused(f"{given} holds {other}: task {task.name} needs the folder of {task.repository} as it is")
+    with to_be_replaced(checkpoint.Damaged):
+        model = checkpoint.read_config(folder)
+        weights = checkpoint.find_weights(folder)
+    kind, heads = model.get("model_type"), model["num_heads"]
+    if kind != task.model_type:
+        raise Refused(f"{given} holds a model of type {kind}, task {task.name} needs {task.model_type}")
+    if heads % machine.ulysses_size:
+        ulysses = f"--ulysses_size {machine.ulysses_size}"
+        raise Refused(f"{ulysses} does not divide the {heads} attention heads of the model in {folder}")
+    return model, weights
+
+
+def check_checkpoint(sampling: Sampling, machine: Machine, config: Any) -> None:
+    """config: the task's, which has the names of the files."""
+    (model, weights), task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
+    files = [*weights, config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
+    files += [config.clip_checkpoint] if task.images else []
+    for name in files:
+        if not (folder / name).is_file():
+            raise Refused(f"--ckpt_dir {folder} lacks {name}")
+    with to_be_replaced(checkpoint.Damaged):
+        shapes = checkpoint.check_transformer(folder, model, weights)
+        checkpoint.check_encoders(folder, config, shapes, bool(task.images))
+    size = (model["dim"], model["num_layers"])
+    alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
+    if alike and task not in alike:
+        print(f"note: by its size the model in {folder} is that of {alike[0].name}, not of {task.name}")
+
+
+def start_processes(processes: Processes, job: Job) -> Group:
+    """Connects the processes of torchrun, and divides them into groups. Every process decides on its own what to reuse,
+    so flags and plan must be the same everywhere."""
+    with refusing(ValueError):
+        processes.connect()
+    compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
+    compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
+    if differences := processes.differences(compared):
+        rank, names = min(differences.items())
+        raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
+    group = backend().start_groups(processes, job.machine)
+    if job.calibrates and group.count > 1:
+        machine = job.machine
+        shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
+        one = "--magcache_calibration needs one group of processes"
+        raise Refused(f"{one}, and {processes.world} processes with {shared}")
+    return group
+
+
+def load_pipeline(job: Job, config: Any, processes: Processes, group: Group) -> Any:
+    import torch
+
+    import wan
+
+    sampling, machine, chosen = job.sampling, job.machine, backend()
+    several = f"{processes.world} processes, " if processes.world > 1 else ""
+    print(f"device    {several}{device_name(machine)}; loading {machine.ckpt_dir}", flush=True)
+    if not torch.cuda.is_available() and not sampling.spec.is_demo:
+        print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
+    spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
+    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | chosen.placement(machine)
+    with chosen.apart(group):
+        return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
+
+
+def device_name(machine: Machine) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine.dit_dtype or 'float32'}"

@@ -1,0 +1,76 @@
+"""The `wan` package of this repository."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from magcache.app.backend import Backend, to_be_replaced
+from magcache.app.errors import Refused, refusing
+from magcache.app.job import Inputs, Machine, Sampling
+from magcache.app.processes import Group, Processes
+from magcache.app.tasks import located
+
+
+class OurWan(Backend):
+    has_own_flags = frees_encoders = True
+    without_card = "a full-size model takes hours for a video"
+
+    @property
+    def damaged(self) -> tuple[type[Exception], ...]:
+        from wan.utils.checkpoints import DamagedFile
+
+        return (DamagedFile,)
+
+    def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
+        return located(sampling.spec.example, folder / "examples")
+
+    def weights_dtype(self, machine: Machine, cuda: bool) -> str:
+        return machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp else "float32")
+
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+        """Makes the attention backend that is asked for the one of all attention, too."""
+        check_machine(machine)
+        from wan.utils.checkpoints import check_encoders
+
+        with to_be_replaced(*self.damaged):
+            check_encoders(Path(machine.ckpt_dir), config, bool(sampling.spec.images))
+
+    def start_groups(self, processes: Processes, machine: Machine) -> Group:
+        from wan.distributed.groups import start_groups
+
+        sharded = machine.dit_fsdp or machine.t5_fsdp
+        with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
+            groups = start_groups(machine.ulysses_size, machine.ring_size, fsdp=sharded)
+        sharing = groups.sequence.group if groups.sequence else None
+        return Group(groups.rank, groups.size, groups.index, groups.count, sharing)
+
+    def read_sources(self, sampling: Sampling, inputs: Inputs) -> list:
+        from magcache.app.media import read_image
+        from wan.utils.vace_source import prepare_source
+
+        files = (inputs.src_video, inputs.src_mask, [read_image(path) for path in inputs.references])
+        return [[source] for source in prepare_source(*files, sampling.frame_num, sampling.pixels)]
+
+    def placement(self, machine: Machine) -> dict[str, Any]:
+        import torch
+
+        dtype = machine.dit_dtype and getattr(torch, machine.dit_dtype)
+        how = {"compile": machine.compile, "vae_tiling": machine.vae_tiling}
+        return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
+
+
+def check_machine(machine: Machine) -> None:
+    """Refuses what does not run on this machine. Chooses the attention backend."""
+    import torch
+    from diffusers.utils import constants
+
+    mixed = machine.dit_fsdp and machine.dit_dtype not in (None, "float32")  # with the float32 biases of a block
+    if mixed and torch.__version__ < "2.9":
+        flags = f"--dit_fsdp with --dit_dtype {machine.dit_dtype}"
+        raise Refused(f"{flags} needs torch 2.9 or newer, this is {torch.__version__}")
+    constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
+    from wan.utils.attention import choose_attention
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    with refusing(ValueError):
+        choose_attention(machine.attn_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"), device)

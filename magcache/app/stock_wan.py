@@ -1,0 +1,136 @@
+"""The `wan` package of a Wan2.1 checkout, as upstream has it, and all that is known here of its inside."""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magcache.app.backend import Backend, wan_folder
+from magcache.app.errors import Refused, need_package
+from magcache.app.job import Inputs, Machine, Sampling
+from magcache.app.processes import Group, Processes
+from magcache.app.tasks import located
+
+if TYPE_CHECKING:
+    import torch
+
+    from magcache.patch import OnCall, Runner
+
+
+class StockWan(Backend):
+    has_own_flags = frees_encoders = False
+    without_card = "the wan package here is made for one"
+
+    def __init__(self):
+        warnings.filterwarnings("ignore", category=FutureWarning)  # upstream's script hides all of them
+        warnings.filterwarnings("ignore", module=r"torch\.")
+
+    def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
+        """That of upstream's script, which is read and not run."""
+        root = wan_folder().parent
+        with contextlib.suppress(OSError, ValueError, SyntaxError, KeyError, TypeError):
+            for statement in ast.parse((root / "generate.py").read_text(encoding="utf-8")).body:
+                if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "EXAMPLE_PROMPT":
+                    example = ast.literal_eval(statement.value)[sampling.task]
+                    known = {name: example[name] for name in ("prompt", *sampling.spec.inputs) if name in example}
+                    return located(known, root)
+        return {"prompt": ""}
+
+    def weights_dtype(self, machine: Machine, cuda: bool) -> str:
+        return "float32"
+
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+        if len(sampling.spec.images) == 2 and sampling.frame_num != 81:
+            only = "the wan package here makes flf2v videos of 81 frames only"
+            raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
+        if inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
+            need_package("decord", "--src_video with the wan package here")
+        if sampling.spec.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
+            loads = f"{config.clip_tokenizer}/, which the wan package here loads"
+            raise Refused(f"--ckpt_dir {machine.ckpt_dir} lacks {loads}")
+        attention = getattr(sys.modules.get("wan.modules.model"), "flash_attention", None)  # imported with the configs
+        known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
+        if False in known and True not in known:
+            raise Refused("the wan package here needs the package flash_attn: pip install flash-attn")
+
+    def start_groups(self, processes: Processes, machine: Machine) -> Group:
+        """It wants xfuser's groups to be there before the pipeline is made; all processes are one group, but where they
+        share neither tokens nor weights: then each makes videos of its own."""
+        if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
+            return Group(index=processes.rank, count=processes.world)
+        if machine.shards == 1:
+            return Group(processes.rank, processes.world)
+        if machine.shards != processes.world:
+            sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
+            number = "must be the number of processes with the wan package here"
+            raise Refused(f"{sizes} {number}, there are {processes.world}")
+        try:
+            from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
+        except ImportError as fault:
+            needs = "--ulysses_size and --ring_size need the package xfuser with the wan package here"
+            raise Refused(f"{needs}: {fault}") from fault
+        init_distributed_environment(rank=processes.rank, world_size=processes.world)
+        degrees = {"ring_degree": machine.ring_size, "ulysses_degree": machine.ulysses_size}
+        initialize_model_parallel(sequence_parallel_degree=processes.world, **degrees)
+        import torch
+
+        return Group(processes.rank, processes.world, sharing=torch.distributed.group.WORLD)
+
+    def read_sources(self, sampling: Sampling, inputs: Inputs) -> None:
+        """The pipeline reads them; what can be told without it is checked."""
+        from magcache.app.media import frames_at_most, read_image
+
+        frames = {path: frames_at_most(2, path) for path in (inputs.src_video, inputs.src_mask) if path}
+        if inputs.src_mask and not inputs.src_video:
+            raise ValueError(f"the mask {inputs.src_mask} needs a source video")
+        if inputs.src_mask and frames[inputs.src_mask] < frames[inputs.src_video]:
+            only = "the wan package here takes no picture as a mask, only a video"
+            raise ValueError(f"cannot use {inputs.src_mask}: {only}")
+        for path in inputs.references:
+            read_image(path)
+        if inputs.src_video:
+            print("note: this wan package reads the source video after loading; its size and length are the video's")
+
+    def apart(self, group: Group) -> AbstractContextManager:
+        """Its pipelines have barriers of all processes, of which each makes its own number of videos."""
+        if group.count == 1:
+            return nullcontext()
+        import torch
+
+        from magcache.patch import shadowed
+
+        return shadowed(torch.distributed, {"barrier": lambda *args, **kwargs: None})
+
+    def attach(self, model: "torch.nn.Module", runner: "Runner", on_call: "OnCall") -> None:
+        if runner.calls_per_step == 2:
+            return super().attach(model, runner, on_call)
+        super().attach(model, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))
+
+
+class CondForBoth:
+    """A runner for pipelines that also make the second call of a step where it has no weight, at a guidance of 1: that
+    one returns what the first did. `runner` is handed the first ones."""
+
+    calls_per_step = 2
+
+    def __init__(self, runner: "Runner"):
+        self.runner, self.calls, self.sigmas, self.out = runner, 2 * runner.calls, runner.sigmas, None
+
+    def reset(self) -> None:
+        self.out = None
+        self.runner.reset()
+
+    def skips(self, call: int) -> bool:
+        return call % 2 == 1 or self.runner.skips(call // 2)
+
+    def run(self, call: int, model: "torch.nn.Module", forward: functools.partial) -> Any:
+        if call % 2 == 0:
+            self.out = self.runner.run(call // 2, model, forward)
+            return self.out
+        out, self.out = self.out, None
+        return out
