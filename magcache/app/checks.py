@@ -12,15 +12,12 @@ import magcache
 from magcache.app import prompts
 from magcache.app.backend import backend
 from magcache.app.choose_schedule import choose_table, make_schedule
-from magcache.app.errors import Refused, need_package, refuse_if, refusing, shortened
+from magcache.app.errors import Refused, need_package, refusing
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
 from magcache.app.quality import use_trials
 from magcache.app.tasks import TASKS
-
-MOST_STEPS = 10_000
-MOST_FRAMES = 4093  # of 1024 latent frames
 
 
 def make_job(args: Namespace) -> Job:
@@ -31,7 +28,8 @@ def make_job(args: Namespace) -> Job:
     base_seed = args.base_seed
     if base_seed < 0:
         base_seed = 0 if args.prompt_file else random.randrange(2**32)  # a rerun has to find what is finished
-    refuse_if(base_seed >= 2**63, f"--base_seed must be below 2^63, got {base_seed}")
+    if base_seed >= 2**63:
+        raise Refused(f"--base_seed must be below 2^63, got {base_seed}")
     prompt, lines = args.prompt, ()
     if args.prompt_file:
         lines = read_lines(args, sampling, base_seed)
@@ -77,7 +75,8 @@ def check_effects(args: Namespace) -> None:
     MagCache one, whose command lines run as they are."""
     given, cached = getattr(args, "explicit", ()), args.use_magcache or args.magcache_plan
     for name, value in vars(args).items():
-        refuse_if(value == "" and name != "prompt", f"--{name} is empty: leave it out, or give it a value")
+        if value == "" and name != "prompt":
+            raise Refused(f"--{name} is empty: leave it out, or give it a value")
     needs = {"prompt_extend_method": (args.use_prompt_extend, "--use_prompt_extend")}
     needs |= dict.fromkeys(("prompt_extend_model", "prompt_extend_target_lang"), needs["prompt_extend_method"])
     needs |= dict.fromkeys(("magcache_thresh", "magcache_K", "retention_ratio"), (cached, "--use_magcache"))
@@ -85,29 +84,26 @@ def check_effects(args: Namespace) -> None:
         if name in needs and not needs[name][0]:
             print(f"note: --{name} has no effect without {needs[name][1]}")
     for name in ("mag_ratios", "magcache_speedup", "magcache_quality", "magcache_offload", "compare"):
-        refuse_if(bool(getattr(args, name)) and not cached, f"--{name} needs --use_magcache")
+        if getattr(args, name) and not cached:
+            raise Refused(f"--{name} needs --use_magcache")
 
 
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags that the `wan` here does not have, and those for several GPUs that the number of processes does not
     fit; a plan is for any machine."""
     for flag in () if backend().has_own_flags else OF_OUR_WAN:
-        needs = f"--{flag} needs the wan package of magcache_generate.py, this one is Wan2.1's own"
-        refuse_if(bool(getattr(args, flag)), needs)
+        if getattr(args, flag):
+            raise Refused(f"--{flag} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")
     spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}
-    at_least = f"--offload_blocks must be at least 1, got {args.offload_blocks}"
-    refuse_if(args.offload_blocks is not None and args.offload_blocks < 1, at_least)
-    for flag in ("offload_blocks", "compile"):
-        refuse_if(bool(getattr(args, flag)) and args.dit_fsdp, f"--{flag} and --dit_fsdp exclude each other")
-    least = f"--ulysses_size and --ring_size must be at least 1, got {args.ulysses_size} and {args.ring_size}"
-    refuse_if(min(args.ulysses_size, args.ring_size) < 1, least)
-    size = args.ulysses_size * args.ring_size
+    if min(args.ulysses_size, args.ring_size) < 1:
+        both = f"got {args.ulysses_size} and {args.ring_size}"
+        raise Refused(f"--ulysses_size and --ring_size must be at least 1, {both}")
     if args.magcache_plan:
-        sharded = args.dit_fsdp or args.t5_fsdp
-        if sharded and size == 1:
+        world = args.ulysses_size * args.ring_size
+        if world == 1 and (args.dit_fsdp or args.t5_fsdp):
             print("note: the weights are sharded over all processes, whose number is not known here; 2 are taken")
-        world = max(size, 2 if sharded else 1)
+            world = 2
     else:
         with refusing(ValueError):
             world = Processes.from_environment().world
@@ -118,104 +114,92 @@ def make_machine(args: Namespace) -> Machine:
 
 def check_processes(args: Namespace, world: int) -> None:
     """Refuses flags for several GPUs that so many processes do not fit, and a run without a checkpoint folder."""
-    size = args.ulysses_size * args.ring_size
-    ulysses, ring = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
-    if world == 1:
-        for flag in ("t5_fsdp", "dit_fsdp"):
-            shards = f"--{flag} shards over several processes: start them with torchrun --nproc_per_node N"
-            refuse_if(getattr(args, flag), shards)
-        start = f"{ulysses} and {ring} need {size} processes: start them with torchrun --nproc_per_node {size}"
-        refuse_if(size > 1, start)
-    refuse_if(world % size != 0, f"{world} processes are no multiple of {ulysses} times {ring}")
-    if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
+    size, sharded = args.ulysses_size * args.ring_size, [f for f in ("t5_fsdp", "dit_fsdp") if getattr(args, f)]
+    sizes = f"--ulysses_size {args.ulysses_size}", f"--ring_size {args.ring_size}"
+    if world == 1 and sharded:
+        start = "start them with torchrun --nproc_per_node N"
+        raise Refused(f"--{sharded[0]} shards over several processes: {start}")
+    if world == 1 and size > 1:
+        start = f"start them with torchrun --nproc_per_node {size}"
+        raise Refused(f"{' and '.join(sizes)} need {size} processes: {start}")
+    if world % size:
+        raise Refused(f"{world} processes are no multiple of {' times '.join(sizes)}")
+    if args.offload_model and sharded:
         print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
-    refuse_if(not args.ckpt_dir, "--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
+    if not args.ckpt_dir:
+        raise Refused("--ckpt_dir is needed: the checkpoint folder, such as ./Wan2.1-T2V-1.3B")
 
 
 def make_sampling(args: Namespace) -> Sampling:
     """Fills in the task's defaults."""
     task = TASKS[args.task]
     frames, steps, shift = args.frame_num, args.sample_steps, args.sample_shift
-    if frames is None:
-        frames = task.frames
-    elif task.sources and args.src_video:
+    if frames is not None and task.sources and args.src_video:
         print("note: --frame_num is not used with --src_video, whose own length decides")
-        frames = task.frames
-    if steps is None:
-        steps = task.steps
-    if shift is None:
-        shift = task.shifts.get(args.size, task.shift)
-    wrong = task.makes_image and frames != 1
-    refuse_if(wrong, f"task {args.task} makes one image: --frame_num must be 1, got {frames}")
-    few = f"task {args.task} needs --frame_num {task.least_frames} or more, got {frames}"
-    refuse_if(1 <= frames < task.least_frames, few)
-    most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end, got {shortened(frames)}"
-    refuse_if(frames > MOST_FRAMES, most)
-    refuse_if(frames < 1 or frames % 4 != 1, f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
-    refuse_if(steps < 1, f"--sample_steps must be at least 1, got {steps}")
-    many = f"--sample_steps must be at most {MOST_STEPS}, got {shortened(steps)}: the models know 1000 noise levels"
-    refuse_if(steps > MOST_STEPS, many)
-    refuse_if(not 0 < shift < math.inf, f"--sample_shift must be positive, got {shift}")
-    guidance = args.sample_guide_scale
-    refuse_if(not math.isfinite(guidance), f"--sample_guide_scale must be finite, got {guidance}")
-    sampling = Sampling(args.task, args.size, frames, args.sample_solver, steps, shift, guidance)
-    try:
-        sampling.noise_levels  # noqa: B018
-    except ValueError as fault:
-        raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
-    return sampling
+        frames = None
+    return Sampling(
+        args.task,
+        args.size,
+        task.frames if frames is None else frames,
+        args.sample_solver,
+        task.steps if steps is None else steps,
+        task.shifts.get(args.size, task.shift) if shift is None else shift,
+        args.sample_guide_scale,
+    )
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
     """The lines of --prompt_file, each with its own image and negative prompt, or those of the flags."""
-    refuse_if(args.prompt is not None, "--prompt and --prompt_file exclude each other")
+    if args.prompt is not None:
+        raise Refused("--prompt and --prompt_file exclude each other")
     try:
         lines = prompts.read_prompts(args.prompt_file, base_seed)
     except ValueError as fault:
         raise Refused(f"--prompt_file: {fault}") from fault
-    file = f"--prompt_file {args.prompt_file}"
-    if "image" not in sampling.spec.inputs:
-        named = any(line.image for line in lines)
-        refuse_if(named, f"{file} names images, task {args.task} takes none")
+    file, takes_image = f"--prompt_file {args.prompt_file}", "image" in sampling.spec.inputs
+    if not takes_image and any(line.image for line in lines):
+        raise Refused(f"{file} names images, task {args.task} takes none")
     given = {"image": args.image, "n_prompt": text_of(args.n_prompt, "n_prompt")}
     lines = tuple(replace(line, **{name: getattr(line, name) or given[name] for name in given}) for line in lines)
-    for line in lines if "image" in sampling.spec.inputs else ():
-        refuse_if(line.image is None, f"{file}: prompt {line.number} has no image, and there is no --image")
+    for line in lines:
+        if takes_image and line.image is None:
+            raise Refused(f"{file}: prompt {line.number} has no image, and there is no --image")
     return lines
 
 
 def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
     with refusing(ValueError):
         rule = magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
-    wanted = args.use_magcache or bool(args.magcache_plan)
-    both = "--use_magcache and --magcache_calibration exclude each other: calibrate first, then use the table"
-    refuse_if(wanted and bool(args.magcache_calibration), both)
+    wanted = args.use_magcache or args.magcache_plan
+    if wanted and args.magcache_calibration:
+        first = "calibrate first, then use the table"
+        raise Refused(f"--use_magcache and --magcache_calibration exclude each other: {first}")
     speedup, quality, most = args.magcache_speedup, args.magcache_quality, sampling.sample_steps
     given = {"magcache_thresh", "magcache_K", "retention_ratio"}.intersection(getattr(args, "explicit", ()))
     for flag, value in (("magcache_speedup", speedup), ("magcache_quality", quality)):
         if value is not None and given:
             raise Refused(f"--{flag} chooses the steps in place of --{min(given)}: give one of them")
-    if quality is not None:
-        refuse_if(speedup is not None, "--magcache_quality chooses the speed-up in place of --magcache_speedup")
-        refuse_if(not 0 < quality < math.inf, f"--magcache_quality must be a positive number of dB, got {quality}")
-    if speedup is not None:
-        one_step = f"--magcache_speedup must be between 1 and {most}, at which one step is computed"
-        refuse_if(not 1 <= speedup <= most, one_step)
-    if not wanted:
-        return None
-    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_offload, quality)
+    if quality is not None and speedup is not None:
+        raise Refused("--magcache_quality chooses the speed-up in place of --magcache_speedup")
+    if quality is not None and not 0 < quality < math.inf:
+        raise Refused(f"--magcache_quality must be a positive number of dB, got {quality}")
+    if speedup is not None and not 1 <= speedup <= most:
+        raise Refused(f"--magcache_speedup must be between 1 and {most}, at which one step is computed")
+    return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_offload, quality) if wanted else None
 
 
 def make_output(args: Namespace, sampling: Sampling) -> Output:
-    refuse_if(args.overwrite and not args.prompt_file, "--overwrite needs --prompt_file: a single video is always made")
+    if args.overwrite and not args.prompt_file:
+        raise Refused("--overwrite needs --prompt_file: a single video is always made")
     for package in ("skimage", "matplotlib", "imageio_ffmpeg", "PIL") if args.compare else ():
         need_package(package, "--compare")
     if not args.magcache_calibration:
         return Output(args.save_file, args.overwrite, args.compare)
-    too_few = "--magcache_calibration compares steps, so it needs --sample_steps 2 or more"
-    refuse_if(sampling.sample_steps < 2, too_few)
-    one = "--magcache_calibration measures both calls of a step, and with --sample_guide_scale 1 there is only one"
-    refuse_if(sampling.calls_per_step == 1, one)
+    if sampling.sample_steps < 2:
+        raise Refused("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
+    if sampling.calls_per_step == 1:
+        one = "with --sample_guide_scale 1 there is only one"
+        raise Refused(f"--magcache_calibration measures both calls of a step, and {one}")
     trials = ()
     if args.magcache_calibration is not True:
         from magcache.app.plan_trials import read_speedups  # with numpy

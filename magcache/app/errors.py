@@ -15,11 +15,6 @@ class Failed(Exception):
     """The run cannot go on, for a reason that the user can do something about: the one line to say."""
 
 
-def refuse_if(wrong: bool, line: str) -> None:
-    if wrong:
-        raise Refused(line)
-
-
 class LostResult(Failed):
     """A finished video could be kept nowhere, and no other one could."""
 
@@ -59,5 +54,6 @@ def reason_in(fault: Exception) -> str:
 
 def need_package(name: str, what: str) -> None:
     """Refuses a flag whose package is missing."""
-    package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
-    refuse_if(importlib.util.find_spec(name) is None, f"{what} needs the package {name}: pip install {package}")
+    if importlib.util.find_spec(name) is None:
+        package = {"skimage": "scikit-image", "imageio_ffmpeg": "imageio-ffmpeg"}.get(name, name)
+        raise Refused(f"{what} needs the package {name}: pip install {package}")

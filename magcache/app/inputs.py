@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from magcache.app.backend import backend
-from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.errors import Refused, refusing
 from magcache.app.job import Extension, Inputs, Job, Request, Sampling
 
 
@@ -27,8 +27,9 @@ def choose_inputs(
     if prompt is not None:
         return prompt, inputs
     example = dict(backend().example(sampling, folder))
-    none = "--prompt is needed: there is no generate.py with an example for this task beside the wan package here"
-    refuse_if(needed and not example["prompt"], none)
+    if needed and not example["prompt"]:
+        none = "there is no generate.py with an example for this task beside the wan package here"
+        raise Refused(f"--prompt is needed: {none}")
     prompt = example.pop("prompt")
     if given:
         print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")

@@ -3,19 +3,24 @@
 Fields that stand for a flag have its name. A request that makes no sense is `Refused` before anything is loaded.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import magcache
+from magcache.app.errors import Refused, shortened
 from magcache.app.prompts import Line
 from magcache.app.tasks import TASKS, Task
 
+MOST_STEPS = 10_000
+MOST_FRAMES = 4093  # of 1024 latent frames
 TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the mean over the prompts
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is generated, but for prompt, seed and input files. size: "width*height"."""
+    """What is generated, but for prompt, seed and input files. size: "width*height". Raises Refused where a value makes
+    no sense."""
 
     task: str
     size: str
@@ -24,6 +29,28 @@ class Sampling:
     sample_steps: int
     sample_shift: float
     sample_guide_scale: float
+
+    def __post_init__(self):
+        frames, steps, shift = self.frame_num, self.sample_steps, self.sample_shift
+        if self.spec.makes_image and frames != 1:
+            raise Refused(f"task {self.task} makes one image: --frame_num must be 1, got {frames}")
+        if 1 <= frames < self.spec.least_frames:
+            raise Refused(f"task {self.task} needs --frame_num {self.spec.least_frames} or more, got {frames}")
+        if frames > MOST_FRAMES:
+            most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end"
+            raise Refused(f"{most}, got {shortened(frames)}")
+        if frames < 1 or frames % 4 != 1:
+            raise Refused(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise Refused(f"--sample_steps must be at least 1 and at most {MOST_STEPS}, got {shortened(steps)}")
+        if not 0 < shift < math.inf:
+            raise Refused(f"--sample_shift must be positive, got {shift}")
+        if not math.isfinite(self.sample_guide_scale):
+            raise Refused(f"--sample_guide_scale must be finite, got {self.sample_guide_scale}")
+        try:
+            self.noise_levels  # noqa: B018
+        except ValueError as fault:
+            raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
 
     @property
     def spec(self) -> Task:
@@ -66,7 +93,8 @@ OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_til
 
 @dataclass(frozen=True)
 class Machine:
-    """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default."""
+    """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default.
+    world: processes in all. Raises Refused where flags do not go together."""
 
     ckpt_dir: str
     offload_model: bool
@@ -80,7 +108,14 @@ class Machine:
     compile: bool = False
     attn_backend: str | None = None
     vae_tiling: bool = False
-    world: int = 1  # processes in all
+    world: int = 1
+
+    def __post_init__(self):
+        if self.offload_blocks is not None and self.offload_blocks < 1:
+            raise Refused(f"--offload_blocks must be at least 1, got {self.offload_blocks}")
+        for flag in ("offload_blocks", "compile"):
+            if getattr(self, flag) and self.dit_fsdp:
+                raise Refused(f"--{flag} and --dit_fsdp exclude each other")
 
     @property
     def shards(self) -> int:
@@ -96,9 +131,9 @@ class Machine:
 @dataclass(frozen=True)
 class CacheSettings:
     """What the cache is to do: by the MagCache rule, or, with a `speedup`, by that. table: a name or a path, None to
-    choose it. offload: whether what is cached waits in CPU memory. quality: latent PSNR
-    in dB that the speed-up has to be promised, which then is the fastest one; constants: of the speed-up's rule, None
-    for those that hold without trials."""
+    choose it. offload: whether what is cached waits in CPU memory. quality: latent PSNR in dB that the speed-up has to
+    be promised, which then is the fastest one; constants: of the speed-up's rule, None for those that hold without
+    trials."""
 
     rule: magcache.Settings
     speedup: float | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from magcache import trials
-from magcache.app.errors import Refused, refuse_if
+from magcache.app.errors import Refused
 from magcache.app.job import TRIAL_BUDGET, Sampling
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT, Constants, computed_steps
@@ -20,13 +20,15 @@ def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
         if not 1 < speedup <= steps:
             raise Refused(f"--magcache_calibration takes speed-ups above 1 and at most {steps}, got {speedup:g}")
     counts = [computed_steps(steps, speedup) for speedup in speedups]
-    same = f"--magcache_calibration {text} names speed-ups that compute the same number of {steps} steps: {counts}"
-    refuse_if(len(set(counts)) < len(counts), same)
+    if len(set(counts)) < len(counts):
+        same = f"speed-ups that compute the same number of {steps} steps: {counts}"
+        raise Refused(f"--magcache_calibration {text} names {same}")
     cost = sum(way.cost for way in forecasts(sampling, speedups, DEFAULT))
     cost += sum(way.cost for way in candidates(sampling, speedups)[1:]) / 2  # at most half of the prompts try them
     runs = cost / (CALLS_PER_STEP * steps)
-    dear = f"--magcache_calibration {text} would cost {runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
-    refuse_if(runs > TRIAL_BUDGET, f"{dear}: leave out the smallest speed-ups")
+    if runs > TRIAL_BUDGET:
+        dear = f"{runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
+        raise Refused(f"--magcache_calibration {text} would cost {dear}: leave out the smallest speed-ups")
     return tuple(speedups)
 
 

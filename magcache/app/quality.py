@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import magcache
 from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
-from magcache.app.errors import Refused, refuse_if, refusing
+from magcache.app.errors import Refused, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
 from magcache.trials import ANOTHER
 
@@ -42,16 +42,18 @@ def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "mag
     try:
         table, notice = find_table(sampling, cache, ckpt_dir)
     except magcache.UnknownTableError as fault:
-        refuse_if(needed or bool(cache.table), f"{fault}; {HOW_TO_TRY}")
+        if needed or cache.table:
+            raise Refused(f"{fault}; {HOW_TO_TRY}") from fault
         return None
     except ValueError as fault:
         raise Refused(str(fault)) from fault
     with refusing(ValueError):
         measured = magcache.read_trials(table)
     without = f"ratio table {table.name} holds no trials"
-    refuse_if(needed and not measured, f"--magcache_quality: {without}; {HOW_TO_TRY}")
-    useless = f"{without}, and --magcache_speedup takes nothing else of a table: leave --mag_ratios out"
-    refuse_if(bool(cache.table) and not measured, useless)
+    if needed and not measured:
+        raise Refused(f"--magcache_quality: {without}; {HOW_TO_TRY}")
+    if cache.table and not measured:
+        raise Refused(f"{without}, and --magcache_speedup takes nothing else of a table: leave --mag_ratios out")
     if measured and notice:
         print(f"note: {notice}")
     return measured
