@@ -22,8 +22,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from magcache.schedule import CALLS_PER_STEP, Schedule
 
-# methods of a Wan transformer that make what only its blocks take: VACE's hints, text and time in this repo's models
-FOR_BLOCKS_ONLY = ("forward_vace", "embed_context", "project_time")
 FORECAST_INSTEAD = "use output forecasts (magcache.plan_speedup)"
 
 
@@ -95,9 +93,9 @@ class ResidualCache(Cache):
 
     def answer(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         dit = find_dit(model)
-        unused = [name for name in FOR_BLOCKS_ONLY if hasattr(type(dit), name)] if self.skips(call) else []
+        hints = self.skips(call) and hasattr(dit, "forward_vace")  # which only the blocks take
         with (
-            shadowed(dit, dict.fromkeys(unused, lambda *args, **kwargs: None)),
+            shadowed(dit, {"forward_vace": lambda *args, **kwargs: None} if hints else {}),
             blocks_hidden(dit, functools.partial(self.step, call)),
         ):
             return forward()

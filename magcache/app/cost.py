@@ -19,7 +19,7 @@ VAE_WEIGHTS = 507e6  # bytes, float32
 VAE_AT_ONCE = 19_500  # bytes for each pixel of a frame, or of a tile, that is decoded at once
 TILE = 256  # pixels a side, of a tiled VAE
 CONTEXT = 0.6e9  # bytes, of CUDA and its libraries
-ON_REUSE = ("patch_embedding", "time_embedding", "head")  # what a call computes that reuses a residual
+NOT_ON_REUSE = ("blocks.", "vace_")  # what a call that reuses a residual does not compute
 
 
 def parameters(sizes: Architecture, part: str = "") -> tuple[int, int]:
@@ -57,7 +57,7 @@ def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
             times = next((count for part, count in rows.items() if part in name), tokens)
             flops = 2 * times * prod(shape)
             computed += flops
-            reused += flops if name.startswith(ON_REUSE) else 0
+            reused += 0 if name.startswith(NOT_ON_REUSE) else flops
     blocks = sizes.num_layers + sizes.vace_blocks
     return computed + blocks * 4 * tokens * (tokens + text + image) * sizes.dim, reused
 

@@ -2,18 +2,16 @@
 
 import contextlib
 import io
-import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 from magcache.app.checkpoint import architecture_of
 from magcache.app.checks import make_job
-from magcache.app.choose_schedule import make_schedule, predict
+from magcache.app.choose_schedule import predict
 from magcache.app.cost import cached_bytes, needs_of, number_of_bytes, run_flops, token_count
 from magcache.app.errors import need_package
 from magcache.app.inputs import planned_video
-from magcache.app.job import CacheSettings, Job
+from magcache.app.job import Job
 from magcache.app.quality import quality_lines
 from magcache.app.requests import check_target
 from magcache.app.step_map import digits, reuse_by_branch, ruler, step_map
@@ -41,9 +39,7 @@ def show_plan(args: Namespace) -> None:
         f"schedule  {chosen_by(job)}",
         *([f"origin    {table_origin(job.table)}"] if job.table else []),
         *run_lines(job, video, token_count(frames, height, width, references), (frames, height, width)),
-        "",
-        *quality_lines(job),
-        *neighbour_lines(job),
+        *(["", *quality_lines(job)] if job.measured else []),
     ]
     print(*(line.rstrip() for line in lines), sep="\n")
     print(notes.getvalue(), end="")
@@ -111,34 +107,3 @@ def map_lines(job: Job) -> list[str]:
         lines.append(f"error     {shown}  {name}, {max(errors):.3g} at most")
     legend = "# computed, . reused; error: accumulated along a reused stretch by the ratios, in tenths of thresh"
     return [*lines, f"          {legend} {job.cache.rule.thresh:g}"]
-
-
-def neighbour_lines(job: Job) -> list[str]:
-    """What the settings around the given ones would give, which have a star."""
-    cache, rule, columns = job.cache, job.cache.rule, ()
-    if cache.speedup is not None:
-        heading, most = "other     speed-ups", float(job.schedule.steps)
-        speedups = sorted({min(max(cache.speedup + difference, 1.0), most) for difference in (-0.5, 0.0, 0.5)})
-        rows = {f"speedup {speedup:.4g}": [replace(cache, speedup=speedup)] for speedup in speedups}
-    else:
-        heading = "other     thresh and K"
-        doubled = min(2 * rule.thresh, sys.float_info.max)
-        thresholds = (rule.thresh / 2, rule.thresh, doubled) if rule.thresh else (0.0, 0.06, 0.12)
-        lengths = [max(rule.K, 1) + difference for difference in (-1, 0, 1)]
-        columns = [f"K {K}" for K in lengths]
-        rows = {
-            f"thresh {thresh:g}": [replace(cache, rule=replace(rule, thresh=thresh, K=K)) for K in lengths]
-            for thresh in thresholds
-        }
-    cells = [[cell(job, settings) for settings in row] for row in rows.values()]
-    width = max(len(text) for text in (*columns, *(text for row in cells for text in row))) + 2
-    first = max(map(len, rows)) + 3
-    table = [*([("", columns)] if columns else []), *zip(rows, cells, strict=True)]
-    return [f"{heading}: calls computed, bound (* as asked)"] + [
-        " " * 10 + f"{label:<{first}}" + "".join(f"{text:<{width}}" for text in row) for label, row in table
-    ]
-
-
-def cell(job: Job, cache: CacheSettings) -> str:
-    schedule = make_schedule(job.sampling, cache, job.table)
-    return f"{schedule.computed}, {schedule.speedup_bound:.2f}x" + (" *" if cache == job.cache else "")

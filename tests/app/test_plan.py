@@ -56,8 +56,6 @@ def test_published_settings(plan, task, folder, size, steps, thresh, K, computed
     flags = ("--task", task, "--ckpt_dir", folder, "--size", size, "--magcache_thresh", thresh, "--magcache_K", K)
     lines, bound = plan(*flags), 2 * steps / computed
     assert lines[0] == f"{computed} of {2 * steps} DiT calls computed, at most {bound:.2f}x"
-    (cell,) = (cell for line in lines for cell in re.findall(r"(\d+, [\d.]+x) \*", line))
-    assert cell == f"{computed}, {bound:.2f}x"
     maps = [line.split()[1] for line in lines if line.startswith(("cond", "uncond"))]
     assert [len(row) for row in maps] == [steps, steps]
     assert "".join(maps).count("#") == computed
@@ -69,16 +67,6 @@ def test_the_plan_of_a_speedup(plan):
     assert not any(line.startswith(("origin", "error")) for line in lines)
     assert "memory    77.4 MB on the GPU for 4 cached outputs" in lines
     assert "FLOPs     60.0 % of the DiT's saved" in "\n".join(lines)
-    assert [re.findall(r"\d+, [\d.]+x", line) for line in lines if "speedup " in line] == [
-        ["50, 2.00x"], ["40, 2.50x"], ["32, 3.12x"]
-    ]  # fmt: skip
-
-
-def test_the_plan_without_guidance(plan):
-    for flags in (("--magcache_speedup", 2), ("--magcache_K", 4)):
-        lines = plan("--task", "t2v-1.3B", "--size", "832*480", "--sample_guide_scale", 1, *flags)
-        assert re.match(r"\d+ of 50 DiT calls computed", lines[0])
-        assert [line.split()[0] for line in lines if "#" in line and "reused" in line] == ["cond", "#"]
 
 
 def test_documentation_has_the_plans_of_the_published_settings():
@@ -227,7 +215,6 @@ def test_memory_and_flops_of_a_run():
     schedule = magcache.plan(magcache.load_ratios("t2v-14B"), 50, 0.24, 6)
     shape = TASKS["t2v-14B"].architecture
     assert cost.cached_bytes(schedule, shape, 75600) == 2 * 75600 * 5120 * 4
-    assert cost.cached_bytes(schedule, shape, 75600, "bfloat16") == 2 * 75600 * 5120 * 2
     forecasts = magcache.plan_speedup(50, 2.5)
     assert cost.cached_bytes(forecasts, shape, 75600) == 4 * 16 * 21 * 90 * 160 * 4 < 80e6
     nothing = magcache.Schedule((None, None))
