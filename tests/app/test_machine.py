@@ -27,20 +27,8 @@ from magcache.app.tasks import TASKS
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
-TASK = (
-    "--task",
-    "t2v-tiny",
-    "--size",
-    "64*64",
-    "--ckpt_dir",
-    DEMO,
-    "--frame_num",
-    5,
-    "--sample_steps",
-    5,
-    "--base_seed",
-    3,
-)
+SHORT = ("--frame_num", 5, "--sample_steps", 5)
+TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--base_seed", 3, *SHORT)
 CACHE = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
 RUNS = {
     "plain": (),
