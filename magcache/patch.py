@@ -83,7 +83,8 @@ class Cache:
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as it waits."""
-        return tensor.detach().to(self.device or tensor.device, self.dtype or tensor.dtype)
+        small = tensor.detach().to(self.dtype or tensor.dtype)  # before it moves, as it would be moved whole otherwise
+        return small.to(self.device or tensor.device)
 
 
 class ResidualCache(Cache):
@@ -103,7 +104,7 @@ class ResidualCache(Cache):
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.skips(call):
             (residual,) = self.branch(call)
-            return x + residual.to(x.device, self.compute_dtype)
+            return x + residual.to(x.device).to(self.compute_dtype)
         wanted = self.make_room(call)
         out = run_blocks(blocks, x, *args, **kwargs)
         if wanted:
@@ -139,7 +140,7 @@ class OutputCache(Cache):
         for (device, dtype), *sources in zip(self.like, *self.branch(call), strict=True):
             wide = torch.promote_types(dtype, torch.float32)
             terms = zip(self.schedule.weights[call], sources, strict=False)
-            tensors.append(sum(weight * source.to(device, wide) for weight, source in terms).to(dtype))
+            tensors.append(sum(weight * source.to(device).to(wide) for weight, source in terms).to(dtype))
         return tree_unflatten(tensors, self.structure)
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from wan.modules.clip import CLIPModel
 from wan.pipeline import Sampling, WanPipeline
+from wan.utils.offload import on_device
 
 TOKEN_PIXELS = 16  # on either side
 
@@ -37,14 +38,10 @@ class ImagePipeline(WanPipeline):
 
     def encode_images(self, images: list[torch.Tensor], offload_model: bool) -> torch.Tensor:
         """Images [3, H, W] in [-1, 1] -> features [len(images), tokens, width] on the device."""
-        try:
-            self.clip.model.to(self.device)
+        with on_device(self.clip.model, self.device, self.afterwards(offload_model)):
             features = self.clip.visual([image[:, None] for image in images])
-        finally:  # after a failure, too: another video may come
-            if not self.keeps_encoders:
-                self.clip = None
-            elif offload_model:
-                self.clip.model.cpu()
+        if not self.keeps_models:
+            self.clip = None
         return features
 
     def condition(self, images: list[torch.Tensor], shape: tuple[int, int, int, int], frame_num: int) -> torch.Tensor:
@@ -75,11 +72,11 @@ class ImagePipeline(WanPipeline):
         shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
+        contexts = self.encode_text(prompt, n_prompt, how.offload_model)
         pixels = [
             torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
             for image in images
         ]
-        contexts = self.encode_text(prompt, n_prompt, how.offload_model)
         given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
         given["clip_fea"] = self.encode_images(pixels, how.offload_model)
         del pixels  # as large as the photo, on the GPU

@@ -15,7 +15,7 @@ from wan.distributed.groups import current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
-from wan.utils.offload import offload_text_encoder, offload_transformer
+from wan.utils.offload import offload_text_encoder, offload_transformer, on_device
 from wan.utils.samplers import make_sampler
 
 
@@ -31,8 +31,8 @@ class Sampling:
 
 
 class WanPipeline:
-    """Loads a checkpoint folder in the official layout. Set `keeps_encoders` to False before the last `generate`, and
-    text and image encoder are freed as soon as they are done.
+    """Loads a checkpoint folder in the official layout. Set `keeps_models` to False before the last `generate`, and the
+    encoders and the transformer are freed as soon as they are done.
 
     config: one of `wan.configs.WAN_CONFIGS`. checkpoint_dir: the folder. device_id: the CUDA device; without CUDA
     everything runs on the CPU in float32. t5_cpu: keeps the text encoder on the CPU, in `config.t5_dtype`. init_on_cpu
@@ -41,8 +41,8 @@ class WanPipeline:
     dit_dtype: of the weights of the linear layers in the transformer's blocks; all others stay float32. torch.float32,
     torch.bfloat16 or torch.float8_e4m3fn; with the latter two it runs under bfloat16 autocast on the CPU, too. None:
     float32 on the CPU and with dit_fsdp, which rounds by itself; else bfloat16, to which autocast rounds in any case.
-    offload_blocks: so many blocks of the transformer are on the GPU at a time, and leaf by leaf the
-    text encoder; 0 for all of them, as offload_model says. compile: the transformer's blocks, by torch.compile.
+    offload_blocks: the transformer is on the GPU block by block, and the text encoder leaf by leaf; else as a whole, as
+    offload_model says. compile: the transformer's blocks, by torch.compile.
     vae_tiling: the VAE works in tiles.
 
     Several processes make a video together after `wan.distributed.groups.start_groups`: rank: this one's in its group,
@@ -66,7 +66,7 @@ class WanPipeline:
         init_on_cpu: bool = True,
         *,
         dit_dtype: torch.dtype | None = None,
-        offload_blocks: int = 0,
+        offload_blocks: bool = False,
         compile: bool = False,
         vae_tiling: bool = False,
     ):
@@ -78,7 +78,7 @@ class WanPipeline:
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
         self.t5_fsdp, self.dit_fsdp, self.offload_blocks = t5_fsdp, dit_fsdp, offload_blocks
         self.dit_dtype = dit_dtype or (torch.bfloat16 if cuda and not dit_fsdp else torch.float32)
-        self.keeps_encoders = True
+        self.keeps_models = True
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
         # the text encoder waits on the CPU and visits the GPU for every prompt, as the DiT needs the room
@@ -100,7 +100,7 @@ class WanPipeline:
         if compile:
             self.model.compile_repeated_blocks()
         if offload_blocks:
-            offload_transformer(self.model, self.device, offload_blocks)
+            offload_transformer(self.model, self.device)
         if dit_fsdp:
             from wan.distributed.fsdp import shard_transformer
 
@@ -110,21 +110,22 @@ class WanPipeline:
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         """Does nothing for tasks without images."""
 
+    def afterwards(self, offload_model: bool) -> str | None:
+        """Where a model goes when it is done; see `on_device`."""
+        if not self.keeps_models:
+            return "meta"
+        return "cpu" if offload_model else None
+
     def encode_text(self, prompt: str, n_prompt: str, offload_model: bool) -> tuple[list, list]:
         """Returns features of prompt and negative prompt, each a list of one [tokens, text_dim], on the device. An
         empty n_prompt stands for the config's."""
         texts = [prompt, n_prompt or self.sample_neg_prompt]
         device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
-        stays = self.t5_fsdp or self.offload_blocks  # where it is
-        try:
-            if not stays:
-                self.text_encoder.model.to(device)
+        visits = None if self.t5_fsdp or self.offload_blocks else device
+        with on_device(self.text_encoder.model, visits, self.afterwards(offload_model)):
             features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
-        finally:  # after a failure, too: another video may come
-            if not self.keeps_encoders:
-                self.text_encoder = None
-            elif offload_model and not stays:
-                self.text_encoder.model.cpu()
+        if not self.keeps_models:
+            self.text_encoder = None
         return features[0], features[1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
@@ -164,6 +165,9 @@ class WanPipeline:
             if hasattr(self.model, "reset_iter_state"):  # FSDP's, for the next video
                 self.model.reset_iter_state()
             raise
+        finally:
+            if hasattr(self.model, "forget_rotations"):  # the GPU's memory for them
+                self.model.forget_rotations()
 
     def denoise(self, latent: torch.Tensor, contexts: tuple[list, list], given: dict, how: Sampling) -> torch.Tensor:
         """Runs the sampler from noise [16, f, h, w] to a latent. contexts: of prompt and negative prompt, as
@@ -174,22 +178,14 @@ class WanPipeline:
         """
         sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
         cond, uncond = ({"context": context} | given for context in contexts)
-        stays = self.dit_fsdp or self.offload_blocks  # where it is
-        try:
-            if not stays:
-                self.model.to(self.device)
-            with self.inference():
-                for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
-                    velocity = self.model([latent], t=t[None], **cond)[0]
-                    if how.guide_scale != 1:
-                        velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
-                        velocity = velocity_uncond + how.guide_scale * (velocity - velocity_uncond)
-                    latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
-        finally:  # after a failure, too: another video may come
-            if how.offload_model and not stays:
-                self.model.cpu()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+        visits = None if self.dit_fsdp or self.offload_blocks else self.device
+        with on_device(self.model, visits, self.afterwards(how.offload_model)), self.inference():
+            for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
+                velocity = self.model([latent], t=t[None], **cond)[0]
+                if how.guide_scale != 1:
+                    velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
+                    velocity = velocity_uncond + how.guide_scale * (velocity - velocity_uncond)
+                latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:

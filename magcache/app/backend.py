@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Backend(abc.ABC):
-    """A `wan` package. has_own_flags: whether it takes the flags `magcache.app.job.OF_OUR_WAN`. frees_encoders: whether
-    a pipeline drops its encoders once no other video comes. without_card: what to say where there is no CUDA device.
+    """A `wan` package. has_own_flags: whether it takes the flags `magcache.app.job.OF_OUR_WAN`. frees_models: whether
+    a pipeline drops its models once no other video comes. without_card: what to say where there is no CUDA device.
     damaged: what it raises for a file that it cannot read."""
 
     has_own_flags: bool
-    frees_encoders: bool
+    frees_models: bool
     without_card: str
     damaged: tuple[type[Exception], ...] = ()
 

@@ -18,6 +18,8 @@ TEXT_ENCODER = 5.68e9  # parameters of umt5-xxl's encoder
 VAE_WEIGHTS = 507e6  # bytes, float32
 VAE_AT_ONCE = 19_500  # bytes for each pixel of a frame, or of a tile, that is decoded at once
 TILE = 256  # pixels a side, of a tiled VAE
+PINNED = 1.05  # most that a model takes whose tensors are pinned together, over its own size
+TEXT_PINNED = 2**31  # bytes, the text encoder's largest layer on its way
 CONTEXT = 0.6e9  # bytes, of CUDA and its libraries
 NOT_ON_REUSE = ("blocks.", "vace_")  # what a call that reuses a residual does not compute
 
@@ -93,7 +95,7 @@ def vae_bytes(frames: int, height: int, width: int, tiled: bool) -> float:
 @dataclass(frozen=True)
 class Needs:
     """In bytes. weights, activations, cached: while the transformer runs. card: the most of all phases, on a GPU. host:
-    weights in the machine's memory, through which they come and where they wait."""
+    weights in the machine's memory, through which they come and where they wait, for every process."""
 
     dtype: str
     weights: float
@@ -109,7 +111,7 @@ class Needs:
         inside = ", ".join(f"{name} {number_of_bytes(size)}" for name, size in parts.items() if size)
         others = {"text encoder": self.text, "VAE": self.vae}
         outside = ", ".join(f"{name} {number_of_bytes(size)}" for name, size in others.items() if size)
-        return f"{number_of_bytes(self.card)} of the GPU: {inside}; {outside}"
+        return f"{number_of_bytes(self.card)} of the GPU: {inside}; {outside}; {number_of_bytes(self.host)} of the host"
 
 
 def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
@@ -124,9 +126,8 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
         large, _ = parameters(sizes, "blocks.0.")
         sharded = large * BYTES[dtype] * blocks
         weights -= sharded * (1 - 1 / machine.group_size) - 2 * large * (BYTES["bfloat16"] if cuda else BYTES[dtype])
-    if machine.offload_blocks:  # with one block at a time the next is copied meanwhile
-        at_once = max(2, machine.offload_blocks)
-        weights -= weight_bytes(sizes, dtype, "blocks.0.") * max(0, blocks - at_once)
+    if machine.offload_blocks:  # all but one, and the next, which is copied meanwhile
+        weights -= weight_bytes(sizes, dtype, "blocks.0.") * max(0, blocks - 2)
     activations = call_bytes(sizes, tokens, cuda or dtype != "float32") / shards
     cached = 0.0
     if job.cache and not job.cache.offload:
@@ -136,11 +137,14 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling)
-    stays = weights if machine.dit_fsdp or not machine.offload_model else 0.0
-    again = job.prompt_file or job.output.compare or not backend().frees_encoders
+    again = job.prompt_file or job.output.compare or job.output.trials or not backend().frees_models
+    stays = weights if machine.dit_fsdp or (again and not machine.offload_model) else 0.0
     kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
     card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
-    return Needs(dtype, weights, activations, cached, text, vae, card, all_weights)
+    host = all_weights * PINNED + TEXT_PINNED if machine.offload_blocks and cuda else all_weights
+    if cuda and again and machine.offload_model and not machine.offload_blocks:
+        host += 2 * TEXT_ENCODER  # until it has been on the card, it is the mapped file
+    return Needs(dtype, weights, activations, cached, text, vae, card, host)
 
 
 def number_of_bytes(count: float) -> str:

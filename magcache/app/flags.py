@@ -76,8 +76,8 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
         "of the DiT's large weights (default: bfloat16 on CUDA, the same to the bit; float32 on CPU, with --dit_fsdp)"
     )
     add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
-    blocks = "so many blocks of the DiT (default: 1) on the GPU at a time, of the text encoder one layer"
-    add("--offload_blocks", nargs="?", const=1, type=int, metavar="N", help=blocks)
+    blocks = "one block of the DiT on the GPU at a time, of the text encoder one layer; the others in pinned memory"
+    add("--offload_blocks", action="store_true", help=blocks)
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
     add("--attn_backend", metavar="NAME", help="attention, by diffusers' name: flash, sage, ... (default: torch's own)")
     add("--vae_tiling", action="store_true", help="VAE in tiles, for large videos on small cards")

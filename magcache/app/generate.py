@@ -204,7 +204,7 @@ class Making:
         """The video, and what was watched. runner: of the model's calls, None to compute all of them; it starts afresh,
         whatever was before."""
         self.runs_left -= 1
-        self.pipeline.keeps_encoders = self.runs_left > 0 or bool(self.trials)  # of the `wan` of this repository
+        self.pipeline.keeps_models = self.runs_left > 0 or bool(self.trials)  # of our `wan`
         before = self.watches[-1].seconds["decode"] if self.watches else None
         with watched(self.pipeline, schedule, self.speaks, before) as watch:
             self.watch = watch

@@ -104,15 +104,13 @@ class Machine:
     ulysses_size: int
     ring_size: int
     dit_dtype: str | None = None
-    offload_blocks: int | None = None
+    offload_blocks: bool = False
     compile: bool = False
     attn_backend: str | None = None
     vae_tiling: bool = False
     world: int = 1
 
     def __post_init__(self):
-        if self.offload_blocks is not None and self.offload_blocks < 1:
-            raise Refused(f"--offload_blocks must be at least 1, got {self.offload_blocks}")
         for flag in ("offload_blocks", "compile"):
             if getattr(self, flag) and self.dit_fsdp:
                 raise Refused(f"--{flag} and --dit_fsdp exclude each other")

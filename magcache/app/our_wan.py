@@ -12,7 +12,7 @@ from magcache.app.tasks import located
 
 
 class OurWan(Backend):
-    has_own_flags = frees_encoders = True
+    has_own_flags = frees_models = True
     without_card = "a full-size model takes hours for a video"
 
     @property
@@ -56,7 +56,7 @@ class OurWan(Backend):
 
         dtype = machine.dit_dtype and getattr(torch, machine.dit_dtype)
         how = {"compile": machine.compile, "vae_tiling": machine.vae_tiling}
-        return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks or 0} | how
+        return {"dit_dtype": dtype, "offload_blocks": machine.offload_blocks} | how
 
 
 def check_machine(machine: Machine) -> None:

@@ -34,11 +34,8 @@ def moment() -> "float | torch.cuda.Event":
 
 
 def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """Waits until the GPU has come to the end."""
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    """The GPU has come to both."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
 
 class Watch:
@@ -62,8 +59,10 @@ class Watch:
 
     def lap(self, phase: str) -> None:
         """The time since what came before belongs to this phase."""
-        self.noted.append((phase, moment()))
-        for noted, end in self.noted:
+        now = moment()
+        if not isinstance(now, float):
+            now.synchronize()
+        for noted, end in [*self.noted, (phase, now)]:
             passed, self.clock = seconds_between(self.clock, end), end
             self.seconds[noted] = self.seconds.get(noted, 0.0) + passed
             if noted in ("computed", "reused"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StockWan(Backend):
-    has_own_flags = frees_encoders = False
+    has_own_flags = frees_models = False
     without_card = "the wan package here is made for one"
 
     def __init__(self):

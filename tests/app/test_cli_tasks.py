@@ -1,4 +1,4 @@
-"""Every task from the command line, with tiny random checkpoints: calibrating, which computes all calls, and cached."""
+"""Every task from the command line, with tiny random checkpoints: uncached, cached, calibrating."""
 
 import json
 import subprocess
@@ -59,8 +59,12 @@ def test_every_task(task, tmp_path):
     common = ["--task", task, "--ckpt_dir", checkpoint, "--sample_steps", STEPS, "--base_seed", 1, "--prompt", "a bird"]
     plain_flags = [flag for flag in flags if flag not in ("--mag_ratios", "i2v-14B-720P")]
     commands = [
-        [*common, *plain_flags, "--magcache_calibration", "--save_file", tmp_path / f"plain{ending}"],
+        [*common, *plain_flags, "--save_file", tmp_path / f"plain{ending}"],
         [*common, *flags, *CACHE, "--save_file", tmp_path / f"cached{ending}"],
+        [
+            *(*common, *plain_flags, "--magcache_calibration"),
+            *("--save_file", tmp_path / f"calibration{ending}"),
+        ],
     ]
     (tmp_path / "commands.json").write_text(json.dumps([[str(flag) for flag in command] for command in commands]))
     arguments = [TESTS / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
@@ -71,7 +75,7 @@ def test_every_task(task, tmp_path):
     schedule = magcache.plan(magcache.load_ratios(table), STEPS, 1, 2, 0.2)
     assert any(schedule.reuse)
     model = read_json(f"pipelines/{kind}/config.json")
-    computed = (2 * STEPS, schedule.computed)
+    computed = (2 * STEPS, schedule.computed, 2 * STEPS)
     for counts, calls in zip(json.loads((tmp_path / "counts.json").read_text()), computed, strict=True):
         blocks = {"model.WanAttentionBlock": model["num_layers"]}
         if kind == "vace":
@@ -81,8 +85,9 @@ def test_every_task(task, tmp_path):
             assert counts[f"wan.modules.{name}"] == calls * layers
         assert counts["wan.modules.model.Head"] == 2 * STEPS
 
-    results = [iio.imread(tmp_path / f"{name}{ending}") for name in ("plain", "cached")]
+    results = [iio.imread(tmp_path / f"{name}{ending}") for name in ("plain", "cached", "calibration")]
     assert all(pixels.shape == shape for pixels in results)
+    assert np.array_equal(results[0], results[2])
     assert not np.array_equal(results[0], results[1])
     assert f"{schedule.computed} of {2 * STEPS} calls computed" in result.stdout
     assert f"table {table}" in result.stdout

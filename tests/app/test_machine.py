@@ -27,15 +27,14 @@ from magcache.app.tasks import TASKS
 
 REPO = Path(__file__).parents[2]
 SCRIPT, DEMO = REPO / "magcache_generate.py", REPO / "examples" / "Wan2.1-T2V-tiny"
-SHORT = ("--frame_num", 5, "--sample_steps", 5)
-TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--base_seed", 3, *SHORT)
+TASK = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 5, "--base_seed", 3)
 CACHE = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 2)
 RUNS = {
     "plain": (),
     "bfloat16": ("--dit_dtype", "bfloat16"),
     "float8": ("--dit_dtype", "float8_e4m3fn"),
     "offload": ("--offload_blocks",),
-    "offload_two": ("--offload_blocks", 2, "--t5_cpu"),
+    "offload_t5_cpu": ("--offload_blocks", "--t5_cpu"),
     "tiling": ("--vae_tiling",),
     "compiled": ("--compile",),
     "attention": ("--attn_backend", "_native_math"),
@@ -46,7 +45,7 @@ RUNS = {
     ),
 }
 # PSNR in dB of the files against the plain run, which is under no autocast
-CLOSE = {"offload": 45, "offload_two": 45, "tiling": 45, "compiled": 45, "attention": 45, "bfloat16": 35}
+CLOSE = {"offload": 45, "offload_t5_cpu": 45, "tiling": 45, "compiled": 45, "attention": 45, "bfloat16": 35}
 
 
 def refusal(monkeypatch, capsys, *flags):
@@ -88,7 +87,6 @@ def test_every_flag(tmp_path):
 def test_what_is_refused(monkeypatch, capsys):
     assert "attention backend flash does not run here" in refusal(monkeypatch, capsys, "--attn_backend", "flash")
     assert "there is no attention backend 'fast'; here run" in refusal(monkeypatch, capsys, "--attn_backend", "fast")
-    assert "--offload_blocks must be at least 1" in refusal(monkeypatch, capsys, "--offload_blocks", 0)
 
 
 REAL = [name for name, task in TASKS.items() if not task.is_demo and not task.makes_image]
@@ -149,14 +147,24 @@ def planned(*flags):
 
 
 def test_the_plan_knows_what_stays_on_the_card():
-    """By default a single process brings the transformer back before the VAE decodes; several do not."""
-    (_, offloaded), (_, stays), (job, shared) = (
-        planned(*flags) for flags in ((), ("--offload_model", "False"), ("--ulysses_size", 8))
+    """Where another video follows, or the same one without the cache, and models are not brought back in between; the
+    last video leaves nothing there."""
+    stays = ("--offload_model", "False")
+    (_, one), (_, compared), (_, kept), (_, kept_once) = (
+        planned(*flags) for flags in ((), ("--compare",), ("--compare", *stays), stays)
     )
-    assert stays.card == pytest.approx(offloaded.weights + cost.CONTEXT + cost.VAE_WEIGHTS + offloaded.vae)
-    assert shared.card == pytest.approx(stays.card)
-    assert not job.machine.offload_model and offloaded.card < stays.card
-    assert planned("--ulysses_size", 8, "--offload_model", "True")[1].card < shared.card
+    assert kept.card == pytest.approx(kept.weights + kept.text + cost.CONTEXT + cost.VAE_WEIGHTS + kept.vae)
+    assert one.card == compared.card == kept_once.card < kept.card
+    job, shared = planned("--ulysses_size", 8, "--compare")  # several processes keep them by default
+    assert not job.machine.offload_model and shared.card == pytest.approx(kept.card)
+
+
+def test_the_plan_knows_what_waits_in_the_machine():
+    (_, one), (_, compared), (_, blocks) = (planned(*flags) for flags in ((), ("--compare",), ("--offload_blocks",)))
+    assert one.host == cost.weight_bytes(TASKS["t2v-14B"].architecture, "bfloat16")
+    assert compared.host == one.host + compared.text  # the text encoder comes back from the card
+    assert one.host < blocks.host < 1.05 * one.host + 2.2e9
+    assert str(blocks).endswith(" GB of the host")
 
 
 def test_the_needs_of_sharded_weights(monkeypatch):

@@ -153,7 +153,7 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
 @pytest.mark.slow
 def test_what_was_tried_before_a_stop_is_kept(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--frame_num", 5, "--base_seed", 5)
+    flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--base_seed", 5)
     where = ("--save_file", tmp_path / "films")
     stopped = command("--magcache_calibration", "2,3", *flags, *where)
     code, err = interrupted(stopped, b"trials of prompt 2 of 2")

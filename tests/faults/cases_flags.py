@@ -48,7 +48,6 @@ CASES = [
          "--magcache_quality chooses the steps in place of --magcache_K"),
     Case("a quality that is no number", [*CACHED, "--magcache_quality", "nan"], 2, "must be a positive number of dB"),
     Case("trials of text", [*ONE, "--magcache_calibration", "fast"], 2, "takes speed-ups such as"),
-    Case("no blocks to offload", [*ONE, "--offload_blocks", 0], 2, "--offload_blocks must be at least 1, got 0"),
     Case("an unknown dtype", [*ONE, "--dit_dtype", "int8"], 2, "invalid choice"),
     Case("an unknown attention", [*ONE, "--attn_backend", "quick"], 2, "there is no attention backend 'quick'"),
     Case("the cache and a calibration", [*CACHED, "--magcache_calibration"], 2, "exclude each other"),

@@ -238,7 +238,7 @@ class WanModel(ModelMixin, ConfigMixin):
         self.head = Head(dim, out_dim * PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2], eps)
         if image:
             self.img_emb = MLPProj(clip_dim, dim, clip_positions)
-        self._rotations = (None, None)
+        self.forget_rotations()
         self.sequence = None
 
     def share_sequences(self, sequence) -> None:
@@ -295,7 +295,7 @@ class WanModel(ModelMixin, ConfigMixin):
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e = self.embed_time(t)
+        e = self.embed_time(t.to(tokens.device, non_blocking=True))
         kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
         kwargs["context"] = self.embed_context(context, clip_fea)
         for block in self.blocks:
@@ -329,6 +329,10 @@ class WanModel(ModelMixin, ConfigMixin):
     def gathered(self, x: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
         """All ranks' parts x [B, L, C] of sequences of seq_lens tokens."""
         return self.sequence.gather(x, seq_lens[0]) if self.sequence else x
+
+    def forget_rotations(self) -> None:
+        """Of the last run."""
+        self._rotations = (None, None)
 
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
         """RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are kept, since

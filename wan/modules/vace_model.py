@@ -111,7 +111,7 @@ class VaceWanModel(WanModel):
         if control_sizes != sizes:
             raise ValueError(f"vace_context must have the latents' sizes {sizes}, got {control_sizes}")
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e = self.embed_time(t)
+        e = self.embed_time(t.to(tokens.device, non_blocking=True))
         kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
         kwargs["context"] = self.embed_context(context, None)
         hints = self.forward_vace(tokens, vace_context, seq_len, kwargs)

@@ -1,18 +1,41 @@
-"""Models that wait in CPU memory and visit the GPU part by part, by diffusers' group offloading."""
+"""Models that wait in CPU memory, and visit the GPU as a whole or part by part (by diffusers' group offloading)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.hooks import apply_group_offloading
 
+ALIGNED = 512  # bytes, of tensors within a buffer
+BUFFERS = 32  # about, of a model, as far as its largest tensor allows
 
-def offload_transformer(model: torch.nn.Module, device: torch.device, blocks: int) -> None:
-    """Has so many blocks of a Wan transformer on the device at a time, and only while they run; what is no block only
-    while the model runs. On CUDA they wait in pinned memory, and with one block the next one is copied meanwhile
-    (diffusers' streams take no larger groups)."""
-    stream = device.type == "cuda" and blocks == 1
+
+@contextmanager
+def on_device(model: torch.nn.Module, device: torch.device | None, then: str | None = None) -> Iterator[None]:
+    """Has the model on the device in this block; None leaves it to itself. then: where it goes afterwards, also after a
+    failure, as another video may come: "cpu", "meta", which drops its weights, or None, where it is."""
+    try:
+        if device is not None:
+            model.to(device)
+        yield
+    except BaseException:
+        if device is None:
+            send_back(model)
+        raise
+    finally:
+        if device is not None and then is not None:
+            model.to(then)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def offload_transformer(model: torch.nn.Module, device: torch.device) -> None:
+    """Has one block of a Wan transformer on the device at a time, and only while it runs; what is no block only while
+    the model runs. On CUDA they wait in pinned memory, and the next one is copied meanwhile."""
+    stream = device.type == "cuda"
     if stream:
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.pin_memory()  # one by one: diffusers would hold all of them twice for a while
-    settings = {"num_blocks_per_group": blocks, "use_stream": stream, "low_cpu_mem_usage": True}
+        pin_together([*model.parameters(), *model.buffers()])
+    settings = {"num_blocks_per_group": 1, "use_stream": stream, "low_cpu_mem_usage": True}
     model.enable_group_offload(device, offload_type="block_level", **settings)
 
 
@@ -20,3 +43,34 @@ def offload_text_encoder(model: torch.nn.Module, device: torch.device) -> None:
     """Has one layer of it on the device at a time. The others stay in the mapped file."""
     settings = {"use_stream": device.type == "cuda", "low_cpu_mem_usage": True}
     apply_group_offloading(model, device, offload_type="leaf_level", **settings)
+
+
+def send_back(model: torch.nn.Module) -> None:
+    """What a call that failed has left on the device of a model whose parts visit it."""
+    for module in model.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hook := hooks and hooks.get_hook("group_offloading"):
+            hook.group.offload_()
+
+
+def pin_together(tensors: Sequence[torch.Tensor]) -> None:
+    """Moves them to pinned memory, many to a buffer: torch's allocator takes a power of two for each."""
+    for size, places in packed([tensor.nbytes for tensor in tensors]):
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for number, start in places:
+            tensor = tensors[number]
+            part = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            tensor.data = part.copy_(tensor.data)
+
+
+def packed(sizes: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Where tensors of these sizes, in bytes, are to lie: for every buffer its size, and (number of the tensor, start).
+    The buffers are nearly full, and of a power of two but for the last; so little of what is allocated is lost."""
+    capacity = 1 << max(max(sizes) - 1, sum(sizes) // BUFFERS).bit_length()
+    buffers: list[tuple[int, list[tuple[int, int]]]] = []
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        room = -(-sizes[number] // ALIGNED) * ALIGNED
+        index = next((i for i, (used, _) in enumerate(buffers) if used + room <= capacity), len(buffers))
+        used, places = buffers[index] if index < len(buffers) else (0, [])
+        buffers[index : index + 1] = [(used + room, [*places, (number, used)])]
+    return buffers

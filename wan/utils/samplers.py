@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from torch.overrides import TorchFunctionMode
 
 SAMPLERS = ("unipc", "dpm++")
 
@@ -15,22 +16,45 @@ def sampling_sigmas(sample_solver: str, steps: int, shift: float) -> np.ndarray:
     return shift * linear / (1 + (shift - 1) * linear)
 
 
+class UniPC(UniPCMultistepScheduler):
+    """Does not ask whether its system of two equations has a solution: a GPU would be waited for in every step.
+
+    Under autocast its einsum is rounded to bfloat16 on CUDA, and not on the CPU. It stays so: Wan2.1 does the same, and
+    to be equal to it on a card is worth more.
+    """
+
+    def step(self, *args, **kwargs):
+        with Unchecked():
+            return super().step(*args, **kwargs)
+
+
+class Unchecked(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        return function(*args, **(kwargs or {}))
+
+
 def make_sampler(
     sample_solver: str, steps: int, shift: float, device: torch.device | str = "cpu", num_train_timesteps: int = 1000
 ) -> SchedulerMixin:
-    """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`. sample_solver: "unipc" or
-    "dpm++". Raises ValueError for another, or for no steps."""
+    """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`, of latents on the device. Its
+    timesteps are on the CPU, where their values can be had without waiting. sample_solver: "unipc" or "dpm++". Raises
+    ValueError for another, or for no steps."""
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
     if sample_solver not in SAMPLERS:
         raise ValueError(f"sample_solver must be one of {', '.join(SAMPLERS)}, got {sample_solver!r}")
     # without a flow_shift: the sigmas below are shifted already
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    solver = UniPCMultistepScheduler if sample_solver == "unipc" else DPMSolverMultistepScheduler
+    solver = UniPC if sample_solver == "unipc" else DPMSolverMultistepScheduler
     sampler = solver(num_train_timesteps, **settings)
-    sampler.set_timesteps(steps, device=device)
+    sampler.set_timesteps(steps)
     sigmas = sampling_sigmas(sample_solver, steps, shift)
-    sampler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-    sampler.timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64)).to(device)
+    # where the latents are, or every step would copy some of them there
+    sampler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32)).to(device)
+    sampler.timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64))
+    if torch.device(device).type == "cuda":  # so that they are copied to the model without waiting
+        sampler.timesteps = sampler.timesteps.pin_memory()
     sampler.set_begin_index(0)  # looked up by timestep it would start at the second of two equal ones
     return sampler
