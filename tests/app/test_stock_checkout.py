@@ -1,5 +1,6 @@
 """The script, copied into a folder that stands in for a stock Wan2.1 checkout, as users run it there."""
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+from faults import warm
 from golden_data import write_checkpoint
 
 import magcache
@@ -43,16 +45,23 @@ def checkout(tmp_path_factory):
 
 
 def run(checkout, *flags, processes=1, env=None):
-    """Runs the copied script in its folder. Returns the finished process and what the pipelines recorded, by rank."""
-    for record in checkout.glob("record.*.pt"):
-        record.unlink()
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["magcache_generate.py", "--sample_steps", str(STEPS), "--size", "832*480", "--base_seed", "1"]
-    result = subprocess.run(
-        [*command, *map(str, flags)], cwd=checkout, env=env, capture_output=True, text=True, timeout=300
-    )
+    """Runs the copied script in its folder; a single process starts warm. Returns what came of it, and what the
+    pipelines recorded, by rank."""
+    for file in (*checkout.glob("record.*.pt"), checkout / "out", checkout / "err"):
+        file.unlink(missing_ok=True)
+    flags = ["--sample_steps", STEPS, "--size", "832*480", "--base_seed", 1, *flags]
+    if processes == 1 and env is None:
+        arrange, script = functools.partial(warm.only_from, checkout), checkout / "magcache_generate.py"
+        process = warm.start(flags, checkout, {}, arrange, script)
+        process.join(300)
+        said = ((checkout / name).read_text() for name in ("out", "err"))
+        result = subprocess.CompletedProcess(flags, process.exitcode, *said)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [sys.executable, *(torchrun if processes > 1 else ()), "magcache_generate.py", *flags]
+        result = subprocess.run(
+            list(map(str, command)), cwd=checkout, env=env, capture_output=True, text=True, timeout=300
+        )
     return result, [torch.load(path, weights_only=False) for path in sorted(checkout.glob("record.*.pt"))]
 
 

@@ -16,15 +16,24 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["magcache.app.generate", "magcache.app.compare", "wan.text2video", "matplotlib.figure"])
 
 
-def start(flags: list, folder: Path, env: dict[str, str], arrange: Callable[[], None] | None = None):
+def start(
+    flags: list, folder: Path, env: dict[str, str], arrange: Callable[[], None] | None = None, script: Path = SCRIPT
+):
     """A process that runs the script with these flags in a folder, where its streams go to the files `out` and `err`.
     arrange: is called in it before the script."""
-    process = FORKS.Process(target=run, args=(list(map(str, flags)), folder, env, arrange))
+    process = FORKS.Process(target=run, args=(list(map(str, flags)), folder, env, arrange, script))
     process.start()
     return process
 
 
-def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[], None] | None) -> None:
+def only_from(folder: Path) -> None:
+    """Forgets this repository's packages, so that those of a folder are imported."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("magcache", "wan")]:
+        del sys.modules[name]
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in SCRIPT.parents)]
+
+
+def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[], None] | None, script: Path) -> None:
     os.chdir(folder)
     os.environ.update(env)
     tempfile.tempdir = None  # may be of another TMPDIR
@@ -38,5 +47,5 @@ def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[
     torch.set_num_threads(1)  # of two processes with two threads each, one waits for the other
     if arrange:
         arrange()
-    sys.argv = [str(SCRIPT), *flags]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *flags]
+    runpy.run_path(str(script), run_name="__main__")
