@@ -6,7 +6,8 @@ setup(
     description="MagCache for Wan2.1: faster video generation by reusing transformer residuals",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["magcache", "magcache.app"],  # not `wan`: it would hide the one of a Wan2.1 checkout
+    # not `wan`: it would hide the one of a Wan2.1 checkout
+    packages=["magcache", "magcache.app", "magcache.app.trials"],
     package_data={"magcache": ["ratios/*.json"], "magcache.app": ["page.html"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={

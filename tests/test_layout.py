@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-LIBRARY, APP, WAN = (sorted(REPO.glob(files)) for files in ("magcache/*.py", "magcache/app/*.py", "wan/**/*.py"))
+LIBRARY, APP, WAN = (sorted(REPO.glob(files)) for files in ("magcache/*.py", "magcache/app/**/*.py", "wan/**/*.py"))
 SCRIPT = REPO / "magcache_generate.py"
 WITHOUT_TORCH = {"__init__", "schedule", "threshold", "speedup", "ratios", "noise_levels", "files", "trials"}
 

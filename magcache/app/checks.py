@@ -16,8 +16,8 @@ from magcache.app.errors import Refused, need_package, refusing
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
-from magcache.app.quality import use_trials
 from magcache.app.tasks import TASKS
+from magcache.app.trials.quality import use_trials
 
 
 def make_job(args: Namespace) -> Job:
@@ -202,7 +202,7 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         raise Refused(f"--magcache_calibration measures both calls of a step, and {one}")
     trials = ()
     if args.magcache_calibration is not True:
-        from magcache.app.plan_trials import read_speedups  # with numpy
+        from magcache.app.trials.ways import read_speedups  # with numpy
 
         trials = read_speedups(args.magcache_calibration, sampling)
     folder = Path("calibration")

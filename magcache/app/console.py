@@ -14,14 +14,11 @@ GRACE = 5.0  # seconds after a signal in which others change nothing: they often
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came. `number`: which; the text says where, once that is known."""
+    """A signal came. number: which. reached: how far the run was, if that is known."""
 
-    def __init__(self, number: int):
-        super().__init__("")
+    def __init__(self, number: int, reached: str = ""):
+        super().__init__(f"stopped by {SIGNALS[signal.Signals(number).name]}{reached}")
         self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {SIGNALS[signal.Signals(self.number).name]}{self.args[0]}"
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from magcache.app.choose_schedule import predict
 from magcache.app.job import Job
-from magcache.app.plot_trials import draw_trials
 from magcache.app.step_map import reuse_by_branch
+from magcache.app.trials.plot import draw_trials
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
 from magcache.ratios import RatioTable, resample_nearest, split_branches, table_of

@@ -5,13 +5,13 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from magcache.app.errors import first_line
+from magcache.app.errors import LostResult, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,26 @@ class Processes:
         return torch.distributed.new_subgroups(size, backend="gloo", timeout=PATIENCE)[0]
 
 
+@dataclass(frozen=True)
+class Crew:
+    """All processes of a run as this one sees them. own: those of its group, everyone: all, both for `gathered`."""
+
+    processes: Processes
+    group: Group
+    own: "torch.distributed.ProcessGroup | None"
+    everyone: "torch.distributed.ProcessGroup | None"
+
+    @classmethod
+    def of(cls, processes: Processes, group: Group) -> "Crew":
+        everyone = processes.patient_group(processes.world)
+        return cls(processes, group, processes.patient_group(group.size), everyone)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this one speaks for all."""
+        return self.processes.rank == 0
+
+
 def gathered(value, group) -> list:
     """The value (anything that can be pickled) of every process of a `Processes.patient_group`, in order; waits as long
     as one of them takes."""
@@ -142,6 +162,22 @@ def agreed(fault: tuple[str, str] | None, group) -> str | None:
         lines = [theirs and ": ".join(theirs) for theirs in everyone]
         raise RuntimeError(f"not all processes of a group made the video: {lines}")
     return everyone[0] and ": ".join(everyone[0])
+
+
+def tried(goes_on: bool, function: Callable, group=None) -> tuple:
+    """What the function returns, and None; or None, and what went wrong, if its failure stops nothing else (`goes_on`).
+    group: processes, of `Processes.patient_group`, that call it together."""
+    result = fault = None
+    try:
+        result = function()
+    except LostResult:
+        raise
+    except Exception as raised:
+        if not goes_on:
+            raise
+        # not the exception, whose traceback holds all that the failed video has on the GPU
+        fault = type(raised).__name__, first_line(raised)
+    return result, agreed(fault, group) if goes_on else None
 
 
 @contextmanager

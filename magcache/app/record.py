@@ -14,8 +14,8 @@ from pathlib import Path
 import magcache
 from magcache.app.flags import make_parser
 from magcache.app.job import Job, Request
-from magcache.app.quality import describe_expectation
 from magcache.app.step_map import reuse_by_branch
+from magcache.app.trials.quality import describe_expectation
 from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"

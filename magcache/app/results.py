@@ -9,19 +9,24 @@ from datetime import datetime
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 
 import magcache
 from magcache.app.choose_schedule import fitting_table, settings_of
 from magcache.app.compare import in_words, write_comparison
-from magcache.app.errors import Failed, LostResult, first_line
+from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
+from magcache.app.processes import Group
+from magcache.app.progress import Watch
 from magcache.app.prompts import slug
-from magcache.app.quality import expected_in_words
+from magcache.app.record import make_record, save_record
+from magcache.app.render import Rendered
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths
+from magcache.app.trials.quality import expected_in_words
 from magcache.files import written_whole
 from magcache.trials import ANOTHER, closeness
 
@@ -67,10 +72,26 @@ def keep_pixels(video: torch.Tensor, path: Path) -> str | None:
     return None
 
 
-def compare_results(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
-    """Writes the video without the cache, and its comparison with the one with it. Returns what a record holds of it.
-    cached: frames, uint8 [F, H, W, 3], and what was watched. uncached: video, [3, F, H, W] in [-1, 1], and the same."""
-    (frames, watch), (video, plain) = cached, uncached
+def save_video(
+    job: Job, request: Request, rendered: Rendered, group: Group, fps: int, seconds: dict[str, float]
+) -> dict:
+    """Writes what was rendered and its record, which it returns. seconds: by phase, of what came before."""
+    video, watch = rendered.video, rendered.watch
+    if not torch.isfinite(video).all():
+        raise NotFinite("the VAE decoded NaN or infinite values from a latent that holds none; nothing is saved")
+    save_result(video, request.path, fps)
+    watch.lap("save")
+    frames, height, width = video.shape[1:]
+    print(f"saved     {request.path} ({width}x{height}, {frames} frames)", flush=True)
+    record = make_record(job, request, group, (frames, height, width), seconds | watch.seconds, watch.calls)
+    save_record(request.path, record)
+    return record
+
+
+def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, watch: Watch, uncached: Rendered) -> dict:
+    """Writes the video without the cache, and its comparison with the one with it, of which there are the frames, uint8
+    [F, H, W, 3], and what was watched. Returns what a record holds of it."""
+    video, plain = uncached.video, uncached.watch
     path = comparison_paths(job, request.path)[0]
     save_result(video, path, fps)
     plain.lap("save")

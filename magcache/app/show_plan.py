@@ -12,9 +12,9 @@ from magcache.app.cost import cached_bytes, needs_of, number_of_bytes, run_flops
 from magcache.app.errors import need_package
 from magcache.app.inputs import planned_video
 from magcache.app.job import Job
-from magcache.app.quality import quality_lines
 from magcache.app.requests import check_target
 from magcache.app.step_map import digits, reuse_by_branch, ruler, step_map
+from magcache.app.trials.quality import quality_lines
 from magcache.ratios import RatioTable
 
 

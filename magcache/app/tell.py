@@ -7,8 +7,8 @@ from magcache.app import record
 from magcache.app.backend import backend
 from magcache.app.cost import needs_of, number_of_bytes
 from magcache.app.job import TRIAL_BUDGET, Job, Request
-from magcache.app.quality import expected_in_words
 from magcache.app.step_map import BRANCHES
+from magcache.app.trials.quality import expected_in_words
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 import magcache
 import wan
 from magcache.app.choose_schedule import all_computed
-from magcache.app.generate import tried
+from magcache.app.processes import tried
 from magcache.app.progress import watched
 from wan.configs import WAN_CONFIGS
 from wan.utils.attention import attention_backends, choose_attention

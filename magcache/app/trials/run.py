@@ -17,9 +17,9 @@ from tqdm import tqdm
 from magcache import Settings, patch, trials
 from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
-from magcache.app.plan_trials import candidates, forecasts, others
-from magcache.app.processes import gathered
+from magcache.app.processes import Crew, gathered
 from magcache.app.progress import LOG_SECONDS, bars_replaced
+from magcache.app.trials.ways import candidates, forecasts, others
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT
 
@@ -81,17 +81,17 @@ class Rerun:
 
 
 class TrialRuns:
-    """Tries the prompts of a calibration. generate(request, steps): makes a video with the pipeline. own: processes
-    that make it together, of `Processes.patient_group`. speaks: whether this one has the bar. count: of the prompts.
+    """Tries the prompts of a calibration. generate(request, steps): makes a video with the pipeline. count: of the
+    prompts.
 
     Where there are prompts enough, the first ones choose the constants of the speed-up rule, and wait for the rest of
     their trials until then. Every prompt tries all speed-ups; fewer steps and the published settings take turns, as far
     as the trials of the prompts so far stay within `TRIAL_BUDGET`.
     """
 
-    def __init__(self, job: Job, pipeline, generate: Callable, own, speaks: bool, count: int):
+    def __init__(self, job: Job, pipeline: Any, generate: Callable, crew: Crew, count: int):
         self.sampling, self.speedups = job.sampling, job.output.trials
-        self.pipeline, self.generate, self.own, self.speaks, self.count = pipeline, generate, own, speaks, count
+        self.pipeline, self.generate, self.crew, self.count = pipeline, generate, crew, count
         self.found = trials.Trials()
         self.choosing = trials.choosing_prompts(count)
         self.constants = None if self.choosing else DEFAULT
@@ -156,7 +156,7 @@ class TrialRuns:
             total=sum(way.cost for way in ways),
             desc=f"trials of prompt {recorded.number + 1} of {self.count}",
             unit="call",
-            disable=not self.speaks,
+            disable=not self.crew.speaks,
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         ) as bar:
             for way in ways:
@@ -166,7 +166,7 @@ class TrialRuns:
                         close = trials.closeness(latent, recorded.latent)
                 except ValueError as fault:
                     raise Failed(f"the trial by {way.method} {way.settings} cannot be measured: {fault}") from fault
-                self.found.add(way, recorded.number, gathered(close, self.own)[0])
+                self.found.add(way, recorded.number, gathered(close, self.crew.own)[0])
                 self.spent += way.cost
 
     def latent(self, recorded: Recorded, way: trials.Way, bar: tqdm) -> torch.Tensor | None:

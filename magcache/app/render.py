@@ -1,0 +1,78 @@
+"""The way of one video: from a request to its pixels."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from magcache import Schedule, patch
+from magcache.app.backend import backend
+from magcache.app.inputs import inputs_of
+from magcache.app.job import Job, Request
+from magcache.app.processes import Crew
+from magcache.app.progress import Watch, watched
+
+
+@dataclass
+class Rendered:
+    """video: [3, F, H, W] in [-1, 1], None in processes that get none. watch: times, calls, the latent."""
+
+    video: torch.Tensor | None
+    watch: Watch
+
+
+class Renderer:
+    """Makes videos with a loaded pipeline, by the settings of a job. inputs: of `read_inputs`. `watch` is that of the
+    latest video, however far that came."""
+
+    def __init__(self, job: Job, pipeline: Any, crew: Crew, inputs: list | None):
+        self.job, self.pipeline, self.crew, self.watch = job, pipeline, crew, None
+        if inputs is None:
+            given = job.inputs
+            paths = [given.src_video], [given.src_mask], [given.references or None]
+            inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
+        self.inputs, self.decoding = inputs, None
+
+    @property
+    def fps(self) -> int:
+        return self.pipeline.config.sample_fps
+
+    def render(
+        self, request: Request, schedule: Schedule, runner: patch.Runner | None = None, more: bool = True
+    ) -> Rendered:
+        """runner: of the model's calls, None to compute all of them; it starts afresh, whatever was before. more:
+        whether another video will come, for which the models are kept."""
+        self.watch, self.pipeline.keeps_models = None, more
+        with watched(self.pipeline, schedule, self.crew.speaks, self.decoding) as watch:
+            self.watch = watch
+            backend().attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
+            video = self.generate(request, self.job.sampling.sample_steps)
+        self.decoding = watch.seconds["decode"]
+        return Rendered(video, watch)
+
+    def generate(self, request: Request, steps: int) -> torch.Tensor | None:
+        """What the pipeline makes of the request."""
+        sampling = self.job.sampling
+        shape = {"size": sampling.pixels}
+        if sampling.spec.images:
+            shape = {"max_area": math.prod(sampling.pixels)}
+        with backend().apart(self.crew.group):
+            return self.pipeline.generate(
+                request.prompt,
+                *inputs_of(request, self.inputs),
+                **shape,
+                frame_num=sampling.frame_num,
+                shift=sampling.sample_shift,
+                sample_solver=sampling.sample_solver,
+                sampling_steps=steps,
+                guide_scale=sampling.sample_guide_scale,
+                n_prompt=request.n_prompt or "",
+                seed=request.seed,
+                offload_model=self.job.machine.offload_model,
+            )
+
+    def reached(self, number: int, count: int) -> str:
+        """How far the latest video came, of the number-th of so many requests."""
+        calls = f"after {len(self.watch.reused) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
+        return f" in prompt {number} of {count}, {calls}"
