@@ -34,7 +34,7 @@ def roots(path) -> set[str]:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_the_library(path):
-    allowed = sys.stdlib_module_names | {"magcache", "numpy"} | (set() if path.stem in WITHOUT_TORCH else {"torch"})
+    allowed = sys.stdlib_module_names | {"magcache"} | (set() if path.stem in WITHOUT_TORCH else {"torch"})
     assert roots(path) <= allowed
     assert "magcache.app" not in {".".join(module.split(".")[:2]) for module in imports(path)}
     calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

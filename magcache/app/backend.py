@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, refusing
@@ -18,6 +18,7 @@ from magcache.app.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch
+    from easydict import EasyDict
 
     from magcache.patch import OnCall, Runner
 
@@ -42,7 +43,7 @@ class Backend(abc.ABC):
         """Of the linear layers in the transformer's blocks."""
 
     @abc.abstractmethod
-    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         """Refuses what this package would fail with only after loading. config: of the task's model."""
 
     @abc.abstractmethod
@@ -67,6 +68,16 @@ class Backend(abc.ABC):
         from magcache import patch
 
         patch.attach(model, runner, on_call)
+
+
+class Pipeline(Protocol):
+    """What the pipelines of both packages have in common."""
+
+    model: "torch.nn.Module"
+    config: "EasyDict"
+    device: "torch.device"
+
+    def generate(self, prompt: str, *inputs: Any, **settings: Any) -> "torch.Tensor | None": ...
 
 
 def wan_folder() -> Path:
@@ -97,7 +108,7 @@ def check_before_import(sampling: Sampling, machine: Machine) -> None:
     check_folder(sampling, machine)
 
 
-def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> Any:
+def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict":
     """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
     model's config."""
     chosen = backend()
@@ -151,7 +162,7 @@ def check_folder(sampling: Sampling, machine: Machine) -> tuple[dict, dict[str, 
     return model, weights
 
 
-def check_checkpoint(sampling: Sampling, machine: Machine, config: Any) -> None:
+def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -> None:
     """config: the task's, which has the names of the files."""
     (model, weights), task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
     files = [*weights, config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
@@ -187,7 +198,7 @@ def start_processes(processes: Processes, job: Job) -> Group:
     return group
 
 
-def load_pipeline(job: Job, config: Any, processes: Processes, group: Group) -> Any:
+def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Group) -> "Pipeline":
     import torch
 
     import wan

@@ -8,12 +8,15 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from magcache.app.architecture import CONTROL, IMAGE, LATENT, Architecture, Shapes, tensor_shapes
 from magcache.app.errors import first_line, reason_in, shortened
 from magcache.app.tasks import Task
 from magcache.files import read_json
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -221,7 +224,7 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
             raise ValueError(f"{where}: tensor {name} {sizes}")
 
 
-def check_encoders(folder: Path, names: Any, shapes: Shapes, with_image: bool) -> None:
+def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes, with_image: bool) -> None:
     """Checks that the text encoder, its tokenizer, the VAE and, for a task with images, the image encoder can be read
     and belong to the transformer. names: the task's config, which has their file names. shapes: of the transformer."""
     texts = read_structure(folder / names.t5_checkpoint, TEXT)

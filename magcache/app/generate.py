@@ -5,14 +5,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
+from easydict import EasyDict
 
 from magcache.app import prompts
 from magcache.app.backend import backend, load_pipeline
 from magcache.app.errors import Failed, first_line
-from magcache.app.inputs import extend_prompt
+from magcache.app.inputs import Expander, extend_prompt
 from magcache.app.job import Job, Request
 from magcache.app.make_videos import Failures, make_videos
 from magcache.app.measure import calibrate
@@ -23,11 +23,11 @@ from magcache.app.tell import summarise
 
 def make_all(
     job: Job,
-    config: Any,
+    config: EasyDict,
     processes: Processes,
     group: Group,
     inputs: list | None,
-    expander: Any,
+    expander: Expander | None,
     requests: list[Request],
 ) -> Failures:
     """Makes this group's share of the requests, and returns what failed in any group. config: the model's, of the `wan`
@@ -51,7 +51,7 @@ def make_all(
         return list(itertools.chain(*gathered(failures if group.rank == 0 else [], crew.everyone)))
 
 
-def extended(job: Job, requests: list[Request], expander: Any, inputs: list | None) -> list[Request]:
+def extended(job: Job, requests: list[Request], expander: Expander | None, inputs: list | None) -> list[Request]:
     """With the prompts that the expander has written out; as they are without one."""
     if not expander:
         return requests

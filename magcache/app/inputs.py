@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from magcache.app.backend import backend
 from magcache.app.errors import Refused, refusing
@@ -82,7 +83,17 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
     return frames, height, width, len(inputs.references)
 
 
-def make_expander(sampling: Sampling, extension: Extension):
+class Expander(Protocol):
+    """What writes a prompt out. is_vl: whether it looks at pictures."""
+
+    model_name: str
+    is_vl: bool
+
+    def __call__(self, prompt: str, **settings: Any) -> Any:
+        """An object with the `prompt`, whether it worked (`status`), and a `message`."""
+
+
+def make_expander(sampling: Sampling, extension: Extension) -> Expander:
     """Returns what extends the prompts. Reads no weights, unless the `wan` here does."""
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
@@ -92,7 +103,7 @@ def make_expander(sampling: Sampling, extension: Extension):
         return method(model_name=extension.model, is_vl=bool(sampling.spec.images), **device)
 
 
-def extend_prompt(job: Job, request: Request, expander, inputs: list | None) -> str:
+def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list | None) -> str:
     """The extension of a request's prompt, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
     images = inputs_of(request, inputs) if job.sampling.spec.images else []

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magcache.app.backend import Backend, to_be_replaced
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import Inputs, Machine, Sampling
 from magcache.app.processes import Group, Processes
 from magcache.app.tasks import located
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
 
 
 class OurWan(Backend):
@@ -27,7 +30,7 @@ class OurWan(Backend):
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
         return machine.dit_dtype or ("bfloat16" if cuda and not machine.dit_fsdp else "float32")
 
-    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         """Makes the attention backend that is asked for the one of all attention, too."""
         check_machine(machine)
         from wan.utils.checkpoints import check_encoders

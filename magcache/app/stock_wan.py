@@ -18,6 +18,7 @@ from magcache.app.tasks import located
 
 if TYPE_CHECKING:
     import torch
+    from easydict import EasyDict
 
     from magcache.patch import OnCall, Runner
 
@@ -44,7 +45,7 @@ class StockWan(Backend):
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
         return "float32"
 
-    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: Any) -> None:
+    def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         if len(sampling.spec.images) == 2 and sampling.frame_num != 81:
             only = "the wan package here makes flf2v videos of 81 frames only"
             raise Refused(f"{only}, --frame_num is {sampling.frame_num}")

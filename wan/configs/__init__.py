@@ -13,7 +13,6 @@ _NEGATIVE_I2V = "镜头晃动，" + _NEGATIVE
 _NEGATIVE_FLF2V = "镜头切换，" + _NEGATIVE_I2V
 
 _SHARED = {
-    "t5_model": "umt5_xxl",
     "t5_dtype": torch.bfloat16,
     "text_len": 512,
     "param_dtype": torch.bfloat16,
@@ -26,15 +25,11 @@ _SHARED = {
     "vae_stride": (4, 8, 8),
     "patch_size": (1, 2, 2),
     "freq_dim": 256,
-    "window_size": (-1, -1),
-    "qk_norm": True,
-    "cross_attn_norm": True,
     "eps": 1e-6,
 }
 _1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 _14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 _CLIP = {
-    "clip_model": "clip_xlm_roberta_vit_h_14",
     "clip_dtype": torch.float16,
     "clip_checkpoint": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     "clip_tokenizer": "xlm-roberta-large",
@@ -76,7 +71,6 @@ WAN_CONFIGS = {
 
 _SIZES = ((720, 1280), (1280, 720), (480, 832), (832, 480), (1024, 1024), (64, 64))
 SIZE_CONFIGS = {f"{width}*{height}": (width, height) for width, height in _SIZES}
-MAX_AREA_CONFIGS = {name: width * height for name, (width, height) in SIZE_CONFIGS.items() if name != "1024*1024"}
 
 _VIDEO_SIZES = ("720*1280", "1280*720", "480*832", "832*480")
 SUPPORTED_SIZES = {

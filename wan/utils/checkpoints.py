@@ -4,9 +4,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from easydict import EasyDict
 
 
 class DamagedFile(RuntimeError):
@@ -33,7 +33,7 @@ def load_pth(path: str | Path, device: torch.device | str) -> dict[str, torch.Te
         return torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def check_encoders(folder: Path, config: Any, with_image: bool) -> None:
+def check_encoders(folder: Path, config: EasyDict, with_image: bool) -> None:
     """Loads text encoder, VAE and, with_image, image encoder of a task's config without their data. Raises DamagedFile
     for tensors that are missing, left over or of another shape."""
     from wan.modules.clip import load_tower
