@@ -81,7 +81,7 @@ class Place:
         card.users[storage._cdata] += 1
         if card.users[storage._cdata] == 1:
             card.held += storage.nbytes()
-            card.most = max(card.most, card.held)
+            card.most, card.within = max(card.most, card.held), max(card.within, card.held)
 
     def __del__(self):
         self.card.users[self.storage._cdata] -= 1
@@ -121,7 +121,8 @@ class PretendedCard(TorchDispatchMode):
 
     def __init__(self, memory: float = 80e9):
         super().__init__()
-        self.memory, self.held, self.most, self.pinned = int(memory), 0, 0, {}
+        self.memory, self.pinned = int(memory), {}
+        self.held = self.most = self.within = 0  # the last one: the most in the phase
         self.users, self.moved, self.hidden = collections.Counter(), collections.Counter(), False
         self.phases: list[tuple[str, int, int, int]] = []  # name; bytes at the start, the most within, at the end
         self.waits: collections.Counter[tuple[str, str, str]] = collections.Counter()  # by phase, kind and line
@@ -132,14 +133,14 @@ class PretendedCard(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, name: str):
         gc.collect()
-        before, self.most = self.held, self.held
+        before = self.within = self.held
         self.current.append(name)
         try:
             yield
         finally:
             self.current.pop()
             gc.collect()
-            self.phases.append((name, before, self.most, self.held))
+            self.phases.append((name, before, self.within, self.held))
 
     def wait(self, kind: str) -> None:
         frame = sys._getframe(1)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import gc
 
@@ -16,7 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 import magcache
 import wan
-from magcache.app import progress
+from magcache.app import cost, progress
+from magcache.app.checkpoint import architecture_of
+from magcache.app.tasks import TASKS
 from wan import image2video, pipeline, vace
 from wan.configs import WAN_CONFIGS
 from wan.utils.offload import packed
@@ -208,6 +211,21 @@ def test_every_way(folders, phases, way):
         generate(made, **calls)
         check_bytes(card, size(made.vae.model), ONE | otherwise)
         phases.clear()
+
+
+def test_the_plan_knows_these_bytes(folders):
+    """What it says of weights and cache, by formulas, is what was on the card."""
+    sizes = dataclasses.replace(architecture_of(TASKS["t2v-14B"], folders["t2v"]), text_dim=48)
+    assert cost.weight_bytes(sizes, "bfloat16") == ALL_DIT
+    tokens = cost.token_count(5, 32, 48)
+    outputs, _ = (cost.cached_bytes(cache, sizes, tokens) for cache in (CACHES["output"], CACHES["residual"]))
+    # three of four at once: the older one of a branch goes before the next is computed
+    assert WAYS["outputs"][3]["denoise"][1] - BYTES["t2v"]["denoise"][1] == outputs * 3 / 4
+    block = cost.weight_bytes(sizes, "bfloat16", "blocks.0.")
+    rest = ALL_DIT - sizes.num_layers * block
+    assert (
+        WAYS["by blocks"][3]["denoise"][1] >= BYTES["t2v"]["denoise"][1] - rest - max(0, sizes.num_layers - 2) * block
+    )
 
 
 def test_a_cache_on_the_host_crosses_the_bus_in_its_dtype(folders):
