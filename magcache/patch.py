@@ -231,7 +231,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Of a model's call: its argument `t` or `timestep`, or its second one. Raises TypeError without any."""
+    """Returns a call's argument `t` or `timestep`, or its second one. Raises TypeError where there is none."""
     found = [*(kwargs[name] for name in ("t", "timestep") if name in kwargs), *args[1:2]]
     if not found:
         raise TypeError("the call has no timestep: pass it as `t`, as `timestep` or as second argument")

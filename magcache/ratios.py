@@ -75,7 +75,7 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
 
 
 def table_of(content: dict | list, name: str = "", named: bool = False, path: Path | None = None) -> RatioTable:
-    """Of what such a file holds. Raises ValueError with one line that says what is wrong."""
+    """Makes a table of what such a file holds. Raises ValueError with one line that says what is wrong."""
     if isinstance(content, list):
         content = {"mag_ratio": content}
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None

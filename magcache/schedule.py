@@ -64,7 +64,7 @@ class Schedule:
 
     @property
     def reuse(self) -> tuple[bool, ...]:
-        """For every call, in call order: True where it does not compute."""
+        """Tells of every call, in call order, whether it does not compute."""
         return tuple(weights is not None for weights in self.weights)
 
     @property
@@ -84,7 +84,7 @@ class Schedule:
 
     @cached_property
     def used_later(self) -> tuple[bool, ...]:
-        """For every call: True if it computes something that some later call combines. The others need no cache."""
+        """Tells of every call whether it computes something that a later one combines. The others need no cache."""
         used = [False] * len(self.weights)
         newest_first = [[] for _ in range(self.calls_per_step)]
         for call, weights in enumerate(self.weights):

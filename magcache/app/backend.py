@@ -40,7 +40,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
-        """Of the linear layers in the transformer's blocks."""
+        """Returns the dtype of the linear layers in the transformer's blocks."""
 
     @abc.abstractmethod
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
@@ -81,7 +81,7 @@ class Pipeline(Protocol):
 
 
 def wan_folder() -> Path:
-    """Of the `wan` package here, which is not imported for that; one that is not there if there is none."""
+    """Returns the folder of the `wan` package here, which is not imported for that. Without one it is no folder."""
     package = importlib.util.find_spec("wan")
     return Path([*(package.submodule_search_locations if package else ()), "wan"][0])
 

@@ -61,7 +61,7 @@ def make_job(args: Namespace) -> Job:
 
 
 def text_of(argument: str | None, flag: str) -> str | None:
-    """Of a terminal that writes UTF-8, whatever the locale says."""
+    """Takes the bytes of an argument for UTF-8, whatever the locale says. Raises Refused if they are not."""
     if not argument or prompts.is_text(argument):
         return argument
     try:

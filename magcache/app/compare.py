@@ -39,8 +39,8 @@ INK = "#7d8793"  # of the drawings, on a page that is light or dark
 
 @dataclass(frozen=True)
 class Scores:
-    """Of uint8 frames against reference frames. psnr in dB, None for frames that are equal. The PSNR of the whole
-    video comes from the mean squared error of all frames, its SSIM is the mean of the frames'."""
+    """The scores of uint8 frames against reference frames. psnr is in dB, None for frames that are equal. The PSNR of
+    the whole video comes from the mean squared error of all frames, its SSIM is the mean of the frames'."""
 
     psnr: list[float | None]
     ssim: list[float]
@@ -61,7 +61,7 @@ def score(frames: np.ndarray, reference: np.ndarray) -> Scores:
 
 
 def psnr(error: float) -> float | None:
-    """In dB, of a mean squared error of uint8 pixels."""
+    """Returns the PSNR in dB for a mean squared error of uint8 pixels; None for equal ones."""
     return 10 * math.log10(255**2 / error) if error else None
 
 
@@ -128,7 +128,7 @@ def make_page(
     media = (f"<figure><figcaption>{label}</figcaption>{embedded(part, fps)}</figure>" for label, part in parts.items())
     video = job.describe_video(parts["MagCache"].shape[:3], request.seed)
     worst = min((psnr for psnr in scores.psnr if psnr is not None), default=None)
-    psnr_row = f"<tr><td>PSNR</td><td>{in_words(scores.overall_psnr)}</td><td>{in_words(worst)}</td></tr>"
+    psnr_row = f"<tr><td>PSNR</td><td>{psnr_in_words(scores.overall_psnr)}</td><td>{psnr_in_words(worst)}</td></tr>"
     ssim_row = f"<tr><td>SSIM</td><td>{scores.overall_ssim:.4f}</td><td>{min(scores.ssim):.4f}</td></tr>"
     return string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(request.path.name),
@@ -148,14 +148,14 @@ def make_page(
     )
 
 
-def in_words(psnr: float | None) -> str:
+def psnr_in_words(psnr: float | None) -> str:
     return "equal" if psnr is None else f"{psnr:.2f} dB"
 
 
 def tiles(schedule: Schedule, scores: Scores, *seconds: dict[str, float]) -> str:
     cached, uncached = (sum(times[phase] for phase in DENOISE) for times in seconds)
     shown = {
-        "PSNR": in_words(scores.overall_psnr),
+        "PSNR": psnr_in_words(scores.overall_psnr),
         "SSIM": f"{scores.overall_ssim:.4f}",
         "denoising": f"{uncached / cached:.2f}x faster",
         "transformer calls computed": f"{schedule.computed} of {len(schedule.weights)}",

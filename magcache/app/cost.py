@@ -25,8 +25,8 @@ NOT_ON_REUSE = ("blocks.", "vace_")  # what a call that reuses a residual does n
 
 
 def parameters(sizes: Architecture, part: str = "") -> tuple[int, int]:
-    """Of the weights of the linear layers in its blocks, and all others, which stay float32. part: the beginning of the
-    names that count."""
+    """Counts the weights of the linear layers in the blocks, and all other parameters, which stay float32. part: how
+    the names begin that count."""
     counts = {name: prod(shape) for name, shape in tensor_shapes(sizes).items() if name.startswith(part)}
     large = sum(count for name, count in counts.items() if is_large(name))
     return large, sum(counts.values()) - large
@@ -65,7 +65,7 @@ def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
 
 
 def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int, int]:
-    """Of the whole run: with this schedule, and with every call computed."""
+    """Returns the FLOPs of a whole run with this schedule, and with every call computed."""
     computed, reused = call_flops(sizes, tokens)
     if schedule.target == "output":
         reused = 0  # the model does not run

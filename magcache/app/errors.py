@@ -33,7 +33,7 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 
 def first_line(fault: Exception) -> str:
-    """Of its message; its type, if it has none."""
+    """Returns the first line of an exception's message, or its type if there is no message."""
     return (str(fault).strip() or type(fault).__name__).splitlines()[0]
 
 

@@ -16,7 +16,7 @@ class Explicit(argparse.Action):
 
 
 def is_first(rank: str) -> bool:
-    """By torchrun's name for it: the first of all processes (RANK), or of those on this machine (LOCAL_RANK)."""
+    """Whether this is the first of all processes ("RANK"), or of those on this machine ("LOCAL_RANK")."""
     number = os.environ.get(rank, "0")
     return os.environ.get("WORLD_SIZE", "1") == "1" or number == "0" or not number.isdigit()
 

@@ -52,7 +52,7 @@ def make_all(
 
 
 def extended(job: Job, requests: list[Request], expander: Expander | None, inputs: list | None) -> list[Request]:
-    """With the prompts that the expander has written out; as they are without one."""
+    """Returns the requests with the prompts that the expander writes out. Without one they stay as they are."""
     if not expander:
         return requests
     requests = [replace(request, prompt=extend_prompt(job, request, expander, inputs)) for request in requests]

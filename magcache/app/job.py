@@ -64,7 +64,7 @@ class Sampling:
 
     @property
     def calls_per_step(self) -> int:
-        """Of the transformer. At a guidance of 1 what it says without the prompt has no weight: cond alone is left."""
+        """How often a step calls the transformer: at a guidance of 1 only cond has a weight."""
         return 1 if self.sample_guide_scale == 1 else 2
 
     @property

@@ -99,7 +99,8 @@ class Processes:
         return box[0]
 
     def differences(self, values: dict) -> dict[int, list[str]]:
-        """By rank: names of the values that are not those of the first process. All call it with the same names."""
+        """Returns, by rank, the names of the values that are not those of the first process. All must call it with the
+        same names."""
         if self.world == 1:
             return {}
         import torch

@@ -164,7 +164,7 @@ def describe_table(table: magcache.RatioTable | None) -> dict | None:
 
 
 def describe_schedule(schedule: magcache.Schedule) -> dict:
-    """By branch: the steps that compute. By call: `weights` of `magcache.Schedule`, null where it computes."""
+    """Returns the steps that compute by branch, and the weights of every call, None where it computes."""
     branches = reuse_by_branch(schedule).items()
     return {
         "computed_calls": schedule.computed,

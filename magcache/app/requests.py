@@ -19,7 +19,7 @@ VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg
 
 
 def endings_of(job: Job) -> tuple[str, ...]:
-    """Of the task's results, the default first."""
+    """Returns the endings that a result of the task may have. The first one is the default."""
     return IMAGE_ENDINGS if job.sampling.spec.makes_image else VIDEO_ENDINGS
 
 
@@ -153,7 +153,7 @@ def named_path(job: Job, save_file: str) -> Path:
 
 
 def default_path(job: Job, prompt: str) -> Path:
-    """By upstream's pattern, with the prompt reduced to characters that are safe anywhere, and what makes it unique."""
+    """Names a result by upstream's pattern, in characters that are safe anywhere, and with what makes it unique."""
     sampling, machine, cache = job.sampling, job.machine, job.cache
     size = sampling.size.replace("*", "x") if sys.platform == "win32" else sampling.size
     parts = [sampling.task, size, str(machine.ulysses_size), str(machine.ring_size), prompts.slug(prompt)]

@@ -15,7 +15,7 @@ import transformers
 
 import magcache
 from magcache.app.choose_schedule import fitting_table, settings_of
-from magcache.app.compare import in_words, write_comparison
+from magcache.app.compare import psnr_in_words, write_comparison
 from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
@@ -102,7 +102,7 @@ def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, wa
         verdict = "another video" if latent_psnr < ANOTHER else "the same video"
         latents = f", latent PSNR {latent_psnr:.2f} dB: {verdict}"
         scores |= {"latent_psnr": latent_psnr, "latent_relative_error": relative_error}
-    print(f"compared  PSNR {in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
+    print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
     if latents and (expected := expected_in_words(job)):
         print(f"          of the latent PSNR {expected}, by trials")
     for file in scores["files"]:

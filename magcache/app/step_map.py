@@ -51,6 +51,6 @@ def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
 
 
 def reuse_by_branch(schedule: Schedule) -> dict[str, tuple[bool, ...]]:
-    """For every step: True where it does not compute."""
+    """Tells of every step, by branch, whether it reuses."""
     count = schedule.calls_per_step
     return {BRANCHES[branch]: schedule.reuse[branch::count] for branch in range(count)}

@@ -39,7 +39,7 @@ class Task:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Flags of all input files."""
+        """The flags of all input files."""
         return self.images + self.sources
 
     @property
@@ -50,7 +50,7 @@ class Task:
 
     @property
     def least_frames(self) -> int:
-        """A latent frame for every given one."""
+        """There is a latent frame for every given one."""
         return max(1, 4 * len(self.images) - 3)
 
 
@@ -178,7 +178,7 @@ TASKS = {task.name: task for task in _ALL}
 
 
 def all_sizes() -> tuple[str, ...]:
-    """Of every task, each once."""
+    """Lists the sizes of all tasks, each once."""
     return tuple(dict.fromkeys(size for task in TASKS.values() for size in task.sizes))
 
 

@@ -81,7 +81,7 @@ def expected_in_words(job: Job) -> str | None:
 
 
 def describe_expectation(job: Job) -> dict | None:
-    """For a record."""
+    """Returns what a record holds of the expectation."""
     expected = expectation(job)
     if not expected:
         return None
@@ -110,7 +110,7 @@ def quality_lines(job: Job) -> list[str]:
             thresh, K, share = (f"{row.settings[key]:g}" for key in ("thresh", "K", "retention_ratio"))
             setting = f"thresh {thresh}, K {K}, retention {share}: {row.calls} calls, {row.pooled:.1f} dB"
             ahead = measured.ahead(row)
-            lines.append(f"          {setting}" + (f"; forecasts ahead by {in_words(ahead)}" if ahead else ""))
+            lines.append(f"          {setting}" + (f"; forecasts ahead by {lead_in_words(ahead)}" if ahead else ""))
     for row in measured.better_without_cache():
         speedup, count = measured.speedup_of(row), int(row.settings["steps"])
         share = f"{count} of {measured.steps}" if steps == measured.steps else f"{count / measured.steps:.0%} of the"
@@ -119,7 +119,7 @@ def quality_lines(job: Job) -> list[str]:
     return lines
 
 
-def in_words(ahead: tuple[float, int]) -> str:
+def lead_in_words(ahead: tuple[float, int]) -> str:
     lead, prompts = ahead
     return f"{lead:.1f} on {prompts} prompt{'s' if prompts > 1 else ''}"
 
@@ -132,4 +132,4 @@ def curve_row(measured, forecast, fewer) -> tuple[str, ...]:
     cells = (*cells, f"{expected.others:.0%}", f"{expected.mean:.1f}")
     if not ahead:
         return (*cells, "not tried", "")
-    return (*cells, f"{fewer.pooled:.1f}", in_words(ahead))
+    return (*cells, f"{fewer.pooled:.1f}", lead_in_words(ahead))

@@ -26,8 +26,8 @@ from magcache.speedup import DEFAULT
 
 @dataclass
 class Recorded:
-    """Of one prompt's uncached run: the outputs of its first calls, and the final latent, on the CPU; None in processes
-    that get none. inputs: what texts, images and videos were encoded to, since the first trial."""
+    """What is kept of one prompt's uncached run: the outputs of its first calls, and the final latent, on the CPU; None
+    in processes that get none. inputs: what texts, images and videos were encoded to, since the first trial."""
 
     number: int
     request: Request
@@ -194,6 +194,6 @@ class TrialRuns:
             yield
 
     def entry(self, requests: Sequence[Request]) -> dict:
-        """For the table of the requests, which are the first ones."""
+        """Returns what the table holds of the trials of these requests, the first ones."""
         prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
         return self.found.entry(prompts, seeds, self.constants or DEFAULT)

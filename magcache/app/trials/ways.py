@@ -10,7 +10,7 @@ from magcache.speedup import DEFAULT, Constants, computed_steps
 
 
 def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
-    """Of --magcache_calibration, rising. Raises Refused."""
+    """Reads the value of --magcache_calibration: speed-ups, in rising order. Raises Refused."""
     steps = sampling.sample_steps
     try:
         speedups = sorted(float(part) for part in text.split(","))
