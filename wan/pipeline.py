@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from wan.distributed.groups import current_groups
+from wan.distributed.groups import Groups, current_groups
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import WanVAE
@@ -81,31 +81,39 @@ class WanPipeline:
         self.keeps_models = True
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
-        # the text encoder waits on the CPU and visits the GPU for every prompt, as the DiT needs the room
-        paths = [os.path.join(checkpoint_dir, name) for name in (config.t5_checkpoint, config.t5_tokenizer)]
-        self.text_encoder = T5EncoderModel(config.text_len, config.t5_dtype if cuda else torch.float32, "cpu", *paths)
-        if t5_fsdp:
-            from wan.distributed.fsdp import shard_text_encoder
-
-            shard_text_encoder(self.text_encoder.model, groups.mesh)
-        elif offload_blocks and not t5_cpu:
-            offload_text_encoder(self.text_encoder.model, self.device)
+        self.load_text_encoder(checkpoint_dir, groups)
         self.vae = WanVAE(vae_pth=os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
         if vae_tiling:
             self.vae.model.enable_tiling()
+        self.load_transformer(checkpoint_dir, groups, use_usp, compile)
+        self.load_image_encoder(checkpoint_dir)
+
+    def load_text_encoder(self, checkpoint_dir: str, groups: Groups) -> None:
+        """It waits on the CPU and visits the GPU for every prompt, as the transformer needs the room, but where it is
+        sharded or comes leaf by leaf."""
+        config, cuda = self.config, self.device.type == "cuda"
+        paths = [os.path.join(checkpoint_dir, name) for name in (config.t5_checkpoint, config.t5_tokenizer)]
+        self.text_encoder = T5EncoderModel(config.text_len, config.t5_dtype if cuda else torch.float32, "cpu", *paths)
+        if self.t5_fsdp:
+            from wan.distributed.fsdp import shard_text_encoder
+
+            shard_text_encoder(self.text_encoder.model, groups.mesh)
+        elif self.offload_blocks and not self.t5_cpu:
+            offload_text_encoder(self.text_encoder.model, self.device)
+
+    def load_transformer(self, checkpoint_dir: str, groups: Groups, use_usp: bool, compile: bool) -> None:
         self.model = self.model_class.from_pretrained(checkpoint_dir, torch_dtype=self.dit_dtype)
         self.model.requires_grad_(False)
         if use_usp:
             self.model.share_sequences(groups.sequence)
         if compile:
             self.model.compile_repeated_blocks()
-        if offload_blocks:
+        if self.offload_blocks:
             offload_transformer(self.model, self.device)
-        if dit_fsdp:
+        if self.dit_fsdp:
             from wan.distributed.fsdp import shard_transformer
 
-            shard_transformer(self.model, groups.mesh, self.param_dtype if cuda else None)
-        self.load_image_encoder(checkpoint_dir)
+            shard_transformer(self.model, groups.mesh, self.param_dtype if self.device.type == "cuda" else None)
 
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         """Does nothing for tasks without images."""

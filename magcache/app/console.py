@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}  # the last one is unknown to Windows
 GRACE = 5.0  # seconds after a signal in which others change nothing: they often come in pairs, and clean-up takes some
@@ -46,7 +46,7 @@ class Speaker:
     """A text stream that nothing printed can break: when its reader is gone or its disk is full, the rest goes nowhere;
     characters that its encoding lacks become escapes."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -104,11 +104,7 @@ _FLF2V = Task(
     model_type="flf2v",
     architecture=replace(_14B, images=2, clip_positions=2 * CLIP_TOKENS),
     sizes=_VIDEO,
-    example={
-        "prompt": _BIRD,
-        "first_frame": "flf2v_input_first_frame.png",
-        "last_frame": "flf2v_input_last_frame.png",
-    },
+    example={"prompt": _BIRD, "first_frame": "flf2v_input_first_frame.png", "last_frame": "flf2v_input_last_frame.png"},
     images=("first_frame", "last_frame"),
     shift=16.0,
     published=(Settings(0.12, 4),),
@@ -148,13 +144,7 @@ _ALL = (
         published=(Settings(),),
     ),
     _FLF2V,
-    replace(
-        _VACE,
-        name="vace-1.3B",
-        architecture=replace(_1_3B, vace_blocks=15),
-        sizes=_480P,
-        tables=("vace-1.3B",),
-    ),
+    replace(_VACE, name="vace-1.3B", architecture=replace(_1_3B, vace_blocks=15), sizes=_480P, tables=("vace-1.3B",)),
     _VACE,
     replace(
         _T2V,
