@@ -15,6 +15,9 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
 
     Raises ValueError for another solver, for less than one step, a shift that is not a positive number, and levels that
     are 0 or equal in float32.
+
+    >>> [round(sigma, 3) for sigma in magcache.noise_levels(4, shift=5.0)]
+    [1.0, 0.937, 0.833, 0.625]
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")

@@ -408,6 +408,15 @@ def apply_magcache(
     Raises TypeError if the model has no `blocks` and the target is "residual", RuntimeError if its class was changed
     since the last time (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the
     model does not simply hand x [B, L, C] from block to block.
+
+    >>> class Velocity(torch.nn.Module):
+    ...     def forward(self, x, t):
+    ...         return x * t
+    >>> model, seen = Velocity(), []
+    >>> schedule = magcache.Schedule((None, (1.0,)), calls_per_step=1, target="output")
+    >>> _ = magcache.apply_magcache(model, schedule, on_call=lambda call, reused: seen.append(reused))
+    >>> [model(torch.ones(1), t=torch.tensor(t)).item() for t in (5, 3)], seen
+    ([5.0, 5.0], [False, True])
     """
     if schedule.target == "residual":
         find_dit(model)

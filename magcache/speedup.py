@@ -137,6 +137,9 @@ def plan_steps(
     `noise_levels`; or sigmas: its noise levels themselves, one a step, falling, see `noise_levels_of`.
 
     Raises ValueError for steps outside 0 ... steps - 1, or without step 0, and for settings that make no sense.
+
+    >>> magcache.plan_steps([0, 2], steps=4, forecast="reuse", calls_per_step=1).weights
+    (None, (1.0,), None, (1.0,))
     """
     sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
     computed = set(computed)
@@ -164,6 +167,9 @@ def plan_speedup(
     constants: of the rule, such as those that the trials of a calibration have chosen.
 
     Raises ValueError unless 1 <= speedup <= steps, and for settings that make no sense.
+
+    >>> magcache.plan_speedup(steps=50, speedup=2.5, shift=5.0).computed
+    40
     """
     sigmas = noise_levels(steps, shift, solver) if sigmas is None else checked_levels(sigmas, steps)
     if not 1 <= speedup <= steps:

@@ -79,6 +79,10 @@ def plan_threshold(
     sigmas: noise levels of the steps, see `Schedule`; they do not change what is reused.
 
     Raises ValueError for a setting or a table that makes no sense.
+
+    >>> schedule = magcache.plan(magcache.load_ratios("t2v-1.3B"), steps=50, thresh=0.12, K=4)
+    >>> schedule.computed, len(schedule.reuse)
+    (42, 100)
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {steps}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from wan.modules.clip import CLIPModel
-from wan.pipeline import Sampling, WanPipeline
+from wan.pipeline import Denoising, WanPipeline
 from wan.utils.offload import on_device
 
 TOKEN_PIXELS = 16  # on either side
@@ -66,7 +66,7 @@ class ImagePipeline(WanPipeline):
         max_area: int,
         frame_num: int,
         seed: int,
-        how: Sampling,
+        how: Denoising,
     ) -> torch.Tensor | None:
         """images: the first frame, or the first and the last."""
         shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
@@ -105,7 +105,7 @@ class WanI2V(ImagePipeline):
 
         Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad frame count or solver.
         """
-        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.generate_from([img], input_prompt, n_prompt, max_area, frame_num, seed, how)
 
 
@@ -135,5 +135,5 @@ class WanFLF2V(ImagePipeline):
         """
         if last_frame.size != first_frame.size:
             last_frame = ImageOps.fit(last_frame, first_frame.size, Image.Resampling.BICUBIC)
-        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.generate_from([first_frame, last_frame], input_prompt, n_prompt, max_area, frame_num, seed, how)

@@ -20,7 +20,7 @@ from wan.utils.samplers import make_sampler
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Denoising:
     """How the noise becomes a latent; see `wan.text2video.WanT2V.generate`."""
 
     solver: str
@@ -177,7 +177,7 @@ class WanPipeline:
             if hasattr(self.model, "forget_rotations"):  # the GPU's memory for them
                 self.model.forget_rotations()
 
-    def denoise(self, latent: torch.Tensor, contexts: tuple[list, list], given: dict, how: Sampling) -> torch.Tensor:
+    def denoise(self, latent: torch.Tensor, contexts: tuple[list, list], given: dict, how: Denoising) -> torch.Tensor:
         """Runs the sampler from noise [16, f, h, w] to a latent. contexts: of prompt and negative prompt, as
         `encode_text` returns them; given: the model's other arguments.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from wan.pipeline import Sampling, WanPipeline
+from wan.pipeline import Denoising, WanPipeline
 
 
 class WanT2V(WanPipeline):
@@ -30,5 +30,5 @@ class WanT2V(WanPipeline):
         """
         shape = self.latent_shape(size, frame_num)
         contexts = self.encode_text(input_prompt, n_prompt, offload_model)
-        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, {"seq_len": self.token_count(shape)}, how))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from wan.modules.vace_model import VaceWanModel
-from wan.pipeline import Sampling, WanPipeline
+from wan.pipeline import Denoising, WanPipeline
 from wan.utils.vace_source import prepare_source
 
 
@@ -103,7 +103,7 @@ class WanVace(WanPipeline):
         shape = (16, *vace_context[0].shape[1:])
         control = {"vace_context": vace_context, "vace_context_scale": context_scale}
         control["seq_len"] = self.token_count(shape)
-        how = Sampling(sample_solver, sampling_steps, shift, guide_scale, offload_model)
+        how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, control, how)[:, skipped:])
 
     @staticmethod
