@@ -1,4 +1,4 @@
-"""The command line as users type it: real subprocesses, real files."""
+"""The command line as users type it: real processes, some of which start warm, and real files."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from faults import warm
 from golden_data import write_checkpoint
 from interrupted import interrupted
 from PIL import Image
@@ -36,7 +37,10 @@ DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 PROMPT = "a green square moves up on a gray background"
 
 
-def run(*arguments, cwd=REPO, python_flags=()):
+def run(*arguments, cwd=REPO, python_flags=None):
+    """python_flags: of a process that starts cold."""
+    if python_flags is None:
+        return warm.finished(arguments, cwd)
     command = [sys.executable, *python_flags, str(REPO / "magcache_generate.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
@@ -45,9 +49,9 @@ def job_of(*flags):
     return make_job(make_parser(SCRIPT).parse_args(list(map(str, flags))))
 
 
-def demo(*arguments, steps=10, cwd=REPO):
+def demo(*arguments, steps=10, cwd=REPO, python_flags=None):
     flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", steps, "--base_seed", 3)
-    result = run(*flags, "--prompt", PROMPT, *arguments, cwd=cwd)
+    result = run(*flags, "--prompt", PROMPT, *arguments, cwd=cwd, python_flags=python_flags)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -344,7 +348,8 @@ def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypa
 
 
 def test_bad_input_in_a_real_process(tmp_path):
-    result = run("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
+    flags = ("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
+    result = run(*flags, python_flags=())
     assert result.returncode == 2
     assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is not a folder\n"
 
@@ -413,7 +418,7 @@ def test_without_guidance(tmp_path):
     assert "2 of 4 calls computed, reused 2 of 4 cond (bound 2.00x" in said
     model = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4)
     schedule = job_of(*model, *flags).schedule
-    expected = generated(4, schedule=schedule, dtype=None, guide_scale=1)
+    expected = generated(4, schedule=schedule, guide_scale=1)
     assert np.array_equal(iio.imread(tmp_path / "film.mp4"), frames_of(expected, tmp_path / "api.mp4"))
     assert json.loads((tmp_path / "film.json").read_text())["calls"] == {"computed": 2, "reused": 2}
 
@@ -440,7 +445,7 @@ def test_negative_prompts_of_a_file(tmp_path):
 
 
 def test_uncached_equals_the_unpatched_model(tmp_path):
-    result = demo("--save_file", tmp_path / "plain.mp4")
+    result = demo("--save_file", tmp_path / "plain.mp4", python_flags=())
     assert "off: all 20 transformer calls computed" in result.stdout
     frames = iio.imread(tmp_path / "plain.mp4")
     assert frames.shape == (17, 64, 64, 3)

@@ -21,6 +21,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from faults import warm
 
 import magcache
 import magcache_generate
@@ -43,10 +44,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 PROMPT = '-a "red" circle; moves $left on a <b>white</b> background'
 
 
-def demo(*flags, stderr=subprocess.PIPE, steps=6):
-    command = [sys.executable, REPO / "magcache_generate.py", "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir"]
-    command += [os.path.relpath(DEMO), "--sample_steps", steps, f"--prompt={PROMPT}", *flags]
-    return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300)
+def demo(*flags, steps=6):
+    command = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", os.path.relpath(DEMO, REPO)]
+    return warm.finished([*command, "--sample_steps", steps, f"--prompt={PROMPT}", *flags], REPO)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import warm
 from golden_data import write_checkpoint
 from interrupted import interrupted
 from PIL import Image
@@ -40,7 +40,7 @@ def command(*arguments):
 
 
 def run(*arguments):
-    result = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    result = warm.finished([*FLAGS, *arguments], REPO)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -47,15 +47,12 @@ def checkout(tmp_path_factory):
 def run(checkout, *flags, processes=1, env=None):
     """Runs the copied script in its folder; a single process starts warm. Returns what came of it, and what the
     pipelines recorded, by rank."""
-    for file in (*checkout.glob("record.*.pt"), checkout / "out", checkout / "err"):
-        file.unlink(missing_ok=True)
+    for record in checkout.glob("record.*.pt"):
+        record.unlink()
     flags = ["--sample_steps", STEPS, "--size", "832*480", "--base_seed", 1, *flags]
     if processes == 1 and env is None:
         arrange, script = functools.partial(warm.only_from, checkout), checkout / "magcache_generate.py"
-        process = warm.start(flags, checkout, {}, arrange, script)
-        process.join(300)
-        said = ((checkout / name).read_text() for name in ("out", "err"))
-        result = subprocess.CompletedProcess(flags, process.exitcode, *said)
+        result = warm.finished(flags, checkout, arrange, script)
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         command = [sys.executable, *(torchrun if processes > 1 else ()), "magcache_generate.py", *flags]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,13 +18,34 @@ FORKS.set_forkserver_preload(["magcache.app.generate", "magcache.app.compare", "
 
 
 def start(
-    flags: list, folder: Path, env: dict[str, str], arrange: Callable[[], None] | None = None, script: Path = SCRIPT
+    flags: list,
+    folder: Path,
+    env: dict[str, str],
+    arrange: Callable[[], None] | None = None,
+    script: Path = SCRIPT,
+    streams: Path | None = None,
+    threads: int = 1,  # of two processes with two threads each, one waits for the other
 ):
-    """A process that runs the script with these flags in a folder, where its streams go to the files `out` and `err`.
-    arrange: is called in it before the script."""
-    process = FORKS.Process(target=run, args=(list(map(str, flags)), folder, env, arrange, script))
+    """A process that runs the script with these flags in a folder. Its output goes to the files `out` and `err` there,
+    or in `streams`. arrange: is called in it before the script."""
+    process = FORKS.Process(
+        target=run, args=(list(map(str, flags)), folder, env, arrange, script, streams or folder, threads)
+    )
     process.start()
     return process
+
+
+def finished(
+    flags: list, folder: Path, arrange: Callable[[], None] | None = None, script: Path = SCRIPT
+) -> subprocess.CompletedProcess:
+    """What came of such a process."""
+    threads = torch.get_num_threads()  # the number decides on the last bits, and a codec on more
+    with tempfile.TemporaryDirectory() as streams:
+        process = start(flags, folder, {}, arrange, script, Path(streams), threads)
+        process.join(300)
+        process.kill()
+        said = (Path(streams, name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(flags, process.exitcode, *said)
 
 
 def only_from(folder: Path) -> None:
@@ -33,18 +55,26 @@ def only_from(folder: Path) -> None:
     sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in SCRIPT.parents)]
 
 
-def run(flags: list[str], folder: Path, env: dict[str, str], arrange: Callable[[], None] | None, script: Path) -> None:
+def run(
+    flags: list[str],
+    folder: Path,
+    env: dict[str, str],
+    arrange: Callable[[], None] | None,
+    script: Path,
+    streams: Path,
+    threads: int,
+) -> None:
     os.chdir(folder)
     os.environ.update(env)
     tempfile.tempdir = None  # may be of another TMPDIR
-    for number, name in ((0, os.devnull), (1, "out"), (2, "err")):
+    for number, name in ((0, os.devnull), (1, streams / "out"), (2, streams / "err")):
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which are ignored where the tests are in background
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-    torch.set_num_threads(1)  # of two processes with two threads each, one waits for the other
+    torch.set_num_threads(threads)
     if arrange:
         arrange()
     sys.argv = [str(script), *flags]
