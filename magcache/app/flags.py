@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from magcache.app.tasks import TASKS, all_sizes
@@ -39,7 +40,15 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     """script: path of the command, whose folder holds the examples; args.script is where it is."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.set_defaults(script=os.path.abspath(script))
-    add = parser.add_argument_group("what to generate").add_argument
+    add_contents(parser.add_argument_group("what to generate").add_argument)
+    add_sampling(parser.add_argument_group("sampling").add_argument)
+    add_machine(parser.add_argument_group("model and machine").add_argument)
+    add_extension(parser.add_argument_group("prompt extension").add_argument)
+    add_magcache(parser.add_argument_group("MagCache").add_argument)
+    return parser
+
+
+def add_contents(add: Callable) -> None:
     add("--task", default="t2v-14B", choices=tuple(TASKS))
     size = "width*height, or widthxheight; the area where an input file has the shape"
     add("--size", default="1280*720", type=lambda text: text.replace("x", "*"), choices=all_sizes(), help=size)
@@ -57,13 +66,15 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--src_mask", help="source mask, white where to generate: a video, or a picture for all frames (vace)")
     add("--src_ref_images", help="reference images, comma separated (vace)")
 
-    add = parser.add_argument_group("sampling").add_argument
+
+def add_sampling(add: Callable) -> None:
     add("--sample_solver", default="unipc", choices=("unipc", "dpm++"))
     add("--sample_steps", type=int, help="sampling steps (default: 50; i2v 40)")
     add("--sample_shift", type=float, help="shift of the noise levels (default: 5; i2v at 480p 3; flf2v, vace 16)")
     add("--sample_guide_scale", type=float, default=5.0, help="classifier-free guidance (default: 5.0)")
 
-    add = parser.add_argument_group("model and machine").add_argument
+
+def add_machine(add: Callable) -> None:
     add("--ckpt_dir", help="checkpoint folder in the official layout")
     offload = "models on the GPU only while they work (default: True; False on several GPUs)"
     add("--offload_model", type=truth_value, help=offload)
@@ -82,7 +93,8 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--attn_backend", metavar="NAME", help="attention, by diffusers' name: flash, sage, ... (default: torch's own)")
     add("--vae_tiling", action="store_true", help="VAE in tiles, for large videos on small cards")
 
-    add = parser.add_argument_group("prompt extension").add_argument
+
+def add_extension(add: Callable) -> None:
     add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
     methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
     known = {"choices": ("dashscope", "local_qwen"), "action": Explicit, "help": methods}
@@ -92,7 +104,8 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     known = {"choices": ("zh", "en"), "action": Explicit, "help": "language of the prompt (default: zh)"}
     add("--prompt_extend_target_lang", default="zh", **known)
 
-    add = parser.add_argument_group("MagCache").add_argument
+
+def add_magcache(add: Callable) -> None:
     add("--use_magcache", action="store_true", help="skip transformer calls where the schedule says so")
     thresh = "bound on the error of reused steps in a row (default: 0.12)"
     add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
@@ -113,4 +126,3 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add("--magcache_plan", nargs="?", const=True, metavar="PNG", help=plan)
     compare = "also generate without the cache; both and their difference as a video and a page, with scores"
     add("--compare", action="store_true", help=compare)
-    return parser
