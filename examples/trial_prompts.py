@@ -19,8 +19,8 @@ SEED = 77  # of the first
 
 
 def trial_pairs(task: str, count: int) -> list[Pair]:
-    """That many, of which all kinds of the task take turns."""
-    kinds = [pairs_of(kind, count, SEED) for kind in KINDS_OF[task]]
+    """That many, of which all kinds of the task take turns. None without any words, which no prompt file takes."""
+    kinds = [[pair for pair in pairs_of(kind, 2 * count, SEED) if str(pair[0])] for kind in KINDS_OF[task]]
     return [kinds[i % len(kinds)][i] for i in range(count)]
 
 
