@@ -8,9 +8,9 @@ standard error by resampling the pairs, the share below 30 dB, and the worst ten
 caption says everything) or open (parts of it left out), and nothing was calibrated or tuned on them.
 
 methods: 50 steps, shift 5, at several numbers of computed calls: the speed-up rule with the constants that trials chose
-for the model, with the default ones, with those that count every error alike, MagCache as published, and fewer sampler
-steps without a cache.
-peers: the methods of `examples.benchmarks.peers`, on as many pairs as `--peer_pairs` says.
+for the model, with the default ones, and with those that count every error alike; MagCache as published; fewer sampler
+steps without a cache; TaylorSeer.
+peers: the methods of others that decide as they run (`examples.benchmarks.peers`), on `--peer_pairs` pairs.
 settings: the speed-up rule and fewer sampler steps at other steps and shifts.
 constants (only when asked for): what the constants of the speed-up rule were chosen by, on pairs of their own.
 """
@@ -47,22 +47,24 @@ KINDS = {
     "t2v-tiny, open": ("t2v-tiny", "open"),
     "i2v-tiny": ("i2v-tiny", "told"),
 }
-PAIRS = {"t2v-tiny, told": 192, "t2v-tiny, open": 288, "i2v-tiny": 48}
+PAIRS = {"t2v-tiny, told": 96, "t2v-tiny, open": 144, "i2v-tiny": 48}
 UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
 BATCH = 16
 # thresh, K and retention that compute so many calls, by task
-RULES = {"t2v-tiny": {46: (0.12, 2), 38: (0.13, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)}}
-RULES["i2v-tiny"] = RULES["t2v-tiny"] | {38: (0.1, 4)}
+RULES = {
+    "t2v-tiny": {46: (0.12, 2), 38: (0.12, 4), 32: (0.24, 6), 26: (0.2, 6, 0.1), 20: (0.52, 7, 0.1)},
+    "i2v-tiny": {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)},
+}
 SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
 SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
 PLAIN, TRIED, OURS = "fewer sampler steps", "`--magcache_speedup`", "the same without trials"
-ALIKE, PUBLISHED = "every error alike", "MagCache as published"
+ALIKE, PUBLISHED, TAYLOR = "every error alike", "MagCache as published", "diffusers TaylorSeer"
 COLOURS = {
     PUBLISHED: "tab:blue",
     TRIED: "tab:red",
     OURS: "tab:orange",
     PLAIN: "black",
-    "diffusers TaylorSeer": "tab:green",
+    TAYLOR: "tab:green",
 }
 
 VARIANTS = {"the rule": (DEFAULT, "linear"), "reuse": (DEFAULT, "reuse")}
@@ -70,21 +72,23 @@ VARIANTS |= {f"early {x:g}": (Constants(early=x), "linear") for x in (0.25, 0.37
 VARIANTS |= {f"floor {x:g}": (Constants(floor=x), "linear") for x in (0.0002, 0.004)}
 VARIANTS |= {f"decay {x:g}": (Constants(decay=x), "linear") for x in (0.0, 0.5, 2.0)}
 
-Run = Callable[[object, Batch], torch.Tensor]  # the final latents of (pipeline, batch)
-Found = dict[tuple[str, int], list[float]]  # PSNR of every pair, by method and number of computed calls or steps
+Run = Callable[
+    [object, Batch], tuple[torch.Tensor, float]
+]  # final latents of (pipeline, batch), calls computed for them
+Found = dict[tuple[str, int], list[tuple[float, float]]]  # by method and budget: PSNR and computed calls of every pair
 
 
 def follow(schedule: Schedule, shift: float = SHIFT) -> Run:
-    return lambda pipeline, batch: cached_latents(pipeline.model, batch, shift, schedule)
+    return lambda pipeline, batch: (cached_latents(pipeline.model, batch, shift, schedule), schedule.computed)
 
 
 def sample(steps: int, shift: float = SHIFT) -> Run:
     """Without a cache."""
-    return lambda pipeline, batch: final_latents(pipeline.model, batch, steps, shift)
+    return lambda pipeline, batch: (final_latents(pipeline.model, batch, steps, shift), 2 * steps)
 
 
 def follow_peer(task: str, peer: peers.Peer, budget: int) -> Run:
-    return lambda pipeline, batch: peer.latents(pipeline, peer.setting_for(task, budget), batch)[0]
+    return lambda pipeline, batch: peer.latents(pipeline, peer.setting_for(task, budget), batch)
 
 
 def by_rule(task: str, budget: int) -> Schedule:
@@ -97,18 +101,20 @@ def by_rule(task: str, budget: int) -> Schedule:
 
 def methods(task: str) -> dict[tuple, Run]:
     runs, measured = {}, read_trials(magcache.load_table(task))
-    constants = {TRIED: measured.constants if measured else DEFAULT, OURS: DEFAULT, ALIKE: Constants(0.008, 0.0, 0.25)}
+    constants = {TRIED: measured.constants if measured else DEFAULT, OURS: DEFAULT, ALIKE: Constants(0.008, 0.0)}
     for budget in BUDGETS:
         for name, chosen in constants.items():
             runs[name, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT, constants=chosen))
         runs[PUBLISHED, budget] = follow(by_rule(task, budget))
         runs[PLAIN, budget] = sample(budget // 2)
+        runs[TAYLOR, budget] = follow_peer(task, peers.all_peers()[TAYLOR], budget)
     return runs
 
 
-def others(task: str, names: Sequence[str]) -> dict[tuple, Run]:
-    found = peers.all_peers()
-    return {(name, budget): follow_peer(task, found[name], budget) for name in names for budget in BUDGETS}
+def adaptive(task: str) -> dict[tuple, Run]:
+    """The peers that decide by what they see."""
+    found = {name: peer for name, peer in peers.all_peers().items() if name != TAYLOR}
+    return {(name, budget): follow_peer(task, peer, budget) for name, peer in found.items() for budget in BUDGETS}
 
 
 def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
@@ -137,10 +143,11 @@ def measure(task: str, make_runs: Callable[[], dict], steps: int, shift: float, 
     pipeline = pipeline_of(task)
     batch = make_batch(pipeline, pairs)
     truth = final_latents(pipeline.model, batch, steps, shift)
-    return {
-        key: [closeness(*both)[0] for both in zip(run(pipeline, batch), truth, strict=True)]
-        for key, run in make_runs().items()
-    }
+    found = {}
+    for key, run in make_runs().items():
+        latents, computed = run(pipeline, batch)
+        found[key] = [(closeness(*both)[0], computed) for both in zip(latents, truth, strict=True)]
+    return found
 
 
 def measure_all(pool, kind: str, make_runs: Callable, steps: int, shift: float, pairs: list[Pair], batch: int) -> Found:
@@ -149,9 +156,13 @@ def measure_all(pool, kind: str, make_runs: Callable, steps: int, shift: float, 
         pool.submit(measure, task, make_runs, steps, shift, pairs[i : i + batch]) for i in range(0, len(pairs), batch)
     ]
     for job in tqdm(jobs, desc=f"{kind}, {steps} steps, shift {shift:g}", unit="batch"):
-        for key, psnrs in job.result().items():
-            found.setdefault(key, []).extend(psnrs)
+        for key, values in job.result().items():
+            found.setdefault(key, []).extend(values)
     return found
+
+
+def psnrs(values: list[tuple[float, float]]) -> list[float]:
+    return [psnr for psnr, _ in values]
 
 
 def resampled(count: int, times: int = 1000) -> np.ndarray:
@@ -162,7 +173,7 @@ def resampled(count: int, times: int = 1000) -> np.ndarray:
 def pooled_of(psnrs: Sequence[float]) -> np.ndarray:
     """Of resampled pairs."""
     errors = 10 ** (-np.asarray(psnrs) / 10)
-    return -10 * np.log10(errors[resampled(len(errors))].mean(axis=1))
+    return 10 * -np.log10(errors[resampled(len(errors))].mean(axis=1))
 
 
 def cell(psnrs: Sequence[float]) -> str:
@@ -176,17 +187,21 @@ def lead(psnrs: Sequence[float], others: Sequence[float]) -> str:
 
 
 def print_methods(kind: str, found: Found) -> None:
-    """A cell: pooled PSNR (its standard error), share of other videos, worst tenth, mean; then by how much the first
-    method is ahead of the others."""
+    """A cell: pooled PSNR (its standard error), share of other videos, worst tenth, mean, and the computed calls where
+    the method decides on them as it runs; then by how much the first method is ahead of the others."""
     names, budgets = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     pairs = len(next(iter(found.values())))
     heads = " | ".join(f"{budget} calls" for budget in budgets)
     print(f"\n| {kind}, {pairs} pairs: pooled, below 30 dB, worst tenth, mean | {heads} |")
     print("|---|" + "---|" * len(budgets))
     for name in names:
-        print(f"| {name} | {' | '.join(cell(found[name, budget]) for budget in budgets)} |")
+        cells = [cell(psnrs(found[name, budget])) for budget in budgets]
+        computed = [np.mean([calls for _, calls in found[name, budget]]) for budget in budgets]
+        if not np.allclose(computed, budgets):
+            cells = [f"{text}; {calls:.1f} calls" for text, calls in zip(cells, computed, strict=True)]
+        print(f"| {name} | {' | '.join(cells)} |")
     for name in names[1:]:
-        leads = (lead(found[names[0], budget], found[name, budget]) for budget in budgets)
+        leads = (lead(psnrs(found[names[0], budget]), psnrs(found[name, budget])) for budget in budgets)
         print(f"| ahead of {name}, pooled | {' | '.join(leads)} |")
 
 
@@ -194,7 +209,7 @@ def print_settings(kind: str, everything: dict[tuple, Found]) -> None:
     print(f"\n| {kind}: steps, shift; computed | {PLAIN} | {OURS} | ahead by, pooled |\n|---|---|---|---|")
     for (steps, shift), found in everything.items():
         for count in dict.fromkeys(count for _, count in found):
-            ours, plain = found[OURS, count], found[PLAIN, count]
+            ours, plain = psnrs(found[OURS, count]), psnrs(found[PLAIN, count])
             print(f"| {steps}, {shift:g}; {count} | {cell(plain)} | {cell(ours)} | {lead(ours, plain)} |")
 
 
@@ -208,8 +223,8 @@ def draw(everything: dict[str, Found], path: str) -> None:
         for name, colour in COLOURS.items():
             budgets = [budget for method, budget in found if method == name]
             if budgets:
-                middle = [pooled(found[name, budget]) for budget in budgets]
-                spread = [pooled_of(found[name, budget]).std() for budget in budgets]
+                middle = [pooled(psnrs(found[name, budget])) for budget in budgets]
+                spread = [pooled_of(psnrs(found[name, budget])).std() for budget in budgets]
                 axes.errorbar(budgets, middle, spread, label=name.strip("`"), color=colour, marker="o", capsize=2)
         axes.axhline(30, color="gray", linewidth=0.8)
         axes.set_title(f"{kind}: {len(found[PLAIN, BUDGETS[0]])} pairs", fontsize=10)
@@ -226,7 +241,6 @@ def main():
     parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
     parser.add_argument("--share", type=float, default=1.0, help="of the pairs, for a quick look")
     parser.add_argument("--peer_pairs", type=int, default=24)
-    parser.add_argument("--peers", nargs="+", default=tuple(peers.all_peers()), metavar="NAME")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", metavar="PNG", help="draws pooled PSNR over calls")
     parser.add_argument("--results", metavar="JSON", help="takes what was measured there before, and adds to it")
@@ -239,7 +253,7 @@ def main():
         pairs = pairs_of(KINDS[kind][1], count or int(PAIRS[kind] * args.share), first)
         found = measure_all(pool, kind, make_runs, steps, shift, pairs, batch)
         if results:
-            known.update({f"{kind}, {steps}, {shift:g}, {n}, {name}": psnrs for (name, n), psnrs in found.items()})
+            known.update({f"{kind}, {steps}, {shift:g}, {n}, {name}": values for (name, n), values in found.items()})
             results.write_text(json.dumps(known))
         return found
 
@@ -251,8 +265,8 @@ def main():
                 drawn[kind] = everything(kind, functools.partial(methods, task))
                 print_methods(kind, drawn[kind])
             if args.only in (None, "peers"):
-                # one by one, as most decide by what they see
-                found = everything(kind, functools.partial(others, task, args.peers), count=args.peer_pairs, batch=1)
+                # one by one, as they decide by what they see
+                found = everything(kind, functools.partial(adaptive, task), count=args.peer_pairs, batch=1)
                 print_methods(kind, found)
             if args.only in (None, "settings"):
                 runs = {setting: functools.partial(at_settings, *setting) for setting in SETTINGS}
