@@ -34,8 +34,8 @@ class Constants:
     """
 
     floor: float = 0.001
-    early: float = 0.625
-    decay: float = 1.0
+    early: float = 0.6
+    decay: float = 0.5
 
     def __post_init__(self):
         if not 0 < self.floor < math.inf:

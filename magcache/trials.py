@@ -29,8 +29,9 @@ SETTINGS = {  # of a trial, by its method
 # of the speed-up rule, tried against the ones that hold without a calibration, which come first
 CANDIDATES = (
     DEFAULT,
-    *(Constants(early=early) for early in (0.25, 0.375, 0.5, 0.875)),
-    *(Constants(decay=decay) for decay in (0.5, 2.0)),
+    Constants(floor=0.008, early=0.0, decay=0.25),  # for models that forgive what is wrong early
+    *(Constants(early=early) for early in (0.25, 0.4, 0.875)),
+    *(Constants(decay=decay) for decay in (0.25, 1.0)),
 )
 ANOTHER = 30.0  # dB: below it the eye sees another video
 CLEAR = 0.84  # share of resampled prompts by which a candidate is clearly ahead: one standard error

@@ -68,9 +68,9 @@ COLOURS = {
 }
 
 VARIANTS = {"the rule": (DEFAULT, "linear"), "reuse": (DEFAULT, "reuse")}
-VARIANTS |= {f"early {x:g}": (Constants(early=x), "linear") for x in (0.25, 0.375, 0.5, 0.75, 0.875)}
+VARIANTS |= {f"early {x:g}": (Constants(early=x), "linear") for x in (0.25, 0.4, 0.5, 0.75, 0.875)}
 VARIANTS |= {f"floor {x:g}": (Constants(floor=x), "linear") for x in (0.0002, 0.004)}
-VARIANTS |= {f"decay {x:g}": (Constants(decay=x), "linear") for x in (0.0, 0.5, 2.0)}
+VARIANTS |= {f"decay {x:g}": (Constants(decay=x), "linear") for x in (0.25, 1.0)}
 
 Run = Callable[
     [object, Batch], tuple[torch.Tensor, float]
