@@ -23,6 +23,7 @@ from magcache.app.media import write_image, write_video
 from magcache.app.requests import comparison_paths
 from magcache.files import written_whole
 from magcache.schedule import Schedule
+from magcache.trials import ANOTHER
 
 PHASES = {  # of magcache.app.progress, in words
     "text": "text encoder",
@@ -91,11 +92,14 @@ def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate([header, np.concatenate(row, axis=1)])
 
 
-def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple) -> dict:
+def write_comparison(
+    job: Job, request: Request, fps: int, cached: tuple, uncached: tuple, close: tuple[float, float] | None = None
+) -> dict:
     """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video, each of them whole or
     not at all. Returns what a record holds of it, with the paths of both.
 
-    cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. Raises OSError where a file cannot be written.
+    cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. close: `magcache.trials.closeness` of the
+    latents; None where it is not known. Raises OSError where a file cannot be written.
     """
     (frames, cached_seconds), (reference, seconds) = cached, uncached
     scores = score(frames, reference)
@@ -106,7 +110,7 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
         write_image(both, next(side_by_side(parts)))
     else:
         write_video(both, side_by_side(parts), fps)
-    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds))
+    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds), close)
     with written_whole(about) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
     return {
@@ -116,11 +120,18 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
         "ssim_by_frame": scores.ssim,
         "uncached_seconds": {name: round(value, 4) for name, value in seconds.items()},
         "files": [both, about],
-    }
+    } | (dict(zip(("latent_psnr", "latent_relative_error"), close, strict=True)) if close else {})
 
 
 def make_page(
-    job: Job, request: Request, scores: Scores, parts: dict[str, np.ndarray], fps: int, both: str, seconds: tuple
+    job: Job,
+    request: Request,
+    scores: Scores,
+    parts: dict[str, np.ndarray],
+    fps: int,
+    both: str,
+    seconds: tuple,
+    close: tuple[float, float] | None,
 ) -> str:
     """parts: videos uint8 [F, H, W, 3] by label. both: name of the video of all of them, which is linked to. seconds:
     by phase, those with the cache and those without."""
@@ -134,7 +145,7 @@ def make_page(
         title=escape(request.path.name),
         prompt=escape(request.prompt),
         facts="<br>".join(map(escape, (video, f"MagCache: {job.made_by}, {job.cache}", device_name(job.machine)))),
-        tiles=tiles(schedule, scores, *seconds),
+        tiles=tiles(schedule, scores, close, *seconds),
         media="".join(media),
         hidden=" hidden" if count == 1 else "",
         link=quote(os.fsencode(both)),
@@ -152,9 +163,14 @@ def psnr_in_words(psnr: float | None) -> str:
     return "equal" if psnr is None else f"{psnr:.2f} dB"
 
 
-def tiles(schedule: Schedule, scores: Scores, *seconds: dict[str, float]) -> str:
+def verdict(latent_psnr: float) -> str:
+    return "another video" if latent_psnr < ANOTHER else "the same video"
+
+
+def tiles(schedule: Schedule, scores: Scores, close: tuple[float, float] | None, *seconds: dict[str, float]) -> str:
     cached, uncached = (sum(times[phase] for phase in DENOISE) for times in seconds)
-    shown = {
+    content = {f"latent PSNR {close[0]:.1f} dB": verdict(close[0])} if close else {}
+    shown = content | {
         "PSNR": psnr_in_words(scores.overall_psnr),
         "SSIM": f"{scores.overall_ssim:.4f}",
         "denoising": f"{uncached / cached:.2f}x faster",

@@ -15,7 +15,7 @@ import transformers
 
 import magcache
 from magcache.app.choose_schedule import fitting_table, settings_of
-from magcache.app.compare import psnr_in_words, write_comparison
+from magcache.app.compare import psnr_in_words, verdict, write_comparison
 from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
@@ -28,7 +28,7 @@ from magcache.app.render import Rendered
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths
 from magcache.app.trials.quality import expected_in_words
 from magcache.files import written_whole
-from magcache.trials import ANOTHER, closeness
+from magcache.trials import closeness
 
 FLAT_LISTS = {key: f"wan2_1_{key}.json" for key in ("mag_ratio", "mag_std", "cos_dis")}  # of a table: file
 
@@ -95,15 +95,12 @@ def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, wa
     path = comparison_paths(job, request.path)[0]
     save_result(video, path, fps)
     plain.lap("save")
-    scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds))
-    latents = ""
-    if watch.latent is not None and plain.latent is not None:
-        latent_psnr, relative_error = closeness(watch.latent, plain.latent)
-        verdict = "another video" if latent_psnr < ANOTHER else "the same video"
-        latents = f", latent PSNR {latent_psnr:.2f} dB: {verdict}"
-        scores |= {"latent_psnr": latent_psnr, "latent_relative_error": relative_error}
+    known = watch.latent is not None and plain.latent is not None
+    close = closeness(watch.latent, plain.latent) if known else None
+    scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds), close)
+    latents = f", latent PSNR {close[0]:.2f} dB: {verdict(close[0])}" if close else ""
     print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
-    if latents and (expected := expected_in_words(job)):
+    if close and (expected := expected_in_words(job)):
         print(f"          of the latent PSNR {expected}, by trials")
     for file in scores["files"]:
         print(f"          {file}", flush=True)
