@@ -9,7 +9,7 @@ import random
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import takewhile
 
 from magcache.ratios import RatioTable
@@ -169,6 +169,12 @@ class Expectation:
     others: float
     mean: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.pooled:.1f} dB over all videos, {self.promised:.1f} dB or more in nine of ten, "
+            f"{self.others:.0%} below {ANOTHER:.0f} dB (another video), mean {self.mean:.1f} dB"
+        )
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -212,8 +218,7 @@ class Measured:
             return None
         slower = [s for s in at if s < speedup] + [speedup]
         lowest = min(lower_tenth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
-        psnrs = [self.psnr_at(speedup, prompt) for prompt in self.prompts]
-        return Expectation(pooled(psnrs), lowest, share_of_others(psnrs), statistics.fmean(psnrs))
+        return replace(expectation_of([self.psnr_at(speedup, prompt) for prompt in self.prompts]), promised=lowest)
 
     def fastest(self, psnr: float, steps: int) -> float | None:
         """The largest speed-up of a run of so many steps that is promised a PSNR; None if none is."""
@@ -242,6 +247,10 @@ class Measured:
             if ahead and ahead[0] < 0 and row.pooled > max(thresh, default=-math.inf):
                 found.append(row)
         return found
+
+
+def expectation_of(psnrs: Sequence[float]) -> Expectation:
+    return Expectation(pooled(psnrs), lower_tenth(psnrs), share_of_others(psnrs), statistics.fmean(psnrs))
 
 
 def lower_tenth(values: Sequence[float]) -> float:

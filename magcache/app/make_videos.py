@@ -102,5 +102,6 @@ def compare_video(
     write = functools.partial(compare_results, job, request, renderer.fps, frames, cached.watch, plain)
     scores, fault = tried(job.goes_on, write)
     if scores:
+        cached.watch.latent_psnr = scores.get("latent_psnr")
         save_record(request.path, record | {"comparison": scores})
     return fault

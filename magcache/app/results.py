@@ -26,7 +26,7 @@ from magcache.app.prompts import slug
 from magcache.app.record import make_record, save_record
 from magcache.app.render import Rendered
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths
-from magcache.app.trials.quality import expected_in_words
+from magcache.app.trials.quality import expectation
 from magcache.files import written_whole
 from magcache.trials import closeness
 
@@ -100,7 +100,7 @@ def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, wa
     scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds), close)
     latents = f", latent PSNR {close[0]:.2f} dB: {verdict(close[0])}" if close else ""
     print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
-    if close and (expected := expected_in_words(job)):
+    if close and (expected := expectation(job)):
         print(f"          of the latent PSNR {expected}, by trials")
     for file in scores["files"]:
         print(f"          {file}", flush=True)

@@ -8,7 +8,8 @@ from magcache.app.backend import backend
 from magcache.app.cost import needs_of, number_of_bytes
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.step_map import BRANCHES
-from magcache.app.trials.quality import expected_in_words
+from magcache.app.trials.quality import expectation
+from magcache.trials import expectation_of
 
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
@@ -25,7 +26,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     if job.cache:
         bound = f"at most {schedule.speedup_bound:.2f}x faster"
         print(f"MagCache  {schedule.computed} of {calls} transformer calls computed, {bound}; {job.made_by}")
-        if expected := expected_in_words(job):
+        if expected := expectation(job):
             print(f"quality   latent PSNR {expected} (trials of table {job.measured.table.name})")
         if schedule.computed == calls:
             larger = "--magcache_thresh or --magcache_K" if job.cache.speedup is None else "--magcache_speedup"
@@ -75,6 +76,9 @@ def summarise(job: Job, watches: list, seconds: dict[str, float]) -> None:
     print("time      " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     if job.cache and any(watch.calls for watch in watches):
         tell_calls(job, watches)
+    psnrs = [watch.latent_psnr for watch in watches if watch.latent_psnr is not None]
+    if len(psnrs) > 1:
+        print(f"compared  {len(psnrs)} videos: latent PSNR {expectation_of(psnrs)}")
     if memory := record.peak_memory():
         print(f"memory    at most {number_of_bytes(memory['bytes'])} of {memory['of']}")
     schedule = job.schedule

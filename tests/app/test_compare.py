@@ -178,9 +178,9 @@ def test_comparison_files(compared):
 
 @pytest.mark.slow
 def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
-    """The others go on, with the cache."""
+    """The others go on, with the cache, and what they came to is said of all together."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second")]
+    lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second", "third")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     command = [sys.executable, SCRIPT, "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4]
     command += ["--prompt_file", tmp_path / "prompts.jsonl", "--use_magcache", "--magcache_thresh", 1, "--compare"]
@@ -191,14 +191,17 @@ def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
         if line.startswith("now the same"):
             (tmp_path / "first_uncached.mp4").mkdir()
             break
-    _, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "1 of 2 comparisons failed, their videos are finished, --overwrite makes both again:\n" in err
+    assert "1 of 3 comparisons failed, their videos are finished, --overwrite makes both again:\n" in err
     assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", err, re.MULTILINE)
     assert "videos failed" not in err
     assert (tmp_path / "second_compare.html").is_file()
-    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second")]
-    assert ["comparison" in found for found in records] == [False, True]
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second", "third")]
+    assert ["comparison" in found for found in records] == [False, True, True]
+    errors = [10 ** (-found["comparison"]["latent_psnr"] / 10) for found in records[1:]]
+    pooled = -10 * math.log10(sum(errors) / 2)
+    assert f"compared  2 videos: latent PSNR {pooled:.1f} dB over all videos, " in out
     assert records[0]["calls"] == records[1]["calls"]
     assert records[1]["calls"]["reused"] > 0
 
@@ -211,6 +214,9 @@ def test_page_stands_alone(compared):
     assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page) == ["a%20film_compare.mp4"]
     assert "http" not in page
     assert page.count("data:video/mp4") == 3
+    psnr = json.loads((folder / "a film.json").read_text())["comparison"]["latent_psnr"]
+    verdict = "the same video" if psnr >= 30 else "another video"
+    assert f"<div><b>{verdict}</b><span>latent PSNR {psnr:.1f} dB</span></div>" in page
     assert page.count("data:image/svg+xml") == 2
 
 

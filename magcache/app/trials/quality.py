@@ -70,16 +70,6 @@ def expectation(job: Job) -> "magcache.trials.Expectation | None":
     return job.measured.expect(job.schedule.speedup_bound)
 
 
-def expected_in_words(job: Job) -> str | None:
-    expected = expectation(job)
-    if not expected:
-        return None
-    return (
-        f"{expected.pooled:.1f} dB over all videos, {expected.promised:.1f} dB or more in nine of ten, "
-        f"{expected.others:.0%} below {ANOTHER:.0f} dB (another video), mean {expected.mean:.1f} dB"
-    )
-
-
 def describe_expectation(job: Job) -> dict | None:
     """Returns what a record holds of the expectation."""
     expected = expectation(job)
@@ -98,7 +88,7 @@ def quality_lines(job: Job) -> list[str]:
     fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}
     rows = [("speed-up", "calls", "all videos", "nine of ten", "others", "mean", "fewer steps", "ahead by")]
     rows += [curve_row(measured, forecast, fewer.get(forecast.calls)) for forecast in measured.forecasts]
-    said = expected_in_words(job) or "not tried at these settings"
+    said = expectation(job) or "not tried at these settings"
     lines = [
         f"quality   {said}",
         f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; all videos: "
