@@ -8,6 +8,7 @@ forward: seconds of a computed call, and the share of the machine's own matrix m
 the FLOPs of `magcache.app.cost`. In the same rounds diffusers' WanTransformer3DModel with the same weights.
 loop: denoising with and without caches, against the bound (all calls / computed ones); reused and forecast calls.
 dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; errors are those of the velocity.
+offload: the call with one block on the card at a time, and the pinned memory that the others take.
 compile: the call with compiled blocks. attention: the model's own attention by every backend that is installed.
 vae: the VAE decodes the video, whole and in tiles.
 Times are wall times; with a single CPU thread, of which OMP_NUM_THREADS=1 makes sure, those of that thread alone.
@@ -36,9 +37,10 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.utils.attention import attention_backends
+from wan.utils.offload import offload_transformer
 from wan.utils.samplers import make_sampler
 
-PARTS = ("forward", "loop", "dtypes", "compile", "attention", "vae")
+PARTS = ("forward", "loop", "dtypes", "offload", "compile", "attention", "vae")
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HELD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the weights, by default
@@ -145,7 +147,7 @@ def seconds(function, *args, **kwargs) -> float:
 def matmul_rate(dtype: torch.dtype, product: int) -> float:
     """FLOPs a second of large square matrix products, as many as it takes for so many FLOPs, in the dtype that the
     model computes in."""
-    side = 8192 if DEVICE.type == "cuda" else 2048
+    side = int(min(8192 if DEVICE.type == "cuda" else 2048, max(256, product ** (1 / 3))))
     a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
     count = 1 + product // (2 * side**3)
     return count * 2 * side**3 / seconds(lambda: [torch.matmul(a, b) for _ in range(count)])
@@ -238,6 +240,18 @@ def measure_dtypes(subject: Subject, rounds: int) -> list[dict]:
     return rows
 
 
+def measure_offload(subject: Subject, rounds: int) -> list[dict]:
+    model, arguments = subject.model(HELD).cpu(), subject.arguments()
+    clear()
+    offload_transformer(model, DEVICE)
+    times = [seconds(model, **arguments) for _ in range(rounds + 1)][1:]
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    row = {"what": "one block at a time", "seconds": statistics.median(times), "weight_bytes": size} | memory()
+    if DEVICE.type == "cuda" and hasattr(torch.cuda, "host_memory_stats"):
+        row["pinned_bytes"] = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    return [row]
+
+
 def measure_compile(subject: Subject, rounds: int) -> list[dict]:
     model, arguments = subject.model(HELD), subject.arguments()
     model.compile_repeated_blocks()
@@ -311,6 +325,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "forward": (measure_forward, args.rounds),
         "loop": (measure_loop, args.steps),
         "dtypes": (measure_dtypes, args.rounds),
+        "offload": (measure_offload, args.rounds),
         "compile": (measure_compile, args.rounds),
         "attention": (measure_attention, args.rounds),
         "vae": (measure_vae,),
@@ -325,7 +340,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 rows = measure(subject, *settings)
         except torch.OutOfMemoryError as fault:
             rows = [{"what": f"{part}: out of memory", "error": first_line(fault)}]
-        if part not in ("dtypes", "vae"):
+        if part not in ("dtypes", "offload", "vae"):
             rows[0] |= memory()
         for row in rows:
             what, *rest = (shown(key, value) for key, value in row.items())

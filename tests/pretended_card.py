@@ -238,6 +238,7 @@ class PretendedCard(TorchDispatchMode):
             "mem_get_info": lambda *args: (self.memory - self.held, self.memory),
             "memory_allocated": lambda *args: self.held,
             "max_memory_allocated": lambda *args: self.most,
+            "host_memory_stats": lambda: {"allocated_bytes.current": sum(self.pinned.values())},
             "synchronize": lambda *args: self.wait("synchronize"),
             "Stream": lambda *args, **kwargs: Stream(self),
             "Event": lambda *args, **kwargs: Event(self),

@@ -2,8 +2,10 @@
 
 import json
 
+import card_kit
 import pytest
 import torch
+from pretended_card import PretendedCard
 
 from examples import card
 from wan.modules.model import WanModel
@@ -27,6 +29,26 @@ def test_report(capsys):
         assert row["bound"] == 2
         assert 0 < row["seconds_a_call"] < rows["computed call"]["seconds"]
     assert "attention by native" in rows
+
+
+def test_the_kit_runs_on_a_card(monkeypatch, capsys):
+    """All of it, on a small model and a pretended card, so that no minute of a real one is lost."""
+    parts = tuple(part for part in card.PARTS if part not in ("compile", "attention"))
+    with PretendedCard():
+        monkeypatch.setattr(card, "DEVICE", torch.device("cuda:0"))
+        monkeypatch.setattr(card, "HELD", torch.bfloat16)
+        small = ("--frame_num", "5", "--layers", "2")
+        assert card_kit.main(10, [("t2v-tiny", "64*64", 2, parts)], *small) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "t2v_a pred_cond_step0 0.0",
+        "computed call",
+        "by the plan",
+        "one block at a time",
+        "VAE decodes in tiles",
+    ):
+        assert line in out
+    assert "no time for" not in out
 
 
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
