@@ -177,6 +177,7 @@ BAD = [
     (("--ckpt_dir", "{ok}", "--use_magcache", "--retention_ratio", "1.5"), "retention_ratio must be in [0, 1]"),
     (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "with --magcache_calibration in place of"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
+    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_guide_scale", "1"), "there is only one"),
     (("--ckpt_dir", "{ok}", "--magcache_calibration", "--save_file", "{ok}/config.json/x.mp4"), "cannot write"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}"), "cannot read the ratio table"),
     (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/empty.json"), "cannot read the ratio table"),

@@ -185,8 +185,9 @@ def test_a_variable_rate_is_taken_by_its_times(tmp_path):
     assert not blue[:69].any()
 
 
-def test_pixels_that_are_not_square_become_so(tmp_path):
-    """A circle that is stored as an ellipse is a circle again; the same of a video that is stored on its side."""
+def test_pixels_that_are_not_square_become_so(tmp_path, capfd):
+    """A circle that is stored as an ellipse is a circle again; the same of a video that is stored on its side, of which
+    nobody prints anything."""
     ellipse = "geq=lum='255*lt(hypot((X-56)/0.75,Y-64),30)':cb=128:cr=128,setsar=4/3"
     ffmpeg("-f", "lavfi", "-i", f"color=black:s=112x128:d=0.2,{ellipse}", tmp_path / "narrow.mp4")
     ffmpeg("-display_rotation", "90", "-i", tmp_path / "narrow.mp4", "-c", "copy", tmp_path / "turned.mp4")
@@ -197,6 +198,7 @@ def test_pixels_that_are_not_square_become_so(tmp_path):
         assert sorted(frame.shape) == [3, 96, 112]
         rows, columns = (np.flatnonzero((frame[..., 0] > 128).any(axis)) for axis in (1, 0))
         assert len(rows) == pytest.approx(len(columns), abs=2)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("codec", [("-c:v", "png"), ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p")], ids=["png", "vp9"])
