@@ -271,6 +271,26 @@ def test_waits_in_a_step(folders, phases, speedup):
         phases.clear()
 
 
+def test_a_timestep_on_the_card_is_waited_for_once_a_call():
+    """And nothing else is, with whatever is reused or told; other pipelines have their timesteps there."""
+
+    class Plain(torch.nn.Module):
+        def forward(self, x, t):
+            return 2 * x
+
+    for cache in (magcache.plan_speedup(STEPS, 2), magcache.Schedule((None,) * 2 * STEPS, target="output")):
+        with PretendedCard() as card:
+            model, told = Plain(), []
+            magcache.apply_magcache(model, cache, on_call=lambda *call, told=told: told.append(call))
+            timesteps = torch.tensor(magcache.noise_levels(STEPS, 5.0), device="cuda:0")
+            x = torch.ones(1, 4).to("cuda:0")
+            card.waits.clear()
+            for timestep in timesteps.unbind():
+                model(x, timestep), model(x, timestep)
+            assert told == [*enumerate(cache.reuse)]
+            assert sum(card.waits.values()) == 2 * STEPS
+
+
 def test_pinned_memory(folders):
     """Torch's allocator rounds the few buffers up by little; of the models' real sizes and, moved, of a tiny one."""
     for task in ("t2v-1.3B", "t2v-14B", "i2v-14B", "vace-14B"):
