@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from easydict import EasyDict
 
-from magcache.app import prompts
 from magcache.app.backend import backend, load_pipeline
 from magcache.app.errors import Failed, first_line
 from magcache.app.inputs import Expander, extend_prompt
@@ -38,7 +37,7 @@ def make_all(
         if job.extension:
             with timed(seconds, "extend"):
                 requests = gathered(extended(job, requests, expander, inputs), crew.everyone)[0]
-        requests = prompts.share(requests, group.index, group.count)
+        requests = requests[group.index :: group.count]
         if requests:  # there may be fewer videos than groups
             with timed(seconds, "load"):
                 pipeline = load_pipeline(job, config, processes, group)

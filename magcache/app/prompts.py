@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,8 +117,3 @@ def result_name(line: Line, settings: dict, ending: str) -> str:
     decisive = json.dumps([line.prompt, line.seed, line.image, settings, *more], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
     return f"{line.number:05d}_{slug(line.prompt)}_{line.seed}_{digest}{ending}"
-
-
-def share(requests: Sequence, index: int, count: int) -> list:
-    """Those of the index-th of count groups."""
-    return list(requests[index::count])

@@ -1,13 +1,12 @@
 """Files of many prompts."""
 
 import json
-from itertools import chain
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache.app.prompts import Line, read_prompts, result_name, share, slug
+from magcache.app.prompts import Line, read_prompts, result_name, slug
 
 PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
 
@@ -105,10 +104,3 @@ def test_names_change_with_what_decides_on_the_video():
     names = {result_name(line, settings, ".mp4") for line in lines for settings in ({}, {"steps": 3})}
     assert len(names) == 10
     assert result_name(lines[0], {"a": 1, "b": 2}, "") == result_name(lines[0], {"b": 2, "a": 1}, "")
-
-
-@given(st.lists(st.integers(), unique=True), st.integers(1, 9))
-def test_every_request_has_one_group(requests, count):
-    shares = [share(requests, index, count) for index in range(count)]
-    assert sorted(chain(*shares)) == sorted(requests)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
