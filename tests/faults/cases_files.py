@@ -24,7 +24,19 @@ T5, VAE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 NESTED, HUGE = "[" * 100_000 + "]" * 100_000, "1" + "0" * 400
-TINY = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--frame_num", 1, "--sample_steps", 2]
+TINY = [
+    "--task",
+    "t2v-tiny",
+    "--size",
+    "64*64",
+    "--ckpt_dir",
+    DEMO,
+    "--frame_num",
+    1,
+    "--sample_steps",
+    2,
+]  # fmt: skip
+TINY_I2V = ["--task", "i2v-tiny", "--size", "64*64", "--prompt", "a", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny"]
 PICTURE = REPO / "examples" / "girl.png"
 
 
@@ -194,14 +206,12 @@ CONFIG = [
     Case("config list", damaged(text("config.json", "[1]")), 2, "broken config.json: it holds no object"),
     Case("config no JSON", damaged(text("config.json", "dim = 3")), 2, "broken config.json: Expecting value"),
     Case("config empty", damaged(text("config.json", "")), 2, "broken config.json: Expecting value"),
-    Case(
-        "config no text", damaged(lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00")), 2, "broken config.json"
-    ),
+    Case("config no text", damaged(lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00")), 2,
+         "broken config.json"),
     Case("config a pipe", damaged(replaced("config.json", os.mkfifo)), 2, "config.json: it is no regular file"),
     Case("config a folder", damaged(replaced("config.json", os.mkdir)), 2, "config.json: .*Is a directory"),
-    Case(
-        "dim text", damaged(values("config.json", dim="40")), 2, "dim must be a whole number from 1 to 65536, it is '4"
-    ),
+    Case("dim text", damaged(values("config.json", dim="40")), 2,
+         "dim must be a whole number from 1 to 65536, it is '4"),
     Case("dim null", damaged(values("config.json", dim=None)), 2, "dim must be a whole number"),
     Case("dim true", damaged(values("config.json", dim=True)), 2, "dim must be a whole number"),
     Case("dim float", damaged(values("config.json", dim=40.0)), 2, "dim must be a whole number"),
@@ -209,12 +219,8 @@ CONFIG = [
     Case("dim missing", damaged(values("config.json", dim=...)), 2, "config.json makes it"),
     Case("layers 0", damaged(values("config.json", num_layers=0)), 2, "num_layers must be a whole number from 1"),
     Case("layers too many", damaged(values("config.json", num_layers=3)), 2, r"lacks tensor blocks\.2"),
-    Case(
-        "layers far too many",
-        damaged(values("config.json", num_layers=1000)),
-        2,
-        "by its config.json it has 1000 layers",
-    ),
+    Case("layers far too many", damaged(values("config.json", num_layers=1000)), 2,
+         "by its config.json it has 1000 layers"),
     Case("layers too few", damaged(values("config.json", num_layers=1)), 2, r"holds tensor blocks\.1.* is no part"),
     Case("heads uneven", damaged(values("config.json", num_heads=3)), 2, "dim an even multiple of num_heads"),
     Case("eps text", damaged(values("config.json", eps="small")), 2, "eps must be a number between 0 and 1"),
@@ -224,20 +230,12 @@ CONFIG = [
     Case("in_dim 17", damaged(values("config.json", in_dim=17)), 2, "in_dim must be 16 for a model of type t2v"),
     Case("type a list", damaged(values("config.json", model_type=["t2v"])), 2, "task t2v-1.3B needs t2v"),
     Case("vace_layers 5", damaged(values("config.json", vace_layers=5), "vace"), 2, "vace_layers must be a list"),
-    Case(
-        "vace_layers far",
-        damaged(values("config.json", vace_layers=[9]), "vace"),
-        2,
-        "must be a list of layers below 2",
-    ),
+    Case("vace_layers far", damaged(values("config.json", vace_layers=[9]), "vace"), 2,
+         "must be a list of layers below 2"),
     Case("vace_layers twice", damaged(values("config.json", vace_layers=[0, 0]), "vace"), 2, "must be distinct"),
-    Case(
-        "vace_layers more",
-        damaged(values("config.json", vace_layers=[0, 1]), "vace"),
-        2,
-        r"lacks tensor vace_blocks\.1",
-    ),
-]
+    Case("vace_layers more", damaged(values("config.json", vace_layers=[0, 1]), "vace"), 2,
+         r"lacks tensor vace_blocks\.1"),
+]  # fmt: skip
 
 WEIGHTS = [
     Case("weights cut", damaged(cut(DIT, 0.9)), 2, f"cannot read .*{DIT}, is it complete"),
@@ -252,39 +250,28 @@ WEIGHTS = [
     Case("weights with more", damaged(weights(zeros("lora.up", (3, 3)))), 2, "holds tensor lora.up, which is no part"),
     Case("weights of another shape", damaged(weights(zeros("head.head.bias", (7,)))), 2, r"has the shape \[7\]"),
     Case("header length", damaged(lambda f: (f / DIT).write_bytes(b"\xff" * 8 + b"{}")), 2, "is it complete"),
-    Case(
-        "header offsets", damaged(header(lambda h: h["head.head.bias"].update(data_offsets=[0, 10**15]))), 2, "complete"
-    ),
+    Case("header offsets", damaged(header(lambda h: h["head.head.bias"].update(data_offsets=[0, 10**15]))), 2,
+         "complete"),
     Case("header shape", damaged(header(lambda h: h["head.head.bias"].update(shape=[5]))), 2, "is it complete"),
     Case("header shape text", damaged(header(lambda h: h["head.head.bias"].update(shape="5"))), 2, "is it complete"),
     Case("header dtype", damaged(header(lambda h: h["head.head.bias"].update(dtype="F31"))), 2, "is it complete"),
     Case("index nested", damaged(text(INDEX, NESTED), "i2v"), 2, f"broken {INDEX}: it is nested too deep"),
     Case("index list", damaged(text(INDEX, "[]"), "i2v"), 2, f"broken {INDEX}: it needs objects"),
     Case("index without map", damaged(text(INDEX, '{"metadata": {}}'), "i2v"), 2, f"broken {INDEX}: it needs objects"),
-    Case(
-        "index of numbers", damaged(index(lambda i: i["weight_map"].update(a=5)), "i2v"), 2, "the file of tensor a is 5"
-    ),
-    Case(
-        "index elsewhere", damaged(index(lambda i: i["weight_map"].update(a="../x.safetensors")), "i2v"), 2, "file of t"
-    ),
-    Case(
-        "index NUL",
-        damaged(index(lambda i: i["weight_map"].update(a="\0.safetensors")), "i2v"),
-        2,
-        "the file of tensor",
-    ),
-    Case(
-        "index no such shard",
-        damaged(index(lambda i: i["weight_map"].update(a="b.safetensors")), "i2v"),
-        2,
-        "lacks b.s",
-    ),
+    Case("index of numbers", damaged(index(lambda i: i["weight_map"].update(a=5)), "i2v"), 2,
+         "the file of tensor a is 5"),
+    Case("index elsewhere", damaged(index(lambda i: i["weight_map"].update(a="../x.safetensors")), "i2v"), 2,
+         "file of t"),
+    Case("index NUL", damaged(index(lambda i: i["weight_map"].update(a="\0.safetensors")), "i2v"), 2,
+         "the file of tensor"),
+    Case("index no such shard", damaged(index(lambda i: i["weight_map"].update(a="b.safetensors")), "i2v"), 2,
+         "lacks b.s"),
     Case("index other shard", damaged(index(move), "i2v"), 2, "should be in|is in .*, not in"),
     Case("index more", damaged(index(lambda i: i["weight_map"].update(extra=SHARD)), "i2v"), 2, "extra should be in"),
     Case("index less", damaged(index(lambda i: i["weight_map"].popitem()), "i2v"), 2, f"is in .*, not in {INDEX}"),
     Case("shard cut", damaged(cut(SHARD, 0.5), "i2v"), 2, f"cannot read .*{SHARD}, is it complete"),
     Case("shard missing", damaged(lambda f: (f / SHARD).unlink(), "i2v"), 2, f"lacks {SHARD}"),
-]
+]  # fmt: skip
 
 
 def emptied(folder: Path) -> None:
@@ -331,68 +318,47 @@ NEEDED = "task t2v-1.3B needs the folder of Wan-AI/Wan2.1-T2V-1.3B as it is"
 LORA, SCALED = "lora_unet_blocks_0_ffn_0.lora_up.weight", "blocks.0.ffn.0.scale_weight"
 OTHERS = [
     Case("a pipeline of diffusers", damaged(with_file("model_index.json")), 2, f"holds a pipeline of diff.*{NEEDED}\n"),
-    Case(
-        "a transformer of diffusers",
-        damaged(values("config.json", _class_name="WanTransformer3DModel")),
-        2,
-        f"holds a transformer of diffusers: {NEEDED}\n",
-    ),
+    Case("a transformer of diffusers", damaged(values("config.json", _class_name="WanTransformer3DModel")), 2,
+         f"holds a transformer of diffusers: {NEEDED}\n"),
     Case("two experts of Wan2.2", damaged(with_two_experts), 2, f"holds a model of Wan2.2: {NEEDED}\n"),
-    Case(
-        "TI2V of Wan2.2",
-        damaged(values("config.json", model_type="ti2v", in_dim=48, out_dim=48)),
-        2,
-        f"holds a model of Wan2.2: {NEEDED}\n",
-    ),
-    Case(
-        "weights for ComfyUI", damaged(weights(renamed("model.diffusion_model."))), 2, "holds weights for ComfyUI: task"
-    ),
+    Case("TI2V of Wan2.2", damaged(values("config.json", model_type="ti2v", in_dim=48, out_dim=48)), 2,
+         f"holds a model of Wan2.2: {NEEDED}\n"),
+    Case("weights for ComfyUI", damaged(weights(renamed("model.diffusion_model."))), 2,
+         "holds weights for ComfyUI: task"),
     Case("weights in fp8 with scales", damaged(weights(renamed("", SCALED))), 2, "holds fp8 weights with scales: task"),
-    Case(
-        "a file of fp8 with scales",
-        damaged(with_file("wan.safetensors", ("a", SCALED))),
-        2,
-        "holds fp8 weights with",
-    ),
+    Case("a file of fp8 with scales", damaged(with_file("wan.safetensors", ("a", SCALED))), 2,
+         "holds fp8 weights with"),
     Case(
         "a folder of a LoRA", damaged(with_file("wan_lora.safetensors", (LORA,))), 2, f"holds LoRA weights: {NEEDED}\n"
     ),
     Case("a LoRA in place of the weights", damaged(weights(renamed("", LORA))), 2, "holds LoRA weights: task"),
     Case("a folder of one file", damaged(with_file("wan.gguf")), 2, f"holds the single file wan.gguf: {NEEDED}\n"),
     Case("one file", single_file, 2, f"holds the single file wan.safetensors: {NEEDED}\n"),
-    Case(
-        "a quantized model", damaged(values("config.json", quantization_config={})), 2, "holds a quantized model: task"
-    ),
-]
+    Case("a quantized model", damaged(values("config.json", quantization_config={})), 2,
+         "holds a quantized model: task"),
+]  # fmt: skip
 
 ENCODERS = [
     Case("VAE cut", damaged(cut(VAE, 0.99)), 2, f"cannot read .*{VAE}, is it complete"),
     Case("VAE in the old format cut", damaged(old_format_cut), 2, f"cannot read .*{VAE}, is it complete"),
     Case("VAE empty", damaged(cut(VAE, 0)), 2, f"cannot read .*{VAE}, is it complete"),
     Case("VAE text", damaged(text(VAE, "not found")), 2, f"cannot read .*{VAE}, is it complete"),
-    Case(
-        "VAE a zip",
-        damaged(lambda f: shutil.make_archive(f / "a", "zip", f / "google") and (f / "a.zip").rename(f / VAE)),
-        2,
-        f"cannot read .*{VAE}, is it complete",
-    ),
+    Case("VAE a zip",
+         damaged(lambda f: shutil.make_archive(f / "a", "zip", f / "google") and (f / "a.zip").rename(f / VAE)), 2,
+         f"cannot read .*{VAE}, is it complete"),
     Case("VAE a list", damaged(lambda f: torch.save([1], f / VAE)), 2, "it is no dict of tensors"),
-    Case(
-        "VAE of numbers", damaged(lambda f: torch.save({"encoder.conv1.weight": 1}, f / VAE)), 2, "no dict of tensors"
-    ),
+    Case("VAE of numbers", damaged(lambda f: torch.save({"encoder.conv1.weight": 1}, f / VAE)), 2,
+         "no dict of tensors"),
     Case("VAE malicious", damaged(lambda f: torch.save({"a": Malicious()}, f / VAE)), 2, r"posix\.system|system"),
     Case("VAE malicious old", damaged(pickled), 2, f"cannot read .*{VAE}"),
-    Case(
-        "VAE int8", damaged(weights(integers("encoder.conv1.weight"), VAE)), 2, "of type torch.int8, no floating point"
-    ),
-    Case(
-        "VAE without conv2", damaged(weights(lambda t: t.pop("conv2.weight"), VAE)), 2, "Missing key.*post_quant_conv"
-    ),
+    Case("VAE int8", damaged(weights(integers("encoder.conv1.weight"), VAE)), 2,
+         "of type torch.int8, no floating point"),
+    Case("VAE without conv2", damaged(weights(lambda t: t.pop("conv2.weight"), VAE)), 2,
+         "Missing key.*post_quant_conv"),
     Case("VAE with more", damaged(weights(zeros("extra", (1,)), VAE)), 2, "Unexpected key.*extra"),
     Case("VAE of another shape", damaged(weights(zeros("conv1.bias", (64,)), VAE)), 2, "size mismatch for quant_conv"),
-    Case(
-        "VAE is T5", damaged(lambda f: shutil.copy(f / T5, f / VAE)), 2, "lacks tensor encoder.conv1.weight: is it the"
-    ),
+    Case("VAE is T5", damaged(lambda f: shutil.copy(f / T5, f / VAE)), 2,
+         "lacks tensor encoder.conv1.weight: is it the"),
     Case("VAE a pipe", damaged(replaced(VAE, os.mkfifo)), 2, f"lacks {VAE}"),
     Case("T5 cut", damaged(cut(T5, 0.5)), 2, f"cannot read .*{T5}, is it complete"),
     Case("T5 is VAE", damaged(lambda f: shutil.copy(f / VAE, f / T5)), 2, "lacks tensor token_embedding.weight"),
@@ -411,195 +377,94 @@ ENCODERS = [
     Case("tokenizer empty", damaged(text(TOKENIZER, '{"model": {"vocab": []}}')), 2, "it holds no tokens"),
     Case("tokenizer large", damaged(values(TOKENIZER, model={"vocab": ["a"] * 999_999})), 2, "the text encoder knows"),
     Case("tokenizer a pipe", damaged(replaced(TOKENIZER, os.mkfifo)), 2, f"lacks {TOKENIZER}"),
-]
+]  # fmt: skip
 
-FAR = ["--task", "t2v-14B", "--ckpt_dir", "x", "--prompt", "a"]
+FAR = [
+    "--task",
+    "t2v-14B",
+    "--ckpt_dir",
+    "x",
+    "--prompt",
+    "a",
+]  # fmt: skip
 VALUES = [
     Case("frames far", [*FAR, "--frame_num", 40001], 2, "at most 4093, where the models' positions end, got 40001"),
     Case("frames of 400 digits", [*FAR, "--frame_num", 4 * 10**400 + 1], 2, "--frame_num must be at most 4093"),
     Case("steps far", [*FAR, "--sample_steps", 10**9], 2, "at most 10000, got 1000000000"),
     Case("steps of 400 digits", [*FAR, "--sample_steps", 10**400], 2, "at most 10000"),
     Case("steps of 5000 digits", [*FAR, "--sample_steps", "1" * 5000], 2, "invalid int value"),
-    Case(
-        "world no number",
-        TINY,
-        2,
-        "WORLD_SIZE=abc is no whole number: start the processes with torchrun",
-        torchrun(WORLD_SIZE="abc"),
-    ),
-    Case(
-        "world empty",
-        TINY,
-        2,
-        "WORLD_SIZE= is no whole number",
-        torchrun(WORLD_SIZE=""),
-    ),
-    Case(
-        "rank no number",
-        TINY,
-        2,
-        "RANK=abc is no whole number",
-        torchrun(RANK="abc", LOCAL_RANK="abc"),
-    ),
-    Case(
-        "rank negative",
-        TINY,
-        2,
-        "RANK=-1 is no whole number",
-        torchrun(RANK="-1"),
-    ),
-    Case(
-        "port no number",
-        TINY,
-        2,
-        "MASTER_PORT=http is no whole number",
-        torchrun(MASTER_PORT="http"),
-    ),
-    Case(
-        "rank beyond",
-        TINY,
-        2,
-        "RANK=2 must be below WORLD_SIZE=2",
-        torchrun(RANK="2"),
-    ),
-    Case(
-        "address of nobody",
-        TINY,
-        2,
-        "MASTER_ADDR=nobody.invalid leads nowhere",
-        torchrun(MASTER_ADDR="nobody.invalid"),
-    ),
-    Case(
-        "no attention backend",
-        TINY,
-        2,
-        "there is no attention backend 'quick'; here run .*native",
-        {"DIFFUSERS_ATTN_BACKEND": "quick"},
-    ),
+    Case("world no number", TINY, 2, "WORLD_SIZE=abc is no whole number: start the processes with torchrun",
+         torchrun(WORLD_SIZE="abc")),
+    Case("world empty", TINY, 2, "WORLD_SIZE= is no whole number", torchrun(WORLD_SIZE="")),
+    Case("rank no number", TINY, 2, "RANK=abc is no whole number", torchrun(RANK="abc", LOCAL_RANK="abc")),
+    Case("rank negative", TINY, 2, "RANK=-1 is no whole number", torchrun(RANK="-1")),
+    Case("port no number", TINY, 2, "MASTER_PORT=http is no whole number", torchrun(MASTER_PORT="http")),
+    Case("rank beyond", TINY, 2, "RANK=2 must be below WORLD_SIZE=2", torchrun(RANK="2")),
+    Case("address of nobody", TINY, 2, "MASTER_ADDR=nobody.invalid leads nowhere",
+         torchrun(MASTER_ADDR="nobody.invalid")),
+    Case("no attention backend", TINY, 2, "there is no attention backend 'quick'; here run .*native",
+         {"DIFFUSERS_ATTN_BACKEND": "quick"}),
     Case("empty attention backend", TINY, 2, "there is no attention backend ''", {"DIFFUSERS_ATTN_BACKEND": ""}),
-    Case(
-        "attention not installed",
-        TINY,
-        2,
-        "attention backend xformers does not run here: Xformers Attention backend 'xformers' is not usable",
-        {"DIFFUSERS_ATTN_BACKEND": "xformers"},
-    ),
-    Case(
-        "attention of GPUs",
-        TINY,
-        2,
-        "attention backend _native_cudnn does not run here",
-        {"DIFFUSERS_ATTN_BACKEND": "_native_cudnn"},
-    ),
-]
+    Case("attention not installed", TINY, 2,
+         "attention backend xformers does not run here: Xformers Attention backend 'xformers' is not usable",
+         {"DIFFUSERS_ATTN_BACKEND": "xformers"}),
+    Case("attention of GPUs", TINY, 2, "attention backend _native_cudnn does not run here",
+         {"DIFFUSERS_ATTN_BACKEND": "_native_cudnn"}),
+]  # fmt: skip
 
 NAMES = [
     Case("name long", [*TINY, "--save_file", "x" * 300], 2, "File name too long"),
     Case("name long with the record", [*TINY, "--save_file", "x" * 251 + ".mp4"], 2, "x.json': File name too long"),
-    Case(
-        "name long with the comparison",
-        [*TINY, "--use_magcache", "--compare", "--save_file", "x" * 243 + ".mp4"],
-        2,
-        "_uncached.mp4': File name too long",
-    ),
+    Case("name long with the comparison", [*TINY, "--use_magcache", "--compare", "--save_file", "x" * 243 + ".mp4"], 2,
+         "_uncached.mp4': File name too long"),
     Case("name long in UTF-8", [*TINY, "--save_file", "猫" * 84 + ".mp4"], 2, "File name too long"),
     Case("path long", [*TINY, "--save_file", "x/" * 2200 + "a.mp4"], 2, "File name too long"),
     Case("checkpoint name long", [*TINY, "--ckpt_dir", "x" * 300], 2, "is not a folder"),
     Case("prompt file name long", [*TINY, "--prompt_file", "x" * 300], 2, "--prompt_file: cannot read"),
     Case("table name long", [*TINY, "--use_magcache", "--mag_ratios", "x" * 300], 2, "cannot read the ratio table"),
     Case("folder name long", file_of("a.txt", "a", "--prompt_file", "a.txt", "--save_file", "x" * 300), 2, "too long"),
-    Case(
-        "image name long",
-        [
-            "--task",
-            "i2v-tiny",
-            "--size",
-            "64*64",
-            "--prompt",
-            "a",
-            "--image",
-            "x" * 300,
-            "--ckpt_dir",
-            REPO / "examples" / "Wan2.1-I2V-tiny",
-        ],
-        2,
-        "cannot read x+: File name too long",
-    ),
-    Case(
-        "calibration folder long",
-        [*TINY, "--magcache_calibration", "--save_file", "x" * 300 + "/film.mp4"],
-        2,
-        "File name too long",
-    ),
-    Case(
-        "NUL in a result",
-        file_of("a.jsonl", r'{"prompt": "a", "save_file": "a\u0000.mp4"}', "--prompt_file", "a.jsonl"),
-        2,
-        'line 1: "save_file" is no valid text',
-    ),
+    Case("image name long",
+         [*TINY_I2V, "--image", "x" * 300],
+         2, "cannot read x+: File name too long"),
+    Case("calibration folder long", [*TINY, "--magcache_calibration", "--save_file", "x" * 300 + "/film.mp4"], 2,
+         "File name too long"),
+    Case("NUL in a result",
+         file_of("a.jsonl", r'{"prompt": "a", "save_file": "a\u0000.mp4"}', "--prompt_file", "a.jsonl"), 2,
+         'line 1: "save_file" is no valid text'),
     Case("NUL in a name", [*TINY, "--save_file", "a\0.mp4"], 2, r"cannot write 'a\\x00.mp4': embedded null byte"),
     Case("NUL in the checkpoint", [*TINY, "--ckpt_dir", "a\0"], 2, "is not a folder"),
-    Case(
-        "name in a prompt file long",
-        file_of("a.jsonl", f'{{"prompt": "a", "save_file": "{"x" * 300}.mp4"}}', "--prompt_file", "a.jsonl"),
-        2,
-        "File name too long",
-    ),
-]
+    Case("name in a prompt file long",
+         file_of("a.jsonl", f'{{"prompt": "a", "save_file": "{"x" * 300}.mp4"}}', "--prompt_file", "a.jsonl"), 2,
+         "File name too long"),
+]  # fmt: skip
 
 PIPES = [
     Case("prompt file a pipe", pipe("p", *TINY, "--prompt_file", "p"), 2, "cannot read p: it is no regular file"),
     Case("prompt file a device", [*TINY, "--prompt_file", "/dev/zero"], 2, "cannot read /dev/zero: it is no regular"),
     Case("table a pipe", pipe("p", *TINY, "--use_magcache", "--mag_ratios", "p"), 2, "table p: it is no regular file"),
-    Case(
-        "table a device", [*TINY, "--use_magcache", "--mag_ratios", "/dev/zero"], 2, "/dev/zero: it is no regular file"
-    ),
+    Case("table a device", [*TINY, "--use_magcache", "--mag_ratios", "/dev/zero"], 2,
+         "/dev/zero: it is no regular file"),
     Case("result a pipe", pipe("p.mp4", *TINY, "--save_file", "p.mp4"), 2, "p.mp4 exists and is no regular file"),
     Case("record a pipe", pipe("p.json", *TINY, "--save_file", "p.mp4"), 2, "p.json exists and is no regular file"),
     Case("result folder takes nothing", [*TINY, "--save_file", "/proc/a.mp4"], 2, "cannot write ./proc/a.mp4.: "),
     Case("result folder a device", [*TINY, "--save_file", "/dev/null/a.mp4"], 2, "cannot write|does not exist"),
     Case("calibration a pipe", pipe("calibration", *TINY, "--magcache_calibration"), 2, "cannot write to"),
     Case("checkpoint a pipe", pipe("p", *TINY, "--ckpt_dir", "p"), 2, "is not a folder"),
-    Case(
-        "image a pipe",
-        pipe(
-            "p.png",
-            "--task",
-            "i2v-tiny",
-            "--size",
-            "64*64",
-            "--prompt",
-            "a",
-            "--image",
-            "p.png",
-            "--ckpt_dir",
-            REPO / "examples" / "Wan2.1-I2V-tiny",
-        ),
-        2,
-        "cannot read p.png: it is no regular file",
-    ),
-    Case(
-        "source a pipe",
-        lambda folder: [*damaged(lambda f: os.mkfifo(folder / "p.mp4"), "vace")(folder), "--src_video", "p.mp4"],
-        2,
-        "cannot read p.mp4: it is no regular file",
-    ),
-    Case(
-        "reference a device",
-        lambda folder: [*damaged(lambda f: None, "vace")(folder), "--src_ref_images", "/dev/zero"],
-        2,
-        "cannot read /dev/zero: it is no regular file",
-    ),
-    Case(
-        "picture of a plan a pipe", pipe("p.png", *FAR, "--magcache_plan", "p.png"), 2, "exists and is no regular file"
-    ),
-    Case(
-        "extension model of pipes",
-        lambda folder: [*pipe("config.json", *TINY, "--use_prompt_extend")(folder), "--prompt_extend_model", folder],
-        2,
-        "has no usable config.json",
-    ),
-]
+    Case("image a pipe",
+         pipe("p.png", *TINY_I2V, "--image", "p.png"),
+         2, "cannot read p.png: it is no regular file"),
+    Case("source a pipe",
+         lambda folder: [*damaged(lambda f: os.mkfifo(folder / "p.mp4"), "vace")(folder), "--src_video", "p.mp4"], 2,
+         "cannot read p.mp4: it is no regular file"),
+    Case("reference a device",
+         lambda folder: [*damaged(lambda f: None, "vace")(folder), "--src_ref_images", "/dev/zero"], 2,
+         "cannot read /dev/zero: it is no regular file"),
+    Case("picture of a plan a pipe", pipe("p.png", *FAR, "--magcache_plan", "p.png"), 2,
+         "exists and is no regular file"),
+    Case("extension model of pipes",
+         lambda folder: [*pipe("config.json", *TINY, "--use_prompt_extend")(folder), "--prompt_extend_model", folder],
+         2, "has no usable config.json"),
+]  # fmt: skip
 
 LISTS = ["--use_magcache", "--mag_ratios", "t.json"]
 TABLES = [
@@ -610,50 +475,36 @@ TABLES = [
     Case("table of lists", file_of("t.json", "[[1, 1]]", *LISTS), 2, "it needs a list of numbers"),
     Case("table of truth", file_of("t.json", "[true, true]", *LISTS), 2, "it needs a list of numbers"),
     Case("table a number", file_of("t.json", "5", *LISTS), 2, "it needs a list of numbers"),
-    Case(
-        "table measured on a list", file_of("t.json", '{"mag_ratio": [1, 1], "measured_on": []}', *LISTS), 2, "settings"
-    ),
-    Case(
-        "table steps of 400 digits",
-        file_of("t.json", f'{{"mag_ratio": [1, 1], "calibrated_steps": {HUGE}}}', *LISTS),
-        2,
-        "2 ratios do not belong to 1000",
-    ),
-    Case(
-        "prompts nested",
-        file_of("p.jsonl", f'{{"prompt": {NESTED}}}', "--prompt_file", "p.jsonl"),
-        2,
-        "line 1: no JSON",
-    ),
-    Case(
-        "prompts seed of 400 digits",
-        file_of("p.jsonl", f'{{"prompt": "a", "seed": {HUGE}}}', "--prompt_file", "p.jsonl"),
-        2,
-        "seed must be between",
-    ),
-    Case(
-        "prompts seed text",
-        file_of("p.jsonl", '{"prompt": "a", "seed": "1"}', "--prompt_file", "p.jsonl"),
-        2,
-        '"seed" must be a whole number',
-    ),
-    Case(
-        "prompts seed nested",
-        file_of("p.jsonl", f'{{"prompt": "a", "seed": {"[" * 500 + "]" * 500}}}', "--prompt_file", "p.jsonl"),
-        2,
-        '"seed" must be a whole number',
-    ),
-    Case(
-        "prompts no text",
-        lambda folder: ((folder / "p.txt").write_bytes(b"\xff\xff"), [*TINY, "--prompt_file", "p.txt"])[1],
-        2,
-        "cannot read p.txt",
-    ),
-    Case(
-        "record nested", file_of("film.json", NESTED, "--save_file", "film.mp4"), 2, "film.json exists and is no record"
-    ),
+    Case("table measured on a list", file_of("t.json", '{"mag_ratio": [1, 1], "measured_on": []}', *LISTS), 2,
+         "settings"),
+    Case("table steps of 400 digits", file_of("t.json", f'{{"mag_ratio": [1, 1], "calibrated_steps": {HUGE}}}', *LISTS),
+         2, "2 ratios do not belong to 1000"),
+    Case("prompts nested", file_of("p.jsonl", f'{{"prompt": {NESTED}}}', "--prompt_file", "p.jsonl"), 2,
+         "line 1: no JSON"),
+    Case("prompts seed of 400 digits",
+         file_of("p.jsonl", f'{{"prompt": "a", "seed": {HUGE}}}', "--prompt_file", "p.jsonl"), 2,
+         "seed must be between"),
+    Case("prompts seed text", file_of("p.jsonl", '{"prompt": "a", "seed": "1"}', "--prompt_file", "p.jsonl"), 2,
+         '"seed" must be a whole number'),
+    Case("prompts seed nested",
+         file_of("p.jsonl", f'{{"prompt": "a", "seed": {"[" * 500 + "]" * 500}}}', "--prompt_file", "p.jsonl"), 2,
+         '"seed" must be a whole number'),
+    Case("prompts no text",
+         lambda folder: ((folder / "p.txt").write_bytes(b"\xff\xff"), [*TINY, "--prompt_file", "p.txt"])[1], 2,
+         "cannot read p.txt"),
+    Case("record nested", file_of("film.json", NESTED, "--save_file", "film.mp4"), 2,
+         "film.json exists and is no record"),
     Case("record of numbers", file_of("film.json", '{"made_by": 5}', "--save_file", "film.mp4"), 2, "is no record"),
     Case("record of lists", file_of("film.json", '["made_by"]', "--save_file", "film.mp4"), 2, "is no record"),
-]
+]  # fmt: skip
 
-CASES = [*CONFIG, *WEIGHTS, *OTHERS, *ENCODERS, *VALUES, *NAMES, *PIPES, *TABLES]
+CASES = [
+    *CONFIG,
+    *WEIGHTS,
+    *OTHERS,
+    *ENCODERS,
+    *VALUES,
+    *NAMES,
+    *PIPES,
+    *TABLES,
+]  # fmt: skip
