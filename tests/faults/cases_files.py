@@ -24,19 +24,9 @@ T5, VAE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 NESTED, HUGE = "[" * 100_000 + "]" * 100_000, "1" + "0" * 400
-TINY = [
-    "--task",
-    "t2v-tiny",
-    "--size",
-    "64*64",
-    "--ckpt_dir",
-    DEMO,
-    "--frame_num",
-    1,
-    "--sample_steps",
-    2,
-]  # fmt: skip
-TINY_I2V = ["--task", "i2v-tiny", "--size", "64*64", "--prompt", "a", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny"]
+TINY = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--frame_num", 1, "--sample_steps", 2]
+DEMO_I2V = REPO / "examples" / "Wan2.1-I2V-tiny"
+TINY_I2V = ["--task", "i2v-tiny", "--size", "64*64", "--prompt", "a", "--ckpt_dir", DEMO_I2V]
 PICTURE = REPO / "examples" / "girl.png"
 
 
@@ -379,14 +369,7 @@ ENCODERS = [
     Case("tokenizer a pipe", damaged(replaced(TOKENIZER, os.mkfifo)), 2, f"lacks {TOKENIZER}"),
 ]  # fmt: skip
 
-FAR = [
-    "--task",
-    "t2v-14B",
-    "--ckpt_dir",
-    "x",
-    "--prompt",
-    "a",
-]  # fmt: skip
+FAR = ["--task", "t2v-14B", "--ckpt_dir", "x", "--prompt", "a"]
 VALUES = [
     Case("frames far", [*FAR, "--frame_num", 40001], 2, "at most 4093, where the models' positions end, got 40001"),
     Case("frames of 400 digits", [*FAR, "--frame_num", 4 * 10**400 + 1], 2, "--frame_num must be at most 4093"),
