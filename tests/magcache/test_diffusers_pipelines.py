@@ -21,7 +21,7 @@ from PIL import Image
 
 from examples.benchmarks.peers import DiffusersModel
 from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
-from wan.pipeline import Sampling
+from wan.pipeline import Denoising
 from wan.utils.samplers import sampling_sigmas
 
 REPO = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ class Demo:
         return (pipe or self.pipe)(**given).frames[0]
 
     def own_latents(self):
-        how = Sampling("unipc", STEPS, SHIFT, 5.0, offload_model=False)
+        how = Denoising("unipc", STEPS, SHIFT, 5.0, offload_model=False)
         return self.own.denoise(self.noise, self.contexts, self.given, how)
 
 
