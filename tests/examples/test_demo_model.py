@@ -81,7 +81,7 @@ def test_own_videos_are_where_the_model_put_them(monkeypatch):
     assert len(captions) == len(made) == len(wanted) > 2
     for caption, before, after in zip(captions, *map(pipeline.vae.decode, (made, wanted)), strict=True):
         assert str(see(after)) == caption
-        assert overlap(see(after).shape, find_shape(after)[0]) > 0.94
+        assert overlap(see(after).shape, find_shape(after)[0]) > 0.92
         assert psnr(after, before) > 18
 
 

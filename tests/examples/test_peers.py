@@ -112,10 +112,10 @@ def test_taylorseer_variants_meet_the_budget(budget):
 
 def test_magcache_follows_the_ratios_of_the_task(task):
     pipeline = make_pipeline(task)
-    schedules = {name: magcache.plan(magcache.load_ratios(name), 50, 0.12, 6, 0.2) for name in peers.SETTINGS}
+    schedules = {name: magcache.plan(magcache.load_ratios(name), 50, 0.04, 4, 0.2) for name in peers.SETTINGS}
     computed = {name: 2 * schedule.reuse[::2].count(False) for name, schedule in schedules.items()}
     assert len(set(computed.values())) == 2
-    setting = {"threshold": 0.12, "K": 6, "retention_ratio": 0.2}
+    setting = {"threshold": 0.04, "K": 4, "retention_ratio": 0.2}
     with PEERS["diffusers MagCache"].running(pipeline, setting) as work:
         denoise(pipeline)
         assert work.computed == computed[task]
