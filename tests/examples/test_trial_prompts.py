@@ -1,10 +1,13 @@
 """What the demo models' trials were measured on is none of what they are checked on."""
 
+import json
+
 import pytest
 
 from examples.benchmarks import peers, promises, quality
 from examples.benchmarks.pairs import KINDS_OF, pairs_of
 from examples.trial_prompts import trial_pairs
+from magcache.ratios import TABLES
 
 
 @pytest.mark.parametrize("task", KINDS_OF)
@@ -23,3 +26,11 @@ def test_open_pairs_leave_something_open():
     assert "" in texts
     assert any(text.startswith("something ") for text in texts)
     assert all(None not in vars(caption).values() for caption, _ in pairs_of("told", 200, 1))
+
+
+@pytest.mark.parametrize("task", KINDS_OF)
+def test_shipped_trials_are_of_them(task):
+    trials = json.loads((TABLES / f"{task}.json").read_text())["trials"]
+    assert [(prompt, seed) for prompt, seed in zip(trials["prompts"], trials["seeds"], strict=True)] == [
+        (str(caption), seed) for caption, seed in trial_pairs(task, len(trials["prompts"]))
+    ]
