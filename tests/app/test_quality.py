@@ -114,28 +114,28 @@ def test_published_settings_of_every_task(task):
 def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     where = ("--save_file", tmp_path / "films")
-    tried = ("--magcache_calibration", "1.5,2,3", "--sample_steps", 12, "--base_seed", 5)
+    tried = ("--magcache_calibration", "1.5,2,3", "--sample_steps", 16, "--base_seed", 5)
     assert "speed-ups 1.5, 2, 3, and others; at most 2.5" in run(
         "--prompt_file", tmp_path / "prompts.txt", *tried, *where
     )
     (path,) = (tmp_path / "films").glob("t2v-tiny_*.json")
     table = json.loads(path.read_text())
-    assert len(table["mag_ratio"]) == 22
+    assert len(table["mag_ratio"]) == 30
     assert table["trials"]["prompts"] == PROMPTS
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.height > picture.width
     measured = magcache.read_trials(magcache.load_table(path))
     at_2 = measured.forecasts[1]
     truth, latent = (
-        latent_of(pipeline, PROMPTS[1], 6, 12, schedule) for schedule in (None, magcache.plan_speedup(12, 2))
+        latent_of(pipeline, PROMPTS[1], 6, 16, schedule) for schedule in (None, magcache.plan_speedup(16, 2))
     )
     assert at_2.psnr[1] == pytest.approx(psnr(latent, truth), abs=0.01)
 
     asked = measured.expect(2).promised
     film = tmp_path / "film.mp4"
-    flags = ("--prompt", PROMPTS[1], "--base_seed", 6, "--sample_steps", 12, "--save_file", film)
+    flags = ("--prompt", PROMPTS[1], "--base_seed", 6, "--sample_steps", 16, "--save_file", film)
     said = run("--use_magcache", "--magcache_quality", asked - 1e-3, "--mag_ratios", path, "--compare", *flags)
-    assert "12 of 24 transformer calls computed" in said
+    assert "16 of 32 transformer calls computed" in said
     e = measured.expect(2)
     expected = f"{e.pooled:.1f} dB over all videos, {asked:.1f} dB or more in nine of ten, "
     expected += f"{e.others:.0%} below 30 dB (another video), mean {e.mean:.1f} dB"
@@ -148,7 +148,7 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     assert record["expected"]["latent_psnr"] == asdict(e)
     assert record["comparison"]["latent_psnr"] == pytest.approx(at_2.psnr[1], abs=0.01)
     again = make_job(make_parser(SCRIPT).parse_args(record["command"][2:]))
-    assert again.schedule == magcache.plan_speedup(12, 2, constants=measured.constants)
+    assert again.schedule == magcache.plan_speedup(16, 2, constants=measured.constants)
 
 
 @pytest.mark.slow
