@@ -18,6 +18,7 @@ from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
 MOST_STEPS = 1000  # Wan's timesteps
+FEWEST = 6  # computed steps that a cache is worth it from, see `plan_speedup`
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ def plan_speedup(
 
     steps, shift, solver, sigmas: of the run, see `plan_steps`; steps / speedup of the steps compute, rounded down.
     constants: of the rule, such as those that the trials of a calibration have chosen.
+
+    The first steps decide what comes and leave hardly anything to forecast, so a run needs some `FEWEST` computed steps
+    before a cache is worth it: with less, as many sampler steps without one came closer on the demo models
+    (examples/README.md).
 
     Raises ValueError unless 1 <= speedup <= steps, and for settings that make no sense.
 

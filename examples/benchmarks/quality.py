@@ -55,7 +55,7 @@ RULES = {
     "t2v-tiny": {46: (0.12, 2), 38: (0.12, 4), 32: (0.24, 6), 26: (0.2, 6, 0.1), 20: (0.52, 7, 0.1)},
     "i2v-tiny": {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)},
 }
-SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0))  # steps, shift
+SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0), (12, 5.0), (8, 5.0))  # steps, shift
 SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
 PLAIN, TRIED, OURS = "fewer sampler steps", "`--magcache_speedup`", "the same without trials"
 ALIKE, PUBLISHED, TAYLOR = "every error alike", "MagCache as published", "diffusers TaylorSeer"

@@ -17,7 +17,7 @@ from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
 from magcache.app.processes import Processes
 from magcache.app.tasks import TASKS
-from magcache.app.trials.quality import use_trials
+from magcache.app.trials.quality import note_few_steps, use_trials
 
 
 def make_job(args: Namespace) -> Job:
@@ -41,7 +41,7 @@ def make_job(args: Namespace) -> Job:
     cache, measured = use_trials(sampling, cache, machine.ckpt_dir)
     table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
-    return Job(
+    job = Job(
         sampling=sampling,
         inputs=inputs,
         machine=machine,
@@ -58,6 +58,8 @@ def make_job(args: Namespace) -> Job:
         script=args.script,
         flags={name: value for name, value in vars(args).items() if name not in ("script", "explicit")},
     )
+    note_few_steps(job)
+    return job
 
 
 def text_of(argument: str | None, flag: str) -> str | None:

@@ -6,6 +6,7 @@ import magcache
 from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import CacheSettings, Job, Sampling
+from magcache.speedup import FEWEST
 from magcache.trials import ANOTHER
 
 HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration 2,2.5,3,4")
@@ -68,6 +69,16 @@ def expectation(job: Job) -> "magcache.trials.Expectation | None":
     if any(measured_on.get(key, run[key]) != run[key] for key in ("sample_steps", "sample_shift", "sample_solver")):
         return None
     return job.measured.expect(job.schedule.speedup_bound)
+
+
+def note_few_steps(job: Job) -> None:
+    """Says where a speed-up leaves so few computed steps that fewer sampler steps come closer, unless trials tell."""
+    computed = job.schedule.computed // job.schedule.calls_per_step
+    if job.cache and job.cache.speedup is not None and computed < FEWEST and not expectation(job):
+        print(
+            f"note: {computed} computed steps are too few for forecasts between them; --sample_steps {computed} without "
+            f"a cache takes as long and should come closer (a cache is worth it from {FEWEST} computed steps on)"
+        )
 
 
 def describe_expectation(job: Job) -> dict | None:
