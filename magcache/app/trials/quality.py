@@ -76,7 +76,7 @@ def note_few_steps(job: Job) -> None:
     computed = job.schedule.computed // job.schedule.calls_per_step
     if job.cache and job.cache.speedup is not None and computed < FEWEST and not expectation(job):
         print(
-            f"note: {computed} computed steps are too few for forecasts between them; --sample_steps {computed} without "
+            f"note: {computed} computed steps are too few for forecasts between; --sample_steps {computed} without "
             f"a cache takes as long and should come closer (a cache is worth it from {FEWEST} computed steps on)"
         )
 
