@@ -71,7 +71,7 @@ def draw(everything: dict[str, np.ndarray], path: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=48, help="of every kind")
+    parser.add_argument("--pairs", type=int, default=16, help="of every kind")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", metavar="PNG")
     args = parser.parse_args()
