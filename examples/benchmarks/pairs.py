@@ -18,6 +18,7 @@ from magcache.schedule import Schedule
 from wan.utils.samplers import make_sampler
 
 GUIDE_SCALE = 5.0
+BLOCK = 128  # pairs that are drawn together
 KINDS_OF = {"t2v-tiny": ("told", "open"), "i2v-tiny": ("told",)}  # of pairs, by task
 
 Pair = tuple[Caption, int]
@@ -25,12 +26,15 @@ Pair = tuple[Caption, int]
 
 def pairs_of(kind: str, count: int, seed: int) -> list[Pair]:
     """That many captions with seeds of their own, from `seed` on. kind: "told", the whole caption; "open", a part or
-    more of it left out."""
-    rng = random.Random(f"{kind} {seed}")
-    captions = rng.choices(CAPTIONS, k=count)
-    if kind == "open":
-        captions = [opened(caption, rng) for caption in captions]
-    return [(caption, seed + i) for i, caption in enumerate(captions)]
+    more of it left out. Drawn in blocks, so that whole blocks stay as they are when more are asked for."""
+    pairs = []
+    for first in range(seed, seed + count, BLOCK):
+        rng = random.Random(f"{kind} {first}")
+        captions = rng.choices(CAPTIONS, k=min(BLOCK, seed + count - first))
+        if kind == "open":
+            captions = [opened(caption, rng) for caption in captions]
+        pairs += [(caption, first + i) for i, caption in enumerate(captions)]
+    return pairs
 
 
 @functools.cache
