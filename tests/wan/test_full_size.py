@@ -64,7 +64,8 @@ def test_forecasts_hold_outputs_only(task, size):
         cache = magcache.apply_magcache(model, schedule)
         model.register_forward_hook(lambda module, args, out: ran.append(module))
         for call in range(8):
-            latent, context, t = torch.empty(latent_shape), torch.empty(77, 4096), torch.tensor([999 - call // 2])
+            latent, context = torch.empty(latent_shape), torch.empty(77, 4096)
+            t = torch.tensor([int(1000 * schedule.sigmas[call // 2])])
             tokens = latent[0].numel() // 4
             (out,) = model([latent], t=t, context=[context], seq_len=tokens, **control)
             assert (out.shape, out.dtype) == (latent_shape, torch.float32)
