@@ -47,7 +47,7 @@ KINDS = {
     "t2v-tiny, open": ("t2v-tiny", "open"),
     "i2v-tiny": ("i2v-tiny", "told"),
 }
-PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 256, "i2v-tiny": 32}
+PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 128, "i2v-tiny": 32}
 UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
 BATCH = 16
 # thresh, K and retention that compute so many calls, by task
