@@ -109,12 +109,15 @@ def test_three_videos_one_of_which_fails(run, monkeypatch, tmp_path, capsys):
 
 
 def test_trials_hold_no_more_than_the_run_before_them(run, tmp_path, capsys):
-    """Of two speed-ups, of i2v, whose encoders work for the first trial only."""
+    """Of two speed-ups, of i2v, whose encoders work for the first trial only; nor does the transformer move each time."""
     tables = ("--save_file", tmp_path / "video.mp4")
-    card = run("i2v", "--prompt", "a fox", "--magcache_calibration", "2", *tables)
+    card = run("i2v", "--prompt", "a fox", "--magcache_calibration", "2,4", *tables)
     (_, most, _), *trials = phases(card, "denoise")
-    assert len(trials) > 1
+    assert len(trials) > 3
     assert all(tried <= 1.02 * most for _, tried, _ in trials)
+    begun, done = ([trial[i] for trial in trials] for i in (0, 2))
+    assert done[-1] == done[0] < min(done[1:-1]), "the transformer stays from the second trial to the last"
+    assert min(begun[2:]) > begun[1]
     (_, most, _), *texts = phases(card, "encode_text")
     assert texts[0][1] <= most
     assert all(inside - start < 1000 for start, inside, _ in texts[1:])

@@ -158,8 +158,8 @@ class TrialRuns:
             disable=not self.crew.speaks,
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         ) as bar:
-            for way in ways:
-                latent, close = self.latent(recorded, way, bar), None
+            for number, way in enumerate(ways, 1):
+                latent, close = self.latent(recorded, way, bar, number < len(ways)), None
                 try:
                     if latent is not None:
                         close = trials.closeness(latent, recorded.latent)
@@ -168,12 +168,15 @@ class TrialRuns:
                 self.found.add(way, recorded.number, gathered(close, self.crew.own)[0])
                 self.spent += way.cost
 
-    def latent(self, recorded: Recorded, way: trials.Way, bar: tqdm) -> torch.Tensor | None:
-        """The final latent, on the CPU; None where this process gets none."""
+    def latent(self, recorded: Recorded, way: trials.Way, bar: tqdm, more: bool) -> torch.Tensor | None:
+        """The final latent, on the CPU; None where this process gets none. more: whether another trial of the prompt
+        comes: for that the transformer stays on the card, once the text encoder needs the room no more."""
         pipeline, schedule = self.pipeline, way.schedule
         cache = patch.CACHES[schedule.target](schedule)
         patch.attach(pipeline.model, Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update))
-        with self.only_denoising(recorded), bars_replaced(pipeline):
+        encoded = bool(recorded.inputs) and recorded.inputs["text_encoder"].results
+        stays = {"afterwards": lambda offload_model: None} if more and encoded else {}  # of the `wan` here
+        with self.only_denoising(recorded), bars_replaced(pipeline), patch.shadowed(pipeline, stays):
             latent = self.generate(recorded.request, schedule.steps)
         return None if latent is None else latent.cpu()
 
