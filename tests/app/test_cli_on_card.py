@@ -109,7 +109,7 @@ def test_three_videos_one_of_which_fails(run, monkeypatch, tmp_path, capsys):
 
 
 def test_trials_hold_no_more_than_the_run_before_them(run, tmp_path, capsys):
-    """Of two speed-ups, of i2v, whose encoders work for the first trial only; nor does the transformer move each time."""
+    """Of two speed-ups, of i2v, whose encoders work for the first trial only; then the transformer stays."""
     tables = ("--save_file", tmp_path / "video.mp4")
     card = run("i2v", "--prompt", "a fox", "--magcache_calibration", "2,4", *tables)
     (_, most, _), *trials = phases(card, "denoise")
