@@ -18,7 +18,7 @@ from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
 MOST_STEPS = 1000  # Wan's timesteps
-FEWEST = 6  # computed steps that a cache is worth it from, see `plan_speedup`
+FEWEST = 8  # computed steps that a cache is worth it from, see `plan_speedup`
 
 
 @dataclass(frozen=True)
