@@ -40,9 +40,7 @@ def pairs_of(kind: str, count: int, seed: int) -> list[Pair]:
 @functools.cache
 def pipeline_of(task: str):
     torch.set_num_threads(1)
-    pipeline = load_demo(task)
-    pipeline.model.compile_repeated_blocks()  # a quarter faster; needs a C++ compiler
-    return pipeline
+    return load_demo(task)
 
 
 @dataclass(frozen=True)
