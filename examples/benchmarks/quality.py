@@ -39,7 +39,7 @@ from examples.benchmarks.pairs import (
 )  # fmt: skip
 from magcache.schedule import Schedule
 from magcache.speedup import DEFAULT, Constants
-from magcache.trials import closeness, pooled, read_trials, share_of_others
+from magcache.trials import ANOTHER, closeness, pooled, read_trials, share_of_others
 
 STEPS, SHIFT, BUDGETS = peers.STEPS, peers.SHIFT, peers.BUDGETS  # budgets: computed calls of 2 * STEPS
 KINDS = {
@@ -72,9 +72,8 @@ VARIANTS |= {f"early {x:g}": (Constants(early=x), "linear") for x in (0.25, 0.4,
 VARIANTS |= {f"floor {x:g}": (Constants(floor=x), "linear") for x in (0.0002, 0.004)}
 VARIANTS |= {f"decay {x:g}": (Constants(decay=x), "linear") for x in (0.25, 1.0)}
 
-Run = Callable[
-    [object, Batch], tuple[torch.Tensor, float]
-]  # final latents of (pipeline, batch), calls computed for them
+# final latents of (pipeline, batch), and the calls computed for them
+Run = Callable[[object, Batch], tuple[torch.Tensor, float]]
 Found = dict[tuple[str, int], list[tuple[float, float]]]  # by method and budget: PSNR and computed calls of every pair
 
 
@@ -101,13 +100,14 @@ def by_rule(task: str, budget: int) -> Schedule:
 
 def methods(task: str) -> dict[tuple, Run]:
     runs, measured = {}, read_trials(magcache.load_table(task))
+    taylor = peers.all_peers()[TAYLOR]
     constants = {TRIED: measured.constants if measured else DEFAULT, OURS: DEFAULT, ALIKE: Constants(0.008, 0.0)}
     for budget in BUDGETS:
         for name, chosen in constants.items():
             runs[name, budget] = follow(magcache.plan_speedup(STEPS, 2 * STEPS / budget, SHIFT, constants=chosen))
         runs[PUBLISHED, budget] = follow(by_rule(task, budget))
         runs[PLAIN, budget] = sample(budget // 2)
-        runs[TAYLOR, budget] = follow_peer(task, peers.all_peers()[TAYLOR], budget)
+        runs[TAYLOR, budget] = follow_peer(task, taylor, budget)
     return runs
 
 
@@ -226,7 +226,7 @@ def draw(everything: dict[str, Found], path: str) -> None:
                 middle = [pooled(psnrs(found[name, budget])) for budget in budgets]
                 spread = [pooled_of(psnrs(found[name, budget])).std() for budget in budgets]
                 axes.errorbar(budgets, middle, spread, label=name.strip("`"), color=colour, marker="o", capsize=2)
-        axes.axhline(30, color="gray", linewidth=0.8)
+        axes.axhline(ANOTHER, color="gray", linewidth=0.8)
         axes.set_title(f"{kind}: {len(found[PLAIN, BUDGETS[0]])} pairs", fontsize=10)
         axes.set_xlabel(f"computed calls of {2 * STEPS}")
         axes.grid(alpha=0.3)
