@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 class Backend(abc.ABC):
     """A `wan` package. has_own_flags: whether it takes the flags `magcache.app.job.OF_OUR_WAN`. frees_models: whether
-    a pipeline drops its models once no other video comes. without_card: what to say where there is no CUDA device.
-    damaged: what it raises for a file that it cannot read."""
+    a pipeline drops its models once no other video comes. saves_uncond: whether it makes one call a step at a guidance
+    of 1. without_card: what to say where there is no CUDA device. damaged: what it raises for a file that it cannot
+    read."""
 
     has_own_flags: bool
     frees_models: bool
+    saves_uncond: bool
     without_card: str
     damaged: tuple[type[Exception], ...] = ()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import magcache
 from magcache.app import prompts
 from magcache.app.backend import backend
-from magcache.app.choose_schedule import choose_table, make_schedule
+from magcache.app.choose_schedule import all_computed, choose_table, make_schedule
 from magcache.app.errors import Refused, need_package, refusing
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
@@ -51,7 +51,7 @@ def make_job(args: Namespace) -> Job:
         prompt_file=args.prompt_file,
         extension=extension if args.use_prompt_extend else None,
         cache=cache,
-        schedule=make_schedule(sampling, cache, table),
+        schedule=all_computed(sampling.sample_steps) if output.table else make_schedule(sampling, cache, table),
         made_by=made_by,
         table=table,
         measured=measured,
@@ -199,7 +199,7 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         return Output(args.save_file, args.overwrite, args.compare)
     if sampling.sample_steps < 2:
         raise Refused("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
-    if sampling.calls_per_step == 1:
+    if sampling.calls_per_step == 1 and backend().saves_uncond:
         one = "with --sample_guide_scale 1 there is only one"
         raise Refused(f"--magcache_calibration measures both calls of a step, and {one}")
     trials = ()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StockWan(Backend):
-    has_own_flags = frees_models = False
+    has_own_flags = frees_models = saves_uncond = False
     without_card = "the wan package here is made for one"
 
     def __init__(self):

@@ -199,6 +199,21 @@ def test_calibration_of_a_sharded_model_with_its_own_forward(checkout):
     assert len(set(ratios)) > STEPS
 
 
+def test_calibration_without_guidance(checkout):
+    """Measures both calls that its pipeline makes, and serves a run that makes one."""
+    flags = (*TEXT, "--save_file", "one/a.mp4", "--sample_guide_scale", 1)
+    result, (record,) = run(checkout, *flags, "--magcache_calibration")
+    assert result.returncode == 0, result.stderr
+    (path,) = (checkout / "one").glob("t2v-1.3B_*.json")
+    table = magcache.load_table(path)
+    assert record["calls"] == [LAYERS] * 2 * STEPS
+    assert len(table.ratios) == 2 * STEPS
+    assert table.ratios[2::2] != table.ratios[3::2]
+    result, (cached,) = run(checkout, *flags, *CACHE, "--mag_ratios", path)
+    schedule = magcache.plan(table.ratios, STEPS, 0.3, 2, calls_per_step=1)
+    assert cached["calls"][::2] == [0 if reuse else LAYERS for reuse in schedule.reuse]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
