@@ -87,15 +87,12 @@ def read_config(folder: Path) -> dict:
     """The transformer's config.json, checked, with all NUMBERS filled in."""
     try:
         config = read_json(folder / "config.json")
-    except FileNotFoundError:
-        raise ValueError(f"{folder} lacks config.json") from None
-    except ValueError as fault:
-        raise Damaged(f"{folder} has a broken config.json: {fault}") from None
-    try:
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
         config = {key: default for key, (default, _) in NUMBERS.items()} | {"eps": 1e-6} | config
         check_config(config)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} lacks config.json") from None
     except ValueError as fault:
         raise Damaged(f"{folder} has a broken config.json: {fault}") from None
     return config
@@ -227,18 +224,16 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
 def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes, with_image: bool) -> None:
     """Checks that the text encoder, its tokenizer, the VAE and, for a task with images, the image encoder can be read
     and belong to the transformer. names: the task's config, which has their file names. shapes: of the transformer."""
-    texts = read_structure(folder / names.t5_checkpoint, TEXT)
+    text = read_structure(folder / names.t5_checkpoint, TEXT)[TEXT]
     read_structure(folder / names.vae_checkpoint, VIDEO)
-    width, needed = texts[TEXT][-1], shapes["text_embedding.0.weight"][1]
-    if width != needed:
-        raise ValueError(f"{folder / names.t5_checkpoint} has features {width} wide, the transformer takes {needed}")
-    check_tokenizer(folder / names.t5_tokenizer, texts[TEXT][0])
+    widths = [(names.t5_checkpoint, text[-1], shapes["text_embedding.0.weight"][1])]
     if with_image:
-        pictures = read_structure(folder / names.clip_checkpoint, PICTURES)
-        width, needed = pictures[PICTURES][0], shapes["img_emb.proj.0.weight"][0]
+        pictures = read_structure(folder / names.clip_checkpoint, PICTURES)[PICTURES]
+        widths.append((names.clip_checkpoint, pictures[0], shapes["img_emb.proj.0.weight"][0]))
+    for name, width, needed in widths:
         if width != needed:
-            wrong = f"{folder / names.clip_checkpoint} has features {width} wide"
-            raise ValueError(f"{wrong}, the transformer takes {needed}")
+            raise ValueError(f"{folder / name} has features {width} wide, the transformer takes {needed}")
+    check_tokenizer(folder / names.t5_tokenizer, text[0])
 
 
 def read_structure(path: Path, needed: str) -> Shapes:
@@ -265,20 +260,13 @@ def read_structure(path: Path, needed: str) -> Shapes:
 
 
 def check_tokenizer(folder: Path, rows: int) -> None:
-    """rows: of the text encoder's table, more than which no token may be."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        try:
-            content = read_json(folder / name)
-        except FileNotFoundError:
-            continue
-        except ValueError as fault:
-            raise Damaged(f"cannot read {folder / name}: {fault}") from None
-        if not isinstance(content, dict):
-            raise Damaged(f"cannot use {folder / name}: it holds no object")
-        if name == "tokenizer.json":
-            model = content.get("model")
-            tokens = model.get("vocab") if isinstance(model, dict) else None
-            if not isinstance(tokens, list | dict) or not tokens:
-                raise Damaged(f"cannot use {folder / name}: it holds no tokens")
-            if len(tokens) > rows:
-                raise ValueError(f"{folder / name} has {len(tokens)} tokens, the text encoder knows {rows}")
+    """Loads it. rows: of the text encoder's table, more than which no token may be."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokens = len(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+    except Exception as fault:  # damaged files raise anything
+        reason = f"{type(fault).__name__}: {first_line(fault)[:200]}"
+        raise Damaged(f"cannot read the tokenizer in {folder}, is it complete? ({reason})") from None
+    if tokens > rows:
+        raise ValueError(f"the tokenizer in {folder} has {tokens} tokens, the text encoder knows {rows}")

@@ -33,10 +33,18 @@ class OurWan(Backend):
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         """Makes the attention backend that is asked for the one of all attention, too."""
         check_machine(machine)
-        from wan.utils.checkpoints import check_encoders
+        import torch
 
-        with to_be_replaced(*self.damaged):
-            check_encoders(Path(machine.ckpt_dir), config, bool(sampling.spec.images))
+        from wan.modules.clip import load_tower
+        from wan.modules.t5 import load_encoder
+        from wan.modules.vae import load_vae
+
+        folder = Path(machine.ckpt_dir)
+        with to_be_replaced(*self.damaged):  # by tensors that are missing, left over or of another shape
+            load_encoder(folder / config.t5_checkpoint, torch.float32, "meta")
+            load_vae(folder / config.vae_checkpoint, torch.float32, "meta")
+            if sampling.spec.images:
+                load_tower(folder / config.clip_checkpoint, config.clip_num_heads, torch.float32, "meta")
 
     def start_groups(self, processes: Processes, machine: Machine) -> Group:
         from wan.distributed.groups import start_groups

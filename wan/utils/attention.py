@@ -1,5 +1,5 @@
-"""All that is used of diffusers' attention without having a public name there. Tried with diffusers 0.41 and 0.42; what
-several processes need is not in older ones, and only imported where they are."""
+"""All that is used of diffusers without having a public name there: mostly its attention. Tried with diffusers 0.41 and
+0.42; what several processes need is not in older ones, and only imported where they are."""
 
 import warnings
 from collections.abc import Callable
@@ -77,3 +77,11 @@ def attend_exchanged(
     part, heads = q.shape[1:3]
     q, k, v = (all_to_all_single_any_qkv_async(u, group)() for u in (q, k, v))
     return all_to_all_single_any_o_async(attend(q, k, v), group, NUM_QO_HEAD=heads, Q_S_LOCAL=part)()
+
+
+def send_back(model: torch.nn.Module) -> None:
+    """What a call that failed has left on the device of a model whose parts visit it by group offloading."""
+    for module in model.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hook := hooks and hooks.get_hook("group_offloading"):
+            hook.group.offload_()

@@ -1,4 +1,4 @@
-"""Reading official `.pth` files, and checking them before anything is loaded."""
+"""Reading official `.pth` files."""
 
 import zipfile
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from easydict import EasyDict
 
 
 class DamagedFile(RuntimeError):
@@ -31,16 +30,3 @@ def load_pth(path: str | Path, device: torch.device | str) -> dict[str, torch.Te
     place = "meta" if torch.device(device).type == "meta" else "cpu"
     with reading(path):
         return torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def check_encoders(folder: Path, config: EasyDict, with_image: bool) -> None:
-    """Loads text encoder, VAE and, with_image, image encoder of a task's config without their data. Raises DamagedFile
-    for tensors that are missing, left over or of another shape."""
-    from wan.modules.clip import load_tower
-    from wan.modules.t5 import load_encoder
-    from wan.modules.vae import load_vae
-
-    load_encoder(folder / config.t5_checkpoint, torch.float32, "meta")
-    load_vae(folder / config.vae_checkpoint, torch.float32, "meta")
-    if with_image:
-        load_tower(folder / config.clip_checkpoint, config.clip_num_heads, torch.float32, "meta")

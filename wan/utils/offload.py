@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from diffusers.hooks import apply_group_offloading
 
+from wan.utils.attention import send_back
+
 ALIGNED = 512  # bytes, of tensors within a buffer
 BUFFERS = 32  # about, of a model, as far as its largest tensor allows
 
@@ -43,14 +45,6 @@ def offload_text_encoder(model: torch.nn.Module, device: torch.device) -> None:
     """Has one layer of it on the device at a time. The others stay in the mapped file."""
     settings = {"use_stream": device.type == "cuda", "low_cpu_mem_usage": True}
     apply_group_offloading(model, device, offload_type="leaf_level", **settings)
-
-
-def send_back(model: torch.nn.Module) -> None:
-    """What a call that failed has left on the device of a model whose parts visit it."""
-    for module in model.modules():
-        hooks = getattr(module, "_diffusers_hook", None)
-        if hook := hooks and hooks.get_hook("group_offloading"):
-            hook.group.offload_()
 
 
 def pin_together(tensors: Sequence[torch.Tensor]) -> None:
