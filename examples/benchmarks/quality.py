@@ -47,7 +47,7 @@ KINDS = {
     "t2v-tiny, open": ("t2v-tiny", "open"),
     "i2v-tiny": ("i2v-tiny", "told"),
 }
-PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 128, "i2v-tiny": 32}
+PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 256, "i2v-tiny": 32}
 UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
 BATCH = 16
 # thresh, K and retention that compute so many calls, by task
@@ -206,11 +206,17 @@ def print_methods(kind: str, found: Found) -> None:
 
 
 def print_settings(kind: str, everything: dict[tuple, Found]) -> None:
-    print(f"\n| {kind}: steps, shift; computed | {PLAIN} | {OURS} | ahead by, pooled |\n|---|---|---|---|")
+    """A cell: computed steps; pooled PSNR and share of other videos of the rule and of fewer steps; the lead."""
+    pairs = len(next(iter(next(iter(everything.values())).values())))
+    print(f"\n| {kind}, {pairs} pairs: steps, shift | {' | '.join(f'{share:.0%} computed' for share in SHARES)} |")
+    print("|---|" + "---|" * len(SHARES))
     for (steps, shift), found in everything.items():
+        cells = []
         for count in dict.fromkeys(count for _, count in found):
-            ours, plain = psnrs(found[OURS, count]), psnrs(found[PLAIN, count])
-            print(f"| {steps}, {shift:g}; {count} | {cell(plain)} | {cell(ours)} | {lead(ours, plain)} |")
+            both = ours, plain = psnrs(found[OURS, count]), psnrs(found[PLAIN, count])
+            closeness = " / ".join(f"{pooled(values):.1f}, {share_of_others(values):.0%}" for values in both)
+            cells.append(f"{count}: {closeness}; {lead(ours, plain)}")
+        print(f"| {steps}, {shift:g} | {' | '.join(cells)} |")
 
 
 def draw(everything: dict[str, Found], path: str) -> None:

@@ -38,8 +38,11 @@ def truth_value(text: str) -> bool:
 
 def make_parser(script: str | Path, description: str | None = None) -> Parser:
     """script: path of the command, whose folder holds the examples; args.script is where it is."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    usage = "%(prog)s --task TASK --ckpt_dir DIR --prompt TEXT --use_magcache --magcache_speedup X [any flag below]"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage=usage, description=description, formatter_class=formatter, allow_abbrev=False)
     parser.set_defaults(script=os.path.abspath(script))
+    add_first(parser.add_argument_group("the flags that matter first").add_argument)
     add_contents(parser.add_argument_group("what to generate").add_argument)
     add_sampling(parser.add_argument_group("sampling").add_argument)
     add_machine(parser.add_argument_group("model and machine").add_argument)
@@ -48,14 +51,21 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     return parser
 
 
+def add_first(add: Callable) -> None:
+    add("--task", default="t2v-14B", choices=tuple(TASKS), help="what to make, of what, with which model")
+    add("--ckpt_dir", metavar="DIR", help="checkpoint folder in the official layout")
+    add("--prompt", metavar="TEXT", help="what to show (default: an example)")
+    add("--use_magcache", action="store_true", help="compute only the transformer calls that the schedule names")
+    speedup = "compute at most one step in X, chosen by noise level, and forecast the others; needs no calibration"
+    add("--magcache_speedup", type=float, metavar="X", help=f"{speedup} (without it: MagCache as published)")
+
+
 def add_contents(add: Callable) -> None:
-    add("--task", default="t2v-14B", choices=tuple(TASKS))
     size = "width*height, or widthxheight; the area where an input file has the shape"
     add("--size", default="1280*720", type=lambda text: text.replace("x", "*"), choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
-    add("--prompt", help="what to show (default: an example)")
     add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
-    add("--prompt_file", metavar="FILE", help="a video of every line: a prompt, or JSON (README: Many prompts)")
+    add("--prompt_file", metavar="FILE", help="make a video of each line: a prompt, or JSON")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
     add("--base_seed", type=int, default=-1, help="of the noise; negative (default): random, with a prompt file 0")
     add("--save_file", help="file of the result (with --prompt_file: folder; default: a name of settings or file)")
@@ -75,27 +85,26 @@ def add_sampling(add: Callable) -> None:
 
 
 def add_machine(add: Callable) -> None:
-    add("--ckpt_dir", help="checkpoint folder in the official layout")
-    offload = "models on the GPU only while they work (default: True; False on several GPUs)"
+    offload = "keep models on the GPU only while they work (default: True; False on several GPUs)"
     add("--offload_model", type=truth_value, help=offload)
-    add("--t5_cpu", action="store_true", help="text encoder on the CPU")
+    add("--t5_cpu", action="store_true", help="keep the text encoder on the CPU")
     add("--t5_fsdp", action="store_true", help="shard the text encoder over GPUs")
     add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
     add("--ulysses_size", type=int, default=1, help="GPUs that share the attention heads")
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
     dtype = (
-        "of the DiT's large weights (default: bfloat16 on CUDA, the same to the bit; float32 on CPU, with --dit_fsdp)"
+        "of the DiT's large weights (default: bfloat16 on CUDA, bit-identical; float32 on the CPU and with --dit_fsdp)"
     )
     add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
-    blocks = "one block of the DiT on the GPU at a time, of the text encoder one layer; the others in pinned memory"
+    blocks = "one block of the DiT, and one layer of the text encoder, on the GPU at a time; the rest in pinned memory"
     add("--offload_blocks", action="store_true", help=blocks)
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
-    add("--attn_backend", metavar="NAME", help="attention, by diffusers' name: flash, sage, ... (default: torch's own)")
-    add("--vae_tiling", action="store_true", help="VAE in tiles, for large videos on small cards")
+    add("--attn_backend", metavar="NAME", help="attention by diffusers' name: flash, sage, ... (default: torch's own)")
+    add("--vae_tiling", action="store_true", help="decode in tiles, for large videos on small cards")
 
 
 def add_extension(add: Callable) -> None:
-    add("--use_prompt_extend", action="store_true", help="a language model writes the prompt out first")
+    add("--use_prompt_extend", action="store_true", help="let a language model write the prompt out first")
     methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
     known = {"choices": ("dashscope", "local_qwen"), "action": Explicit, "help": methods}
     add("--prompt_extend_method", default="local_qwen", **known)
@@ -106,23 +115,19 @@ def add_extension(add: Callable) -> None:
 
 
 def add_magcache(add: Callable) -> None:
-    add("--use_magcache", action="store_true", help="skip transformer calls where the schedule says so")
-    thresh = "bound on the error of reused steps in a row (default: 0.12)"
+    thresh = "MagCache as published: bound on the error over reused steps in a row (default: 0.12)"
     add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
-    add("--magcache_K", type=int, default=2, action=Explicit, help="most reused steps in a row (default: 2)")
-    retention = "share of the steps, from the start, that always compute (default: 0.2)"
+    add("--magcache_K", type=int, default=2, action=Explicit, help="the same: most steps reused in a row (default: 2)")
+    retention = "the same: share of the steps at the start that always compute (default: 0.2)"
     add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
-    speedup = "compute the steps that this speed-up leaves, spread by their noise levels, and forecast the output of "
-    speedup += "the others; in place of thresh, K and retention, needs no ratio table"
-    add("--magcache_speedup", type=float, metavar="X", help=speedup)
-    quality = "the largest speed-up that is promised this latent PSNR by the trials of the model's ratio table"
+    quality = "the largest speed-up that trials of the model promise this latent PSNR for"
     add("--magcache_quality", type=float, metavar="DB", help=quality)
-    calibration = "measure this model's ratio table in a run without skips, and write it beside the video, or into the "
-    calibration += "folder of all, by default calibration; with speed-ups also try these on every prompt"
+    calibration = "measure the model's ratio table in a run that computes every call, and write it into calibration/ "
+    calibration += "or where --save_file says; with speed-ups, also try these on every prompt"
     add("--magcache_calibration", nargs="?", const=True, default=False, metavar="X,X,...", help=calibration)
-    add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: by task and name of the checkpoint folder)")
-    add("--magcache_offload", action="store_true", help="what is cached waits in CPU memory")
-    plan = "only say (and draw) what MagCache would do: no weights, no GPU; takes the flags of the run as they are"
+    add("--mag_ratios", metavar="NAME_OR_PATH", help="the same: ratio table (default: by task and checkpoint folder)")
+    add("--magcache_offload", action="store_true", help="keep what is cached in CPU memory")
+    plan = "only say, and draw, what the run would do; needs no weights and no GPU"
     add("--magcache_plan", nargs="?", const=True, metavar="PNG", help=plan)
-    compare = "also generate without the cache; both and their difference as a video and a page, with scores"
+    compare = "also generate without the cache, and show both and their difference as a video and a page, with scores"
     add("--compare", action="store_true", help=compare)
