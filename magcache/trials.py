@@ -9,7 +9,7 @@ import random
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import takewhile
 
 from magcache.ratios import RatioTable
@@ -38,14 +38,19 @@ CLEAR = 0.84  # share of resampled prompts by which a candidate is clearly ahead
 EQUAL = 150.0  # dB, of equal latents
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to spare calls. method: "forecast" (the speed-up rule), "fewer steps" (of the sampler, without a cache)
-    or "thresh" (the MagCache rule). settings: the method's, in the order of `SETTINGS`. schedule: of the run."""
+@dataclass
+class Trial:
+    """One way to spare calls, and how close it came. method: "forecast" (the speed-up rule), "fewer steps" (of the
+    sampler, without a cache) or "thresh" (the MagCache rule). settings: the method's, by the names in `SETTINGS`.
+    calls: computed ones. psnr, relative_error: the `closeness` of every prompt, None where it was not tried. schedule:
+    of its runs; None for a trial that was read."""
 
     method: str
-    settings: tuple[float, ...]
-    schedule: Schedule
+    settings: dict[str, float]
+    calls: int
+    psnr: list[float | None] = field(default_factory=list)
+    relative_error: list[float | None] = field(default_factory=list)
+    schedule: Schedule | None = None
 
     @property
     def known(self) -> tuple[bool, ...]:
@@ -55,27 +60,47 @@ class Way:
         schedule = self.schedule
         if self.method == "forecast":
             return tuple(True for _ in takewhile(lambda reused: not reused, schedule.reuse))
-        steps = 1 if self.method == "fewer steps" else Settings(*self.settings).first_free_step(schedule.steps)
+        steps = 1 if self.method == "fewer steps" else Settings(**self.settings).first_free_step(schedule.steps)
         return tuple(not used for used in schedule.used_later[: CALLS_PER_STEP * steps])
 
     @property
     def cost(self) -> int:
-        """Calls that a trial computes."""
-        return self.schedule.computed - sum(self.known)
+        """Calls that a run computes."""
+        return self.calls - sum(self.known)
+
+    @property
+    def pooled(self) -> float | None:
+        """`pooled` PSNR over the prompts that tried it, None where none did."""
+        tried = [psnr for psnr in self.psnr if psnr is not None]
+        return pooled(tried) if tried else None
+
+    def tried(self, prompt: int) -> bool:
+        return prompt < len(self.psnr) and self.psnr[prompt] is not None
+
+    def add(self, prompt: int, close: tuple[float, float]) -> None:
+        rounded = round(close[0], 2), float(f"{close[1]:.4g}")
+        for values, value in zip((self.psnr, self.relative_error), rounded, strict=True):
+            values += [None] * (prompt + 1 - len(values))
+            values[prompt] = value
 
 
-def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Way:
+def trial(method: str, schedule: Schedule, *settings: float) -> Trial:
+    """settings: in the order of `SETTINGS`."""
+    return Trial(method, dict(zip(SETTINGS[method], settings, strict=True)), schedule.computed, schedule=schedule)
+
+
+def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Trial:
     """sigmas: noise levels of the steps, see `magcache.noise_levels`."""
     schedule = plan_speedup(len(sigmas), speedup, sigmas=sigmas, constants=constants)
-    return Way("forecast", (speedup, *astuple(constants)), schedule)
+    return trial("forecast", schedule, speedup, *astuple(constants))
 
 
-def fewer_steps(count: int) -> Way:
-    return Way("fewer steps", (count,), Schedule((None,) * CALLS_PER_STEP * count, target="output"))
+def fewer_steps(count: int) -> Trial:
+    return trial("fewer steps", Schedule((None,) * CALLS_PER_STEP * count, target="output"), count)
 
 
-def by_ratios(ratios: Sequence[float], steps: int, thresh: float, K: int, retention_ratio: float) -> Way:
-    return Way("thresh", (thresh, K, retention_ratio), plan_threshold(ratios, steps, thresh, K, retention_ratio))
+def by_ratios(ratios: Sequence[float], steps: int, rule: Settings) -> Trial:
+    return trial("thresh", plan_threshold(ratios, steps, *astuple(rule)), *astuple(rule))
 
 
 def closeness(latent, truth) -> tuple[float, float]:
@@ -112,51 +137,27 @@ def choosing_prompts(count: int) -> int:
     return min(count // 2, 8) if count >= 8 else 0
 
 
-@dataclass
-class Trials:
-    """What has been tried so far: of every way, by the number of the prompt, its `closeness`."""
-
-    found: dict[Way, dict[int, tuple[float, float]]] = field(default_factory=dict)
-
-    def add(self, way: Way, prompt: int, close: tuple[float, float]) -> None:
-        self.found.setdefault(way, {})[prompt] = close
-
-    def choose(self, ways: Sequence[Way]) -> Constants:
-        """Of forecasts that differ in their constants those of the one with the least pooled error over the prompts
-        that tried all, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else those
-        of the first."""
-        common = sorted(set.intersection(*(set(self.found.get(way, ())) for way in ways)))
-        errors = [[relative_power(self.found[way][prompt][0]) for prompt in common] for way in ways]
-        best = min(range(len(ways)), key=lambda i: sum(errors[i]))
-        lead, rng = [a - b for a, b in zip(errors[0], errors[best], strict=True)], random.Random(0)
-        ahead = sum(sum(rng.choices(lead, k=len(lead))) > 0 for _ in range(1000)) if lead else 0
-        return Constants(*ways[best if ahead >= 1000 * CLEAR else 0].settings[1:])
-
-    def entry(self, prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
-        """For a table. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
-        rows = []
-        for way, found in self.found.items():
-            psnr, error = zip(*(found.get(number, (None, None)) for number in range(len(prompts))), strict=True)
-            row = {"method": way.method} | dict(zip(SETTINGS[way.method], way.settings, strict=True))
-            row |= {"calls": way.schedule.computed, "psnr": [p if p is None else round(p, 2) for p in psnr]}
-            rows.append(row | {"relative_error": [e if e is None else float(f"{e:.4g}") for e in error]})
-        return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": asdict(constants), "rows": rows}
+def choose(forecasts: Sequence[Trial]) -> Constants:
+    """Of forecasts that differ in their constants those of the one with the least pooled error over the prompts that
+    tried all, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else those of the
+    first."""
+    prompts = [prompt for prompt in range(len(forecasts[0].psnr)) if all(row.tried(prompt) for row in forecasts)]
+    errors = [[relative_power(row.psnr[prompt]) for prompt in prompts] for row in forecasts]
+    best = min(range(len(forecasts)), key=lambda i: sum(errors[i]))
+    lead, rng = [a - b for a, b in zip(errors[0], errors[best], strict=True)], random.Random(0)
+    ahead = sum(sum(rng.choices(lead, k=len(lead))) > 0 for _ in range(1000)) if lead else 0
+    chosen = forecasts[best if ahead >= 1000 * CLEAR else 0].settings
+    return Constants(**{name: chosen[name] for name in SETTINGS["forecast"][1:]})
 
 
-@dataclass(frozen=True)
-class Row:
-    """A way that was tried. settings: by name. calls: computed ones. psnr: of every prompt, None where not tried."""
-
-    method: str
-    settings: dict[str, float]
-    calls: int
-    psnr: tuple[float | None, ...]
-
-    @property
-    def pooled(self) -> float | None:
-        """`pooled` PSNR over the prompts that tried it, None where none did."""
-        tried = [psnr for psnr in self.psnr if psnr is not None]
-        return pooled(tried) if tried else None
+def entry(rows: Sequence[Trial], prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
+    """What a table holds. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
+    written = []
+    for row in rows:
+        lists = {"psnr": row.psnr, "relative_error": row.relative_error}
+        lists = {name: values + [None] * (len(prompts) - len(values)) for name, values in lists.items()}
+        written.append({"method": row.method} | row.settings | {"calls": row.calls} | lists)
+    return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": asdict(constants), "rows": written}
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,11 @@ class Measured:
     table: RatioTable
     steps: int
     constants: Constants
-    forecasts: tuple[Row, ...]
-    others: tuple[Row, ...]
+    forecasts: tuple[Trial, ...]
+    others: tuple[Trial, ...]
     prompts: tuple[int, ...]
 
-    def speedup_of(self, row: Row) -> float:
+    def speedup_of(self, row: Trial) -> float:
         """All calls over its computed ones."""
         return CALLS_PER_STEP * self.steps / row.calls
 
@@ -216,9 +217,8 @@ class Measured:
         at = self.speedups
         if not at or not at[0] - 1e-6 <= speedup <= at[-1] + 1e-6:
             return None
-        slower = [s for s in at if s < speedup] + [speedup]
-        lowest = min(lower_tenth([self.psnr_at(s, prompt) for prompt in self.prompts]) for s in slower)
-        return replace(expectation_of([self.psnr_at(speedup, prompt) for prompt in self.prompts]), promised=lowest)
+        until = (speedup, *(slower for slower in at if slower < speedup))
+        return expectation_of(*([self.psnr_at(each, prompt) for prompt in self.prompts] for each in until))
 
     def fastest(self, psnr: float, steps: int) -> float | None:
         """The largest speed-up of a run of so many steps that is promised a PSNR; None if none is."""
@@ -228,7 +228,7 @@ class Measured:
                 return steps / count
         return None
 
-    def ahead(self, row: Row) -> tuple[float, int] | None:
+    def ahead(self, row: Trial) -> tuple[float, int] | None:
         """By how many dB of pooled PSNR forecasts at equal calls were ahead of another way, over the prompts that tried
         both, and how many these are; None if there are none, or nothing was tried on both sides of its speed-up."""
         speedup = self.speedup_of(row)
@@ -238,7 +238,7 @@ class Measured:
         lead = pooled([self.psnr_at(speedup, prompt) for prompt in common])
         return lead - pooled([row.psnr[prompt] for prompt in common]), len(common)
 
-    def better_without_cache(self) -> list[Row]:
+    def better_without_cache(self) -> list[Trial]:
         """Fewer sampler steps that come closer than any cache that computes no more calls does."""
         found = []
         for row in (row for row in self.others if row.method == "fewer steps"):
@@ -249,8 +249,10 @@ class Measured:
         return found
 
 
-def expectation_of(psnrs: Sequence[float]) -> Expectation:
-    return Expectation(pooled(psnrs), lower_tenth(psnrs), share_of_others(psnrs), statistics.fmean(psnrs))
+def expectation_of(psnrs: Sequence[float], *slower: Sequence[float]) -> Expectation:
+    """slower: PSNRs at smaller speed-ups, none of which promises less."""
+    promised = min(map(lower_tenth, (psnrs, *slower)))
+    return Expectation(pooled(psnrs), promised, share_of_others(psnrs), statistics.fmean(psnrs))
 
 
 def lower_tenth(values: Sequence[float]) -> float:
@@ -264,7 +266,7 @@ def read_trials(table: RatioTable) -> Measured | None:
         return None
     try:
         constants = Constants(**table.trials["constants"])
-        rows = [read_row(row) for row in table.trials["rows"]]
+        rows = [read_trial(row) for row in table.trials["rows"]]
         if len({len(row.psnr) for row in rows}) > 1:
             raise ValueError("lists of different lengths")
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
@@ -280,9 +282,9 @@ def read_trials(table: RatioTable) -> Measured | None:
     return Measured(table, table.steps, constants, tuple(forecasts), others, prompts)
 
 
-def read_row(row: dict) -> Row:
+def read_trial(row: dict) -> Trial:
     settings = {name: float(row[name]) for name in SETTINGS[row["method"]]}
-    psnr = tuple(value if value is None else float(value) for value in row["psnr"])
+    psnr = [value if value is None else float(value) for value in row["psnr"]]
     if not all(value is None or math.isfinite(value) for value in psnr) or not row["calls"] > 0:
         raise ValueError(f"a row of {row['method']} holds no measurements")
-    return Row(row["method"], settings, int(row["calls"]), psnr)
+    return Trial(row["method"], settings, int(row["calls"]), psnr)

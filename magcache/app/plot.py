@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from magcache.app.choose_schedule import predict
 from magcache.app.job import Job
 from magcache.app.step_map import reuse_by_branch
-from magcache.app.trials.plot import draw_trials
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
 from magcache.ratios import RatioTable, resample_nearest, split_branches, table_of
-from magcache.trials import read_trials
+from magcache.trials import ANOTHER, Measured, read_trials
 
 BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
@@ -68,6 +67,29 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     settings = ", ".join(f"{key.removeprefix('sample_')} {measured_on[key]}" for key in keys if key in measured_on)
     distance.set_xlabel(f"sampling step ({settings})")
     save_figure(figure, path)
+
+
+def draw_trials(axes, measured: Measured) -> None:
+    """Latent PSNR over the speed-up: every prompt, their mean and what is promised; fewer steps and thresh, which not
+    all prompts have tried."""
+    at = measured.speedups
+    for number, prompt in enumerate(measured.prompts):
+        psnrs = [row.psnr[prompt] for row in measured.forecasts]
+        label = "forecasts, every prompt" if number == 0 else None
+        axes.plot(at, psnrs, color="tab:red", alpha=0.2, linewidth=0.8, label=label)
+    expected = [measured.expect(speedup) for speedup in at]
+    axes.plot(at, [e.pooled for e in expected], color="tab:red", marker="o", label="of all videos' mean squared error")
+    axes.axhline(ANOTHER, color="gray", linewidth=0.8, label="below: another video")
+    axes.plot(at, [e.promised for e in expected], color="tab:red", linestyle="--", label="promised to nine of ten")
+    for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
+        points = [(measured.speedup_of(row), row.pooled) for row in measured.others if row.method == method]
+        if points:
+            line, label = "-" if method == "fewer steps" else "", f"{method}, of the prompts that tried it"
+            axes.plot(*zip(*points, strict=True), color=color, marker="s", linestyle=line, markersize=4, label=label)
+    constants = measured.constants
+    axes.set_xlabel(f"speed-up bound (floor {constants.floor:g}, early {constants.early:g}, decay {constants.decay:g})")
+    axes.set_ylabel("latent PSNR, dB")
+    axes.legend(fontsize=8)
 
 
 def plan_figure(job: Job, title: str):

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from magcache.app.job import Request
 from magcache.app.processes import Crew, Group, Processes
 from magcache.app.tasks import TASKS
 from magcache.app.trials.run import TrialRuns
-from magcache.app.trials.ways import others
 from magcache.patch import shadowed
 from wan.configs import WAN_CONFIGS
 
@@ -68,7 +67,7 @@ def test_costs_and_results(tmp_path):
     measured again by whole runs."""
     write_checkpoint("t2v", tmp_path)
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-1.3B"], str(tmp_path))
-    steps, count, ratios = 16, 8, [0.99, 0.98] * 15
+    steps, count, ratios = 12, 8, [0.99, 0.98] * 11
     flags = ["--sample_steps", steps, "--magcache_calibration", ",".join(map(str, SPEEDUPS))]
     job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*FLAGS, *flags)))))
 
@@ -87,18 +86,17 @@ def test_costs_and_results(tmp_path):
     hook.remove()
     assert len(calls) - count * 2 * steps == runs.spent
     assert runs.spent <= 2.5 * count * 2 * steps
-    found, chosen = runs.found.found, astuple(runs.constants)
-    forecasts = [way for way in found if way.method == "forecast" and way.settings[1:] == chosen]
-    assert {way.settings[0] for way in forecasts} == set(SPEEDUPS)
-    assert all(set(found[way]) == set(range(count)) for way in forecasts)
-    compared = others(job.sampling, SPEEDUPS, ratios)
-    assert [way for way in found if way.method != "forecast"] == compared
-    assert max(len(found[way]) for way in compared) - min(len(found[way]) for way in compared) <= 1
+    forecasts, compared = runs.forecasts, runs.others
+    assert [way.settings for way in forecasts] == [{"speedup": s} | asdict(runs.constants) for s in SPEEDUPS]
+    assert all(way.tried(prompt) for way in forecasts for prompt in range(count))
+    assert [way.method for way in compared] == ["fewer steps"] * 5 + ["thresh"] * 2
+    times = [sum(way.tried(prompt) for prompt in range(count)) for way in compared]
+    assert max(times) - min(times) <= 1
     for way in (forecasts[-1], compared[2], compared[-1]):
-        prompt, plain = max(found[way]), way.method == "fewer steps"
+        prompt, plain = len(way.psnr) - 1, way.method == "fewer steps"
         request, schedule = requests[prompt], None if plain else way.schedule
         again = latent_of(pipeline, request.prompt, request.seed, way.schedule.steps, schedule, (32, 32), 1)
-        assert found[way][prompt][0] == pytest.approx(psnr(again, truths[prompt]), abs=1e-3)
+        assert way.psnr[prompt] == pytest.approx(psnr(again, truths[prompt]), abs=0.006)
 
 
 @pytest.mark.parametrize("task", TASKS)

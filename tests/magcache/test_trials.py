@@ -103,7 +103,7 @@ def test_prompts_that_did_not_try_all_do_not_count():
 @pytest.mark.parametrize(("method", "way"), [
     ("forecast", trials.forecast(2.5, SIGMAS, magcache.Constants())),
     ("fewer steps", trials.fewer_steps(20)),
-    ("thresh", trials.by_ratios([0.98] * 100, 50, 0.12, 4, 0.2)),
+    ("thresh", trials.by_ratios([0.98] * 100, 50, magcache.Settings(0.12, 4))),
 ])  # fmt: skip
 def test_what_a_trial_need_not_compute(method, way):
     """Calls before the first that is reused; of residuals not the last before it."""
@@ -128,24 +128,22 @@ def test_constants_make_the_schedule():
 ])  # fmt: skip
 def test_constants_are_chosen_by_a_clear_lead(leads, chosen):
     """In pooled error, so that what mends the two worst of four may cost the others; one alone does not decide."""
-    found = trials.Trials()
     ways = [trials.forecast(3, SIGMAS, constants) for constants in trials.CANDIDATES[:2]]
     for prompt, lead in enumerate(leads):
-        found.add(ways[0], prompt, (30.0 + 10 * (prompt // 2), 0.1))
-        found.add(ways[1], prompt, (30.0 + 10 * (prompt // 2) + lead, 0.1))
-    found.add(ways[1], 4, (500.0, 0.1))  # which the other did not try
-    assert found.choose(ways) == trials.CANDIDATES[chosen]
+        ways[0].add(prompt, (30.0 + 10 * (prompt // 2), 0.1))
+        ways[1].add(prompt, (30.0 + 10 * (prompt // 2) + lead, 0.1))
+    ways[1].add(4, (500.0, 0.1))  # which the other did not try
+    assert trials.choose(ways) == trials.CANDIDATES[chosen]
 
 
 def test_what_is_written_is_read():
-    found = trials.Trials()
-    for speedup, psnr in ((2, 50.123456), (3, 40.0)):
-        found.add(trials.forecast(speedup, SIGMAS, magcache.Constants()), 0, (psnr, 0.0123456))
-    found.add(trials.fewer_steps(25), 1, (44.0, 0.05))
-    entry = found.entry(["a", "b"], [1, 2], magcache.Constants())
+    rows = [trials.forecast(speedup, SIGMAS, magcache.Constants()) for speedup in (2, 3)] + [trials.fewer_steps(25)]
+    for row, prompt, close in zip(rows, (0, 0, 1), ((50.123456, 0.0123456), (40.0, 0.1), (44.0, 0.05)), strict=True):
+        row.add(prompt, close)
+    entry = trials.entry(rows, ["a", "b"], [1, 2], magcache.Constants())
     assert entry["rows"][2]["psnr"] == [None, 44.0]
     again = magcache.read_trials(table_of(table_with({}) | {"trials": entry}, "mine"))
-    assert [row.psnr for row in again.forecasts] == [(50.12, None), (40.0, None)]
+    assert [row.psnr for row in again.forecasts] == [[50.12, None], [40.0, None]]
     assert again.expect(2).mean == 50.12
 
 

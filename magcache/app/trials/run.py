@@ -91,17 +91,16 @@ class TrialRuns:
     def __init__(self, job: Job, pipeline: Pipeline, generate: Callable, crew: Crew, count: int):
         self.sampling, self.speedups = job.sampling, job.output.trials
         self.pipeline, self.generate, self.crew, self.count = pipeline, generate, crew, count
-        self.found = trials.Trials()
         self.choosing = trials.choosing_prompts(count)
+        self.candidates = candidates(self.sampling, self.speedups)
         self.constants = None if self.choosing else DEFAULT
-        self.others: list[trials.Way] = []
+        self.forecasts = [] if self.choosing else forecasts(self.sampling, self.speedups, DEFAULT)
+        self.others: list[trials.Trial] = []
         self.waiting: list[Recorded] = []
         self.recorded = self.allowed = self.spent = self.turn = 0
+        possible = (way for one in trials.CANDIDATES for way in forecasts(self.sampling, self.speedups, one))
         first_free = Settings().first_free_step(job.sampling.sample_steps)
-        ways = candidates(self.sampling, self.speedups)
-        for constants in trials.CANDIDATES:
-            ways += forecasts(self.sampling, self.speedups, constants)
-        self.wanted = max(CALLS_PER_STEP * first_free, *(len(way.known) for way in ways))  # outputs of a run
+        self.wanted = max(CALLS_PER_STEP * first_free, *(len(way.known) for way in possible))  # outputs of a run
 
     @contextmanager
     def recording(self, request: Request) -> Iterator[None]:
@@ -127,21 +126,20 @@ class TrialRuns:
         if not self.others:
             self.others = others(self.sampling, self.speedups, ratios)
         if self.constants is None:
-            recorded = self.waiting[-1]
-            self.try_ways(recorded, self.untried(recorded, candidates(self.sampling, self.speedups)))
+            self.try_ways(self.waiting[-1], self.candidates)
             if len(self.waiting) < self.choosing:
                 return
-            self.constants = self.found.choose(candidates(self.sampling, self.speedups))
+            self.constants = trials.choose(self.candidates)
+            tried = {tuple(way.settings.values()): way for way in self.candidates}
+            chosen = forecasts(self.sampling, self.speedups, self.constants)
+            self.forecasts = [tried.get(tuple(way.settings.values()), way) for way in chosen]
         for recorded in self.waiting:
             self.allowed += round(TRIAL_BUDGET * CALLS_PER_STEP * self.sampling.sample_steps)
-            ways = self.untried(recorded, forecasts(self.sampling, self.speedups, self.constants))
+            ways = [way for way in self.forecasts if not way.tried(recorded.number)]
             self.try_ways(recorded, ways + self.affordable(sum(way.cost for way in ways)))
         self.waiting.clear()
 
-    def untried(self, recorded: Recorded, ways: Sequence[trials.Way]) -> list[trials.Way]:
-        return [way for way in ways if recorded.number not in self.found.found.get(way, ())]
-
-    def affordable(self, due: int) -> list[trials.Way]:
+    def affordable(self, due: int) -> list[trials.Trial]:
         """As many of the others, from the one whose turn it is, as are left of the budget beside the calls due."""
         ways, left = [], self.allowed - self.spent - due
         while len(ways) < len(self.others) and self.others[self.turn].cost <= left:
@@ -150,7 +148,7 @@ class TrialRuns:
             self.turn = (self.turn + 1) % len(self.others)
         return ways
 
-    def try_ways(self, recorded: Recorded, ways: Sequence[trials.Way]) -> None:
+    def try_ways(self, recorded: Recorded, ways: Sequence[trials.Trial]) -> None:
         with tqdm(
             total=sum(way.cost for way in ways),
             desc=f"trials of prompt {recorded.number + 1} of {self.count}",
@@ -165,10 +163,10 @@ class TrialRuns:
                         close = trials.closeness(latent, recorded.latent)
                 except ValueError as fault:
                     raise Failed(f"the trial by {way.method} {way.settings} cannot be measured: {fault}") from fault
-                self.found.add(way, recorded.number, gathered(close, self.crew.own)[0])
+                way.add(recorded.number, gathered(close, self.crew.own)[0])
                 self.spent += way.cost
 
-    def latent(self, recorded: Recorded, way: trials.Way, bar: tqdm, more: bool) -> torch.Tensor | None:
+    def latent(self, recorded: Recorded, way: trials.Trial, bar: tqdm, more: bool) -> torch.Tensor | None:
         """The final latent, on the CPU; None where this process gets none. more: whether another trial of the prompt
         comes: for that the transformer stays on the card, once the text encoder needs the room no more."""
         pipeline, schedule = self.pipeline, way.schedule
@@ -198,5 +196,6 @@ class TrialRuns:
 
     def entry(self, requests: Sequence[Request]) -> dict:
         """Returns what the table holds of the trials of these requests, the first ones."""
+        rows = [*self.candidates, *(way for way in self.forecasts if way not in self.candidates), *self.others]
         prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
-        return self.found.entry(prompts, seeds, self.constants or DEFAULT)
+        return trials.entry([row for row in rows if row.psnr], prompts, seeds, self.constants or DEFAULT)

@@ -32,21 +32,20 @@ def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
     return tuple(speedups)
 
 
-def forecasts(sampling: Sampling, speedups: Sequence[float], constants: Constants) -> list[trials.Way]:
+def forecasts(sampling: Sampling, speedups: Sequence[float], constants: Constants) -> list[trials.Trial]:
     return [trials.forecast(speedup, sampling.noise_levels, constants) for speedup in speedups]
 
 
-def candidates(sampling: Sampling, speedups: Sequence[float]) -> list[trials.Way]:
+def candidates(sampling: Sampling, speedups: Sequence[float]) -> list[trials.Trial]:
     """What the constants are chosen by: all that come into question, at the middle one of the speed-ups."""
     speedup = speedups[len(speedups) // 2]
     return [trials.forecast(speedup, sampling.noise_levels, constants) for constants in trials.CANDIDATES]
 
 
-def others(sampling: Sampling, speedups: Sequence[float], ratios: Sequence[float]) -> list[trials.Way]:
+def others(sampling: Sampling, speedups: Sequence[float], ratios: Sequence[float]) -> list[trials.Trial]:
     """What forecasts are compared with: fewer sampler steps at equal calls, and the task's published settings by the
     ratios of this model, where they reuse anything."""
     steps = sampling.sample_steps
     fewer = [trials.fewer_steps(computed_steps(steps, speedup)) for speedup in speedups]
-    rules = sampling.spec.published
-    rows = [trials.by_ratios(ratios, steps, rule.thresh, rule.K, rule.retention_ratio) for rule in rules]
+    rows = [trials.by_ratios(ratios, steps, rule) for rule in sampling.spec.published]
     return fewer + [row for row in rows if any(row.schedule.reuse)]
