@@ -67,7 +67,7 @@ def test_costs_and_results(tmp_path):
     measured again by whole runs."""
     write_checkpoint("t2v", tmp_path)
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-1.3B"], str(tmp_path))
-    steps, count, ratios = 12, 8, [0.99, 0.98] * 11
+    steps, count, ratios = 16, 8, [0.99, 0.98] * 15
     flags = ["--sample_steps", steps, "--magcache_calibration", ",".join(map(str, SPEEDUPS))]
     job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*FLAGS, *flags)))))
 
