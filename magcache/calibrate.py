@@ -24,7 +24,7 @@ class Calibration:
 
     def __init__(self, steps: int, group=None):
         self.calls, self.calls_per_step = CALLS_PER_STEP * steps, CALLS_PER_STEP
-        self.sigmas, self.group = None, group
+        self.sigmas, self.switch, self.group = None, None, group
         self.reset()
 
     def reset(self) -> None:

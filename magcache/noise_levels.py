@@ -25,8 +25,9 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
         raise ValueError(f"steps must be a whole number >= 1, got {steps}")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be a positive number, got {shift}")
-    linear = (SOLVERS[solver] * (1 - step / steps) for step in range(steps))
-    levels = checked_levels([shift * x / (1 - x + shift * x) for x in linear], steps)
+    first = SOLVERS[solver]  # to the last bit as numpy has it, for what a timestep loses as a whole number
+    linear = [step * (-first / steps) + first for step in range(steps)]
+    levels = checked_levels([shift * x / (1 + (shift - 1) * x) for x in linear], steps)
     try:
         checked_levels(array("f", levels), steps)  # the samplers' precision
     except ValueError as error:
@@ -61,6 +62,12 @@ def noise_levels_of(scheduler, steps: int) -> tuple[float, ...]:
         return checked_levels(getattr(scheduler, "sigmas", ())[:-1], steps)
     except ValueError as error:
         raise ValueError(f"{name} is no flow scheduler of one call a step: {error}") from None
+
+
+def first_below(sigmas: Sequence[float], boundary: float) -> int:
+    """The first step at a noise level below the boundary, by their timesteps: whole numbers on a scale of 1000, as the
+    samplers of Wan have them. It is `len(sigmas)` where there is none."""
+    return sum(int(1000 * sigma) >= 1000 * boundary for sigma in sigmas)
 
 
 def log_snr(sigma: float) -> float:

@@ -13,6 +13,7 @@ weights are gathered for it.
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ class Runner(Protocol):
     calls: int  # of a run
     calls_per_step: int
     sigmas: Sequence[float] | None  # noise levels of the steps, see `CallCounter`
+    switch: int | None  # first step of a second transformer, None where any may be called
 
     def reset(self) -> None:
         """Forgets everything of the current run: a run begins, or has failed."""
@@ -56,7 +58,7 @@ class Cache:
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
         self.schedule, self.dtype, self.device = schedule, dtype, device
         self.calls, self.calls_per_step = len(schedule.weights), schedule.calls_per_step
-        self.sigmas = schedule.sigmas
+        self.sigmas, self.switch = schedule.sigmas, schedule.switch
         self.reset()
 
     def reset(self) -> None:
@@ -154,35 +156,43 @@ class CallCounter:
     A run starts when the timestep rises, when the latents have other shapes than before, or when all calls are done and
     the timestep is back at the first one. Steps are told apart by counting, as neighbouring ones may share an integer
     timestep. With `sigmas`, the noise levels of the steps, a run also starts where the timestep is that of the first
-    level and not of the next, and every timestep has to be that of its level, on a scale of 1000 or of 1.
+    level and not of the next, and every timestep has to be that of its level, on a scale of 1000 or of 1. With
+    `switch`, the steps from that one on are the second transformer's, and those before the first's.
 
     `doubtful`: the run began at the timestep of the call before. That one ended in its first step, or it goes on, with
     more calls a step than planned.
     """
 
-    def __init__(self, calls: int, calls_per_step: int = CALLS_PER_STEP, sigmas: Sequence[float] | None = None):
-        self.calls, self.calls_per_step, self.sigmas = calls, calls_per_step, sigmas
+    def __init__(
+        self,
+        calls: int,
+        calls_per_step: int = CALLS_PER_STEP,
+        sigmas: Sequence[float] | None = None,
+        switch: int | None = None,
+    ):
+        self.calls, self.calls_per_step, self.sigmas, self.switch = calls, calls_per_step, sigmas, switch
         self.reset()
 
     def reset(self) -> None:
         self.call = self.first = self.last = self.shapes = self.notice = None
         self.fall, self.fits, self.doubtful = 0.0, True, False
 
-    def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = ()) -> int:
+    def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = (), expert: int = 0) -> int:
         """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
-        this, and those before them then are, too, as the steps of a run grow. shapes: of the latents."""
+        this, and those before them then are, too, as the steps of a run grow. shapes: of the latents. expert: 0 for the
+        first transformer, 1 for the second."""
         self.notice = None
-        if self.call is None or self.starts(timestep, resolution, shapes):
+        if self.call is None or self.starts(timestep, resolution, shapes, expert):
             self.start(timestep, shapes)
         self.call, fall = self.call + 1, self.last - timestep
-        if self.fits and (misfit := self.misfit(timestep, fall, resolution)):
+        if self.fits and (misfit := self.misfit(timestep, fall, resolution, expert)):
             self.notice, self.fits = f"{misfit}; the run is computed in full from here", False
         elif self.fits and self.call == self.calls:
             self.notice = f"the schedule ends after {self.calls} transformer calls; those beyond it are computed"
         self.last, self.fall = timestep, fall
         return self.call
 
-    def starts(self, timestep: float, resolution: float, shapes: Sequence) -> bool:
+    def starts(self, timestep: float, resolution: float, shapes: Sequence, expert: int) -> bool:
         """Whether this is the first call of another run."""
         if timestep > self.last or shapes != self.shapes:
             return True
@@ -191,7 +201,7 @@ class CallCounter:
             return following >= self.calls and timestep >= self.first
         goes_on = self.fits and following < self.calls
         goes_on = goes_on and self.is_level(following // self.calls_per_step, timestep, resolution)
-        return not goes_on and self.is_level(0, timestep, resolution)
+        return not goes_on and self.is_level(0, timestep, resolution) and not self.other_expert(0, expert)
 
     def start(self, timestep: float, shapes: Sequence) -> None:
         ended, known, doubtful = self.call, self.sigmas is not None or not self.fits, timestep == self.last
@@ -203,19 +213,29 @@ class CallCounter:
                 "stopped, plan for as many steps as a run has: what is cached waits for the others"
             )
 
-    def misfit(self, timestep: float, fall: float, resolution: float) -> str | None:
+    def misfit(self, timestep: float, fall: float, resolution: float, expert: int) -> str | None:
         """What of this call does not fit."""
         step, branch = divmod(self.call, self.calls_per_step)
         again = fall == 0 and self.fall > resolution
         if again if self.calls_per_step == 1 else fall > 0 and branch:
             planned = f"this run does not make {self.calls_per_step} transformer calls a step, as planned"
             return f"{planned} (calls_per_step of a plan is 2 with guidance, 1 without)"
-        if self.sigmas is None or step >= len(self.sigmas) or self.is_level(step, timestep, resolution):
+        if self.sigmas is None or step >= len(self.sigmas):
             return None
+        if self.is_level(step, timestep, resolution):
+            return self.other_expert(step, expert)
         found = (
             f"step {step + 1} of this run is at timestep {timestep:g}, in the schedule at {self.timestep_at(step):.5g}"
         )
         return f"{found} (plan for the noise levels of the run: its steps, shift and solver, see noise_levels_of)"
+
+    def other_expert(self, step: int, expert: int) -> str | None:
+        """That another one is planned for the step."""
+        if self.switch is None or expert == (step >= self.switch):
+            return None
+        called, planned = ("second", "first") if expert else ("first", "second")
+        found = f"step {step + 1} of this run calls the {called} transformer, in the schedule the {planned}"
+        return f"{found} (plan for the boundary of the run)"
 
     def timestep_at(self, step: int) -> float:
         return self.sigmas[step] * (1000 if self.first > 1 else 1)
@@ -298,22 +318,21 @@ def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManage
 
 
 class Attachment:
-    """Ties a runner to an instance; lives in the instance, so that a deep copy of the model has its own."""
+    """Ties a runner to one instance, or to two that share a run; lives in them, so that a deep copy has its own."""
 
-    def __init__(self, runner: Runner, own_class: type, on_call: OnCall | None):
+    def __init__(self, runner: Runner, on_call: OnCall | None):
         self.runner, self.on_call = runner, on_call
-        self.own_class = own_class  # of the model
-        self.counter = CallCounter(runner.calls, runner.calls_per_step, runner.sigmas)
+        self.counter = CallCounter(runner.calls, runner.calls_per_step, runner.sigmas, runner.switch)
         self.conditions = {}  # by branch
 
-    def call(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-        call, counter = self.count(args, kwargs), self.counter
+    def call(self, expert: int, forward: functools.partial) -> Any:
+        (model, *args), kwargs = forward.args, forward.keywords
+        call, counter = self.count(args, kwargs, expert), self.counter
         if counter.notice:
             warnings.warn(counter.notice, stacklevel=3)
         if call == 0 or not counter.fits:
             self.runner.reset()
         follows = counter.fits and not (counter.doubtful and self.other_conditions(call, args, kwargs))
-        forward = functools.partial(self.own_class.__call__, model, *args, **kwargs)
         try:
             out = self.runner.run(call, model, forward) if follows else forward()
             if self.on_call:
@@ -324,16 +343,16 @@ class Attachment:
             raise
         return out
 
-    def count(self, args: tuple, kwargs: dict) -> int:
+    def count(self, args: Sequence, kwargs: dict, expert: int) -> int:
         """The number of the call."""
         timestep = timestep_of(args, kwargs).max()
         value = float(timestep)  # waits for the device, unless the timestep is on the CPU
         rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
         resolution = max(rounding, 1.0 if value.is_integer() and value > 1 else 0.0)
         latents = next(iter((*args, *kwargs.values())))
-        return self.counter.next(value, resolution, [tensor.shape for tensor in tensors_in(latents)])
+        return self.counter.next(value, resolution, [tensor.shape for tensor in tensors_in(latents)], expert)
 
-    def other_conditions(self, call: int, args: tuple, kwargs: dict) -> bool:
+    def other_conditions(self, call: int, args: Sequence, kwargs: dict) -> bool:
         """Whether a call of the second step that would be skipped has other tensors, beside latents and timestep, than
         that of its branch in the first step; then they are not of the same video, or it cannot be told."""
         step, branch = divmod(call, self.counter.calls_per_step)
@@ -345,19 +364,22 @@ class Attachment:
         return step == 1 and self.runner.skips(call) and found != self.conditions[branch]
 
 
+ATTACHED = weakref.WeakSet()  # instances
+
+
 @functools.cache
-def attached_class(own_class: type) -> type:
+def attached_class(own_class: type, expert: int) -> type:
     """The class of a model of `own_class` to which something is attached; it differs in its calls only, and refuses to
-    be pickled, as there is no such class elsewhere."""
+    be pickled, as there is no such class elsewhere. expert: see `CallCounter.next`."""
 
     def __call__(self, *args, **kwargs):
-        return self._magcache.call(self, args, kwargs)
+        return self._magcache.call(expert, functools.partial(own_class.__call__, self, *args, **kwargs))
 
     def __reduce_ex__(self, protocol):  # of a deep copy, too
         make, arguments, *rest = super(attached, self).__reduce_ex__(protocol)
         return made_again, (NotPickled(), make, arguments), *rest
 
-    own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
+    own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_own_class": own_class}
     same = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     attached = type(own_class.__name__, (own_class,), same | own)
     return attached
@@ -372,20 +394,35 @@ class NotPickled:
 
 
 def made_again(guard: NotPickled, make: Callable, arguments: tuple) -> Any:
-    return make(*arguments)
+    copied = make(*arguments)
+    ATTACHED.add(copied)
+    return copied
 
 
-def attach(model: torch.nn.Module, runner: Runner, on_call: OnCall | None = None) -> None:
-    """Hands the calls of this instance to `runner`, in place of any runner attached before. on_call: see
+Models = torch.nn.Module | Sequence[torch.nn.Module]  # one, or two experts that share a run
+
+
+def instances(models: Models) -> list[torch.nn.Module]:
+    """Raises ValueError for more than two, or twice the same."""
+    found = list(models) if isinstance(models, list | tuple) else [models]
+    if not 1 <= len({*map(id, found)}) == len(found) <= 2:
+        raise ValueError(f"a cache is for one transformer, or for two instances that share a run, not for {len(found)}")
+    return found
+
+
+def attach(models: Models, runner: Runner, on_call: OnCall | None = None) -> None:
+    """Hands the calls of these instances to `runner`, in place of any runner attached before. on_call: see
     `apply_magcache`."""
-    remove_magcache(model)
-    own_class = type(model)
-    model.__dict__["_magcache"] = Attachment(runner, own_class, on_call)
-    model.__class__ = attached_class(own_class)
+    remove_magcache(models)
+    attachment = Attachment(runner, on_call)
+    for expert, model in enumerate(instances(models)):
+        model.__dict__["_magcache"] = attachment
+        model.__class__ = attached_class(type(model), expert)
+        ATTACHED.add(model)
 
 
 def apply_magcache(
-    model: torch.nn.Module,
+    model: Models,
     schedule: Schedule,
     *,
     dtype: torch.dtype | None = None,
@@ -396,7 +433,8 @@ def apply_magcache(
 
     model: what the pipeline calls once a branch and step: a Wan transformer, this repo's, upstream's or diffusers',
     bare or wrapped in FSDP; with the target "output" any module that is called so, with a timestep as `t`, as
-    `timestep` or as second argument.
+    `timestep` or as second argument. Or a list of the two that share a run, of high and of low noise (Wan2.2), for a
+    schedule with their `boundary`.
     dtype, device: of what is cached, see `Cache`, which is returned.
     on_call: is told of every call that has returned: its number in the run, and whether it was reused. A GPU may still
     be at work on it then: nothing here waits for the device but for the timestep's value, where that is not on the CPU.
@@ -405,8 +443,9 @@ def apply_magcache(
     from the first call that shows it, with a warning. With a schedule that knows no noise levels, do apply again after
     a run that was stopped in its first step from outside the model: no later call can tell.
 
-    Raises TypeError if the model has no `blocks` and the target is "residual", RuntimeError if its class was changed
-    since the last time (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the
+    Raises TypeError if the model has no `blocks` and the target is "residual", ValueError for two models and a schedule
+    without a boundary, or for one and a schedule with one, RuntimeError if its class was changed since the last time
+    (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the
     model does not simply hand x [B, L, C] from block to block.
 
     >>> class Velocity(torch.nn.Module):
@@ -418,22 +457,27 @@ def apply_magcache(
     >>> [model(torch.ones(1), t=torch.tensor(t)).item() for t in (5, 3)], seen
     ([5.0, 5.0], [False, True])
     """
-    if schedule.target == "residual":
-        find_dit(model)
+    models = instances(model)
+    if schedule.history and len(models) != 1 + (schedule.boundary is not None):
+        both = "a schedule with a boundary is for the two transformers of high and of low noise, one without for one"
+        raise ValueError(f"{both}; there {'are 2' if len(models) == 2 else 'is 1'}")
+    for one in models if schedule.target == "residual" else ():
+        find_dit(one)
     cache = CACHES[schedule.target](schedule, dtype, device)
-    attach(model, cache, on_call)
+    attach(models, cache, on_call)
     return cache
 
 
-def remove_magcache(model: torch.nn.Module) -> None:
-    """Restores the instance exactly as it was; does nothing where nothing is attached.
+def remove_magcache(model: Models) -> None:
+    """Restores the instance exactly as it was, and one that shares its cache; does nothing where nothing is attached.
 
     Raises RuntimeError if its class was changed since: shard a model (`fully_shard`) before `apply_magcache`.
     """
-    attachment = model.__dict__.get("_magcache")
-    if attachment is None:
-        return
-    if type(model) is not attached_class(attachment.own_class):
+    caches = [one.__dict__["_magcache"] for one in instances(model) if "_magcache" in one.__dict__]
+    attached = [one for one in ATTACHED if one.__dict__.get("_magcache") in caches]
+    if not all("_own_class" in vars(type(one)) for one in attached):
         raise RuntimeError("the model's class was changed after apply_magcache: take the cache off before that")
-    model.__class__ = attachment.own_class
-    del model.__dict__["_magcache"]
+    for one in attached:
+        one.__class__ = type(one)._own_class
+        del one.__dict__["_magcache"]
+        ATTACHED.discard(one)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from magcache.noise_levels import checked_levels
+from magcache.noise_levels import checked_levels, first_below
 
 CALLS_PER_STEP = 2  # cond, uncond
 MOST_KEPT = {"residual": 1, "output": 2}  # per branch, by target
@@ -29,15 +29,19 @@ class Schedule:
 
     `sigmas` are the noise levels of the steps, falling, if it was made for any; a run at others is computed in full.
 
+    `boundary` is a noise level, for two transformers that share a run (Wan2.2): the first has the steps at this level
+    and above, the second those below. What one left behind never stands in for the other.
+
     Raises ValueError for another target, for a length that is no multiple of `calls_per_step`, for weights of what no
-    earlier call of the branch has computed or more of it than is kept, and for sigmas that are not one a step, falling,
-    above 0 and at most 1.
+    earlier call of the branch and transformer has computed or more of it than is kept, for sigmas that are not one a
+    step, falling, above 0 and at most 1, and for a boundary without sigmas, or that is not between 0 and 1.
     """
 
     weights: tuple[Weights, ...]
     calls_per_step: int = CALLS_PER_STEP
     target: str = "residual"
     sigmas: Sequence[float] | None = None
+    boundary: float | None = None
 
     def __post_init__(self):
         if self.target not in MOST_KEPT:
@@ -48,9 +52,13 @@ class Schedule:
             raise ValueError(f"{len(self.weights)} calls do not make whole steps of {self.calls_per_step}")
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", checked_levels(self.sigmas, self.steps))
+        if self.boundary is not None and (self.sigmas is None or not 0 < self.boundary < 1):
+            raise ValueError(f"a boundary must be between 0 and 1, and needs sigmas, got {self.boundary}")
         computed = [0] * self.calls_per_step
         for call, weights in enumerate(self.weights):
-            branch = call % self.calls_per_step
+            step, branch = divmod(call, self.calls_per_step)
+            if step == self.switch and branch == 0:
+                computed = [0] * self.calls_per_step
             if weights is None:
                 computed[branch] += 1
             elif not 0 < len(weights) <= computed[branch]:
@@ -61,6 +69,11 @@ class Schedule:
     @property
     def steps(self) -> int:
         return len(self.weights) // self.calls_per_step
+
+    @cached_property
+    def switch(self) -> int | None:
+        """The first step of the second transformer (`steps`, if it has none); None without a boundary."""
+        return None if self.boundary is None else first_below(self.sigmas, self.boundary)
 
     @property
     def reuse(self) -> tuple[bool, ...]:

@@ -147,7 +147,7 @@ class TeaCache:
 
     def __init__(self, threshold: float, warmup: int, polynomial: tuple[float, ...], steps: int = STEPS):
         self.threshold, self.warmup, self.polynomial, self.steps = threshold, warmup, polynomial, steps
-        self.calls, self.calls_per_step, self.sigmas = 2 * steps, 2, None
+        self.calls, self.calls_per_step, self.sigmas, self.switch = 2 * steps, 2, None, None
         self.reset()
 
     def reset(self) -> None:

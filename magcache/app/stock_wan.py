@@ -120,7 +120,8 @@ class CondForBoth:
     calls_per_step = 2
 
     def __init__(self, runner: "Runner"):
-        self.runner, self.calls, self.sigmas, self.out = runner, 2 * runner.calls, runner.sigmas, None
+        self.runner, self.calls, self.out = runner, 2 * runner.calls, None
+        self.sigmas, self.switch = runner.sigmas, runner.switch
 
     def reset(self) -> None:
         self.out = None

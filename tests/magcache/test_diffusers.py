@@ -371,6 +371,93 @@ def test_timesteps_in_other_dtypes_and_scales_fit(scale, dtype):
     assert told == [*enumerate(schedule.reuse)]
 
 
+# Two transformers, as Wan2.2 has them
+
+
+class Levels(diffusers.UniPCMultistepScheduler):
+    """UniPC at the noise levels of the other tests."""
+
+    def set_timesteps(self, steps, device=None):
+        super().set_timesteps(sigmas=np.float32(magcache.noise_levels(steps, 5.0)), device=device)
+
+
+def wan22_pipeline(boundary_ratio=0.85):
+    transformers = make_model(), make_model()
+    for p in transformers[1].parameters():
+        p.mul_(1.1)
+    torch.manual_seed(0)
+    parts = {"transformer": transformers[0], "transformer_2": transformers[1], "boundary_ratio": boundary_ratio}
+    vae = diffusers.AutoencoderKLWan(base_dim=3, num_res_blocks=1, dim_mult=[1, 1, 1, 1])
+    levels = Levels(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=levels, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan22_latents(pipe, **how):
+    latents, prompt, negative = noise(0, (1, 16, 2, 4, 4), (1, 5, 8), (1, 5, 8))
+    given = {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": 32, "width": 32, "num_frames": 5}
+    given |= {"num_inference_steps": STEPS, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "output_type": "latent"}
+    return pipe(latents=latents, **given | how).frames
+
+
+def test_two_transformers_of_a_pipeline():
+    """Every computed call against the pipeline without the cache, every other against outputs of its own expert."""
+    pipe = wan22_pipeline()
+    models, outputs = [pipe.transformer, pipe.transformer_2], []
+    plain = wan22_latents(pipe)
+    sigmas, boundary = magcache.noise_levels_of(pipe.scheduler, STEPS), pipe.config.boundary_ratio
+    full = magcache.plan_speedup(STEPS, 1, sigmas=sigmas, boundary=boundary)
+    magcache.apply_magcache(models, full)
+    assert torch.equal(wan22_latents(pipe), plain)
+    schedule = magcache.plan_speedup(STEPS, 2, sigmas=sigmas, boundary=boundary)
+    assert schedule.switch == 4
+    ran, by_expert = [], [[[], []], [[], []]]  # by expert and branch, newest first
+    for model in models:
+        model.proj_out.register_forward_hook(lambda module, args, out: ran.append(out))
+
+    def note(call, reused):
+        outputs.append(reused)
+        assert bool(ran) == (not reused)
+        ran.clear()
+
+    magcache.apply_magcache(models, schedule, on_call=note)
+    answers = {model: type(model).__call__ for model in models}
+    for expert, model in enumerate(models):
+
+        class Compared(type(model)):
+            def __call__(self, *args, expert=expert, answer=answers[model], **kwargs):
+                call = len(outputs)
+                out, branch = answer(self, *args, **kwargs), by_expert[expert][call % 2]
+                assert expert == (call >= 8)
+                weights = schedule.weights[call]
+                if weights is None:
+                    branch.insert(0, out[0])
+                else:
+                    expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
+                    torch.testing.assert_close(out[0].double(), expected, rtol=1e-6, atol=1e-6)
+                return out
+
+        model.__class__ = Compared
+    wan22_latents(pipe)
+    assert tuple(outputs) == schedule.reuse
+
+
+@pytest.mark.parametrize(("boundary_ratio", "said"), [(0.95, "step 3 of this run calls the second"), (0.7, "step 5 ")])
+def test_another_boundary_than_planned_is_said_once_and_the_run_computed(boundary_ratio, said):
+    pipe = wan22_pipeline(boundary_ratio)
+    plain = wan22_latents(pipe)
+    computed = {0, 1, 2, 4, 5, 6} if boundary_ratio < 0.85 else {0, 2, 4, 6}
+    sigmas = magcache.noise_levels_of(pipe.scheduler, STEPS)
+    schedule = magcache.plan_steps(computed, STEPS, sigmas=sigmas, boundary=0.85)
+    magcache.apply_magcache([pipe.transformer, pipe.transformer_2], schedule)
+    found, lines = lines_said(lambda: wan22_latents(pipe))
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+    reached = schedule.weights[: 2 * int(said.split()[1]) - 2]
+    assert torch.equal(found, plain) == (None in reached and all(weights is None for weights in reached))
+
+
 # What has no residual
 
 

@@ -60,6 +60,19 @@ def model(kind):
     return make_model(kind)
 
 
+def two_experts(kind):
+    """Different ones, and what calls one or the other by the timestep, from 850 on the first."""
+    high, low = make_model(kind), make_model(kind)
+    with torch.no_grad():
+        for p in low.parameters():
+            p.mul_(1.1)
+    return (high, low), experts_called(high, low)
+
+
+def experts_called(high, low, boundary=850):
+    return lambda x, t, **given: (high if t >= boundary else low)(x, t=t, **given)
+
+
 def count_block_calls(model):
     calls = []
     for block in model.blocks:
@@ -217,6 +230,77 @@ def test_a_deep_copy_is_a_model_of_its_own(model, target):
         for p in model.parameters():
             p.zero_()
     assert torch.equal(denoise(twin), expected)
+
+
+# Two experts that share a run: the first six of the twelve steps at shift 5 are of high noise
+
+
+def shared_schedule(target, boundary=0.85):
+    computed = {0, 2, 4, 6, 9, 10}
+    forecast = "linear" if target == "output" else "reuse"
+    return magcache.plan_steps(computed, STEPS, forecast, target=target, boundary=boundary)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_experts_share_a_run_and_nothing_else(kind, target):
+    models, called = two_experts(kind)
+    schedule, plain = shared_schedule(target), denoise(called)
+    assert schedule.switch == 6
+    told, counts = [], [count_block_calls(model) for model in models]
+    cache = magcache.apply_magcache([*models], schedule, on_call=lambda *call: told.append(call))
+    cached = denoise(called)
+    assert told == [*enumerate(schedule.reuse)]
+    assert [len(calls) for calls in counts] == [2 * 3 * 3, 2 * 3 * 3]
+    assert kept(cache) == [0, 0]
+    assert not torch.equal(cached, plain)
+    magcache.apply_magcache([*models], magcache.Schedule((None,) * 24, target=target))
+    full = denoise(called)
+    magcache.remove_magcache([*models])
+    assert torch.equal(denoise(called), full)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_that_switch_elsewhere_are_said_once_and_the_run_computed(kind, target):
+    models, _ = two_experts(kind)
+    magcache.apply_magcache([*models], shared_schedule(target))
+    for boundary, step, wrong in ((800, 7, "first"), (890, 6, "second"), (0, 7, "first"), (1001, 1, "second")):
+        called = experts_called(*models, boundary)
+        with pytest.warns(UserWarning, match=f"step {step} of this run calls the {wrong} transformer") as caught:
+            found = denoise(called)
+        assert sum("computed in full from here" in str(warning.message) for warning in caught) == 1
+        if wrong == "second" and step == 1:
+            magcache.remove_magcache(models[0])
+            assert torch.equal(denoise(called), found)
+
+
+@pytest.mark.parametrize("taken_from", [0, 1, None])
+def test_taken_off_either_it_is_off_both(kind, taken_from):
+    models, called = two_experts(kind)
+    plain, before = denoise(called), [(type(model), dict(model.__dict__)) for model in models]
+    magcache.apply_magcache(models, shared_schedule("output"))
+    cached, twins = denoise(called), copy.deepcopy(models)
+    magcache.remove_magcache(models if taken_from is None else models[taken_from])
+    assert [(type(model), model.__dict__) for model in models] == before
+    assert torch.equal(denoise(called), plain)
+    assert torch.equal(denoise(experts_called(*twins)), cached)
+    magcache.remove_magcache(twins[1])
+    assert torch.equal(denoise(experts_called(*twins)), plain)
+    magcache.apply_magcache(models, shared_schedule("output"))
+    magcache.apply_magcache(models[0], make_schedule())  # of one, in place of both
+    assert type(models[1]) is before[1][0]
+
+
+def test_a_cache_for_other_than_one_or_two(model):
+    twin = copy.deepcopy(model)
+    for models, schedule, message in (
+        ([model, model], shared_schedule("output"), "one transformer, or for two instances"),
+        ([model, twin, copy.deepcopy(model)], shared_schedule("output"), "not for 3"),
+        (model, shared_schedule("output"), "a schedule with a boundary is for the two .* there is 1"),
+        ([model, twin], make_schedule(), "one without for one; there are 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            magcache.apply_magcache(models, schedule)
+    assert "_magcache" not in model.__dict__
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -36,15 +36,21 @@ def spread_error(chosen, sigmas, constants):
     return total
 
 
-@given(st.integers(2, 10), st.floats(0.5, 20), RUNS["solver"], st.floats(1e-4, 0.02), st.floats(0, 1.5), st.data())
-def test_the_steps_are_the_best_of_all(steps, shift, solver, floor, early, data):
-    count = data.draw(st.integers(1, steps))
+BOUNDARIES = st.none() | st.sampled_from([0.9, 0.875]) | st.floats(0.05, 0.95)
+
+
+@given(RUNS["shift"], RUNS["solver"], st.floats(1e-4, 0.02), st.floats(0, 1.5), BOUNDARIES, st.data())
+def test_the_steps_are_the_best_of_all(shift, solver, floor, early, boundary, data):
+    steps = data.draw(st.integers(2, 10))
     sigmas, constants = magcache.noise_levels(steps, shift, solver), Constants(floor, early)
-    chosen = choose_steps(sigmas, count, constants)
+    firsts = {0} if boundary is None else {0, sum(int(1000 * sigma) >= 1000 * boundary for sigma in sigmas)} - {steps}
+    count = data.draw(st.integers(len(firsts), steps))
+    chosen = choose_steps(sigmas, count, constants, boundary)
     assert len(set(chosen)) == count
-    assert chosen[0] == 0
-    others = itertools.combinations(range(1, steps), count - 1)
-    least = min(spread_error((0, *rest), sigmas, constants) for rest in others)
+    assert firsts <= set(chosen)
+    assert chosen == tuple(sorted(chosen))
+    others = [{*rest} | firsts for rest in itertools.combinations(set(range(steps)) - firsts, count - len(firsts))]
+    least = min(spread_error(other, sigmas, constants) for other in others)
     assert spread_error(chosen, sigmas, constants) == pytest.approx(least, rel=1e-9, abs=1e-12)
 
 
@@ -156,6 +162,34 @@ def test_noise_levels_that_are_none(sigmas):
     for plan in (magcache.plan_speedup, lambda steps, count, sigmas: magcache.plan_steps([0], steps, sigmas=sigmas)):
         with pytest.raises(ValueError, match=f"sigmas must be 3 noise levels, falling, .*got {len(sigmas)}"):
             plan(3, 2, sigmas=sigmas)
+
+
+@pytest.mark.parametrize(("boundary", "shift", "first"), [(0.875, 12.0, 26), (0.9, 5.0, 15)])
+def test_the_second_transformer_starts_afresh(boundary, shift, first):
+    """Wan2.2's A14B at its defaults: its first step computes, the next forecast has nothing but that one."""
+    schedule = magcache.plan_speedup(40, 2.5, shift, boundary=boundary)
+    assert schedule.switch == first
+    assert schedule.computed == 32
+    assert schedule.weights[2 * first] is None
+    after = [weights for weights in schedule.weights[2 * first :: 2] if weights]
+    assert len(after[0]) == 1
+    assert magcache.plan_speedup(40, 20, shift, boundary=boundary).computed == 4
+
+
+def test_a_boundary_that_no_run_has():
+    sigmas = magcache.noise_levels(4, 5.0)
+    for refused, message in (
+        (lambda: magcache.plan_speedup(10, 6, boundary=0.5), "between 1 and 5, half of the steps, got 6"),
+        (lambda: magcache.plan_steps([0, 2], 10, boundary=0.5), "with 0 and 9, got"),
+        (lambda: choose_steps(sigmas, 1, boundary=0.7), "between 2 and 4 steps can be computed"),
+        (lambda: magcache.Schedule((None,) * 8, boundary=0.5), "a boundary must be between 0 and 1, and needs sigmas"),
+        (lambda: magcache.Schedule((None,) * 8, sigmas=sigmas, boundary=1.5), "a boundary must be between 0 and 1"),
+        (lambda: magcache.Schedule((None, None, (1.0,), None), 1, sigmas=sigmas, boundary=0.9), "0 are computed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    whole = magcache.plan_speedup(10, 10, boundary=0.001)  # below all levels: there is no second one
+    assert whole.switch == 10
 
 
 def test_reuse_of_residuals_by_hand():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden_data import read_json, read_tensors
 
+import magcache
 from wan.utils.samplers import make_sampler
 
 SCHEDULES = read_json("schedulers/schedules.json")
@@ -15,6 +16,15 @@ def test_noise_levels(case):
     sampler = make_sampler(case["solver"], case["steps"], case["shift"])
     torch.testing.assert_close(sampler.sigmas.float(), torch.tensor(case["sigmas"]), rtol=0, atol=0)
     assert sampler.timesteps.tolist() == case["timesteps"]
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0])
+def test_the_timesteps_are_those_of_the_noise_levels(solver, shift):
+    """To the last one: they decide which expert of two makes a step."""
+    for steps in (1, 2, 9, 19, 20, 38, 40, 50, 57, 99, 100):
+        levels = magcache.noise_levels(steps, shift, solver)
+        assert make_sampler(solver, steps, shift).timesteps.tolist() == [int(1000 * sigma) for sigma in levels]
 
 
 def follow(sampler, latent):

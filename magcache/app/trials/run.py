@@ -60,7 +60,8 @@ class Rerun:
 
     def __init__(self, cache: patch.Cache, known: Sequence[bool], outputs: list, device, tick: Callable[[], Any]):
         self.cache, self.known, self.outputs, self.device, self.tick = cache, known, outputs, device, tick
-        self.calls, self.calls_per_step, self.sigmas = cache.calls, cache.calls_per_step, cache.sigmas
+        self.calls, self.calls_per_step = cache.calls, cache.calls_per_step
+        self.sigmas, self.switch = cache.sigmas, cache.switch
 
     def reset(self) -> None:
         self.cache.reset()
