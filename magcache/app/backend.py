@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, refusing
 from magcache.app.job import Inputs, Job, Machine, Sampling
+from magcache.app.lora import merging
 from magcache.app.processes import Group, Processes
 from magcache.app.tasks import TASKS
 
@@ -188,6 +189,7 @@ def start_processes(processes: Processes, job: Job) -> Group:
         processes.connect()
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
+    compared["the files of --lora"] = [lora.sha256 for lora in job.machine.lora]
     if differences := processes.differences(compared):
         rank, names = min(differences.items())
         raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
@@ -212,7 +214,7 @@ def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Gro
         print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
     spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | chosen.placement(machine)
-    with chosen.apart(group):
+    with chosen.apart(group), merging(machine.lora):
         return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
 
 

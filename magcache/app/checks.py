@@ -11,10 +11,12 @@ from pathlib import Path
 import magcache
 from magcache.app import prompts
 from magcache.app.backend import backend
+from magcache.app.checkpoint import architecture_of
 from magcache.app.choose_schedule import all_computed, choose_table, make_schedule
 from magcache.app.errors import Refused, need_package, refusing
 from magcache.app.inputs import choose_inputs
 from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, Machine, Output, Sampling
+from magcache.app.lora import Lora, check_lora
 from magcache.app.processes import Processes
 from magcache.app.tasks import TASKS
 from magcache.app.trials.quality import note_few_steps, use_trials
@@ -24,6 +26,8 @@ def make_job(args: Namespace) -> Job:
     """args: of `magcache.app.flags.make_parser`. Raises Refused."""
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
+    for lora in machine.lora:
+        check_lora(lora, architecture_of(sampling.spec, machine.ckpt_dir))
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in fields(Inputs)})
     base_seed = args.base_seed
     if base_seed < 0:
@@ -38,8 +42,8 @@ def make_job(args: Namespace) -> Job:
     folder = Path(args.script).parent
     prompt, inputs = choose_inputs(sampling, prompt, inputs, folder, needed=not args.magcache_plan)
     cache, output = make_cache(args, sampling), make_output(args, sampling)
-    cache, measured = use_trials(sampling, cache, machine.ckpt_dir)
-    table, made_by = choose_table(sampling, cache, machine.ckpt_dir) if cache else (None, None)
+    cache, measured = use_trials(sampling, cache, machine)
+    table, made_by = choose_table(sampling, cache, machine) if cache else (None, None)
     extension = Extension(args.prompt_extend_method, args.prompt_extend_model, args.prompt_extend_target_lang)
     job = Job(
         sampling=sampling,
@@ -111,7 +115,8 @@ def make_machine(args: Namespace) -> Machine:
             world = Processes.from_environment().world
         check_processes(args, world)
     offload = world == 1 if args.offload_model is None else args.offload_model
-    return Machine(args.ckpt_dir or args.task, offload, **spread, world=world)
+    lora = tuple(map(Lora.from_flag, args.lora or ()))
+    return Machine(args.ckpt_dir or args.task, offload, **spread, world=world, lora=lora)
 
 
 def check_processes(args: Namespace, world: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import magcache
 from magcache import RatioTable, Schedule
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import CacheSettings, Job, Sampling
+from magcache.app.job import CacheSettings, Job, Machine, Sampling
 from magcache.app.step_map import predict_by_ratios
 from magcache.app.tasks import Task
 from magcache.files import read_json
@@ -20,13 +20,15 @@ HOW_TO_CALIBRATE = (
 )
 
 
-def settings_of(sampling: Sampling, ckpt_dir: str) -> dict:
+def settings_of(sampling: Sampling, machine: Machine) -> dict:
     """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
-    settings = asdict(sampling) | {"checkpoint": Path(ckpt_dir).resolve().name}
+    settings = asdict(sampling) | {"checkpoint": Path(machine.ckpt_dir).resolve().name}
+    if machine.lora:
+        settings["lora"] = ", ".join(f"{Path(lora.path).name}:{lora.strength:g}" for lora in machine.lora)
     del settings["sample_steps"]
     # refused with the rest of the folder, later
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        model = read_json(Path(ckpt_dir) / "config.json")
+        model = read_json(Path(machine.ckpt_dir) / "config.json")
         shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
         settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
     return settings
@@ -36,7 +38,10 @@ def compare_settings(table: RatioTable, run: dict) -> list[str]:
     """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
     measured = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
     different = {key: (measured[key], run[key]) for key in run if measured.get(key, run[key]) != run[key]}
+    measured_with, with_ = (settings.get("lora", "none") for settings in (measured, run))
     notices = []
+    if measured_with != with_:
+        notices.append(f"ratio table {table.name} was measured with LoRA {measured_with}, not {with_}")
     for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
         if key in different:
             notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
@@ -74,19 +79,19 @@ def find_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple
     return magcache.load_table(name), notice
 
 
-def choose_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable | None, str]:
+def choose_table(sampling: Sampling, cache: CacheSettings, machine: Machine) -> tuple[RatioTable | None, str]:
     """Returns the ratio table, None where none is needed, and in words what chooses the steps. Says where the table was
     measured on something else. Raises Refused if there is no table that can be used."""
     if cache.speedup is not None:
         return None, "outputs forecast along the noise level"
     try:
-        table, notice = find_table(sampling, cache, ckpt_dir)
+        table, notice = find_table(sampling, cache, machine.ckpt_dir)
     except magcache.UnknownTableError as fault:
         other = "" if cache.table else ", or name the table of another model there"
         raise Refused(f"{fault}; {HOW_TO_CALIBRATE}{other}") from fault
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    notices = [notice] if notice else compare_settings(table, settings_of(sampling, ckpt_dir))
+    notices = [notice] if notice else compare_settings(table, settings_of(sampling, machine))
     if table.steps != sampling.sample_steps:
         notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for line in notices:

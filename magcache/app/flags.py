@@ -85,6 +85,8 @@ def add_sampling(add: Callable) -> None:
 
 
 def add_machine(add: Callable) -> None:
+    lora = "merge a LoRA into the weights, one for each time: of diffusers, peft, kohya or ComfyUI (strength: 1)"
+    add("--lora", action="append", metavar="FILE[:STRENGTH]", help=lora)
     offload = "keep models on the GPU only while they work (default: True; False on several GPUs)"
     add("--offload_model", type=truth_value, help=offload)
     add("--t5_cpu", action="store_true", help="keep the text encoder on the CPU")

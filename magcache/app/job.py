@@ -9,6 +9,7 @@ from pathlib import Path
 
 import magcache
 from magcache.app.errors import Refused, shortened
+from magcache.app.lora import Lora
 from magcache.app.prompts import Line
 from magcache.app.tasks import TASKS, Task
 
@@ -93,8 +94,8 @@ OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_til
 
 @dataclass(frozen=True)
 class Machine:
-    """The model's folder, how it is spread over the GPUs, and how it fits them. None is the `wan` package's default.
-    world: processes in all. Raises Refused where flags do not go together."""
+    """The model's folder and what is merged into its weights, how it is spread over the GPUs, and how it fits them.
+    None is the `wan` package's default. world: processes in all. Raises Refused where flags do not go together."""
 
     ckpt_dir: str
     offload_model: bool
@@ -109,6 +110,7 @@ class Machine:
     attn_backend: str | None = None
     vae_tiling: bool = False
     world: int = 1
+    lora: tuple[Lora, ...] = ()
 
     def __post_init__(self):
         for flag in ("offload_blocks", "compile"):

@@ -8,6 +8,7 @@ import platform
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
         "device": device(),
         "steps_by": job.made_by,
         "table": describe_table(job.table),
+        "lora": [asdict(lora) | {"sha256": lora.sha256} for lora in job.machine.lora],
         "schedule": describe_schedule(job.schedule) if job.cache else None,
         "expected": describe_expectation(job),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
@@ -62,6 +64,7 @@ def replayed_values(job: Job, request: Request) -> dict:
     values |= {name: absolute(name, values[name]) for name in PATHS}
     if table := job.table or (job.measured and job.measured.table):
         values["mag_ratios"] = table.name if table.named else str(table.path.absolute())
+    values["lora"] = [str(replace(lora, path=os.path.abspath(lora.path))) for lora in job.machine.lora]
     again = request.path.with_stem(f"{request.path.stem}_again").absolute()
     values |= {"prompt": request.prompt, "n_prompt": request.n_prompt}
     return values | {"base_seed": request.seed, "save_file": str(again)}
@@ -103,8 +106,9 @@ def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) 
             continue
         if action.nargs in (0, "?") and isinstance(value, bool):
             command += [flag] if value else []
-        else:  # an equals sign for values such as -1
-            command += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+            continue
+        for one in value if isinstance(value, list) else [value]:  # an equals sign for values such as -1
+            command += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
     return command
 
 

@@ -63,7 +63,7 @@ def check_apart(job: Job, requests: list[Request]) -> None:
 def decisive_settings(job: Job) -> dict:
     """What, beside its line, decides on a video of a prompt file."""
     schedule = job.schedule
-    settings = settings_of(job.sampling, job.machine.ckpt_dir) | {
+    settings = settings_of(job.sampling, job.machine) | {
         "steps": job.sampling.sample_steps,
         "plan": [schedule.target, schedule.weights] if job.cache else None,
     }
@@ -71,6 +71,7 @@ def decisive_settings(job: Job) -> dict:
     settings |= {flag: job.flags[flag] for flag in flags}
     fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
+    settings |= {"lora": [(lora.sha256, lora.strength) for lora in job.machine.lora]} if job.machine.lora else {}
     inputs = [path for flag, path in asdict(job.inputs).items() if flag != "image"]
     return settings | {"inputs": inputs}
 

@@ -132,11 +132,11 @@ class CalibrationFile:
         raise Failed(f"the calibration could be kept nowhere: {reason}")
 
     def measured_on(self, done: list[Request]) -> dict:
-        sampling, ckpt_dir, sigmas = self.job.sampling, self.job.machine.ckpt_dir, self.job.sampling.noise_levels
+        sampling, sigmas = self.job.sampling, self.job.sampling.noise_levels
         inputs = {flag: getattr(self.job.inputs, flag) for flag in sampling.spec.inputs}
         if done[0].image:
             inputs["image"] = [request.image for request in done]
-        return settings_of(sampling, ckpt_dir) | {
+        return settings_of(sampling, self.job.machine) | {
             "sample_steps": sampling.sample_steps,
             "prompts": [request.prompt for request in done],
             "seeds": [request.seed for request in done],

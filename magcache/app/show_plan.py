@@ -71,6 +71,7 @@ def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -
     cached, full = run_flops(schedule, sizes, tokens)
     return [
         f"video     {video}; {tokens} tokens a call",
+        *(f"LoRA      {lora}" for lora in job.machine.lora),
         "",
         *map_lines(job),
         "",

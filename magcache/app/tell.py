@@ -23,6 +23,8 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
             print(f"{name:<9} {value}")
     seed = requests[0].seed if len(requests) == 1 else f"{job.base_seed} and up"
     print(f"video     {job.describe_video(shape, seed)}")
+    for lora in job.machine.lora:
+        print(f"LoRA      {lora}")
     if job.cache:
         bound = f"at most {schedule.speedup_bound:.2f}x faster"
         print(f"MagCache  {schedule.computed} of {calls} transformer calls computed, {bound}; {job.made_by}")

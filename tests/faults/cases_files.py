@@ -485,6 +485,61 @@ TABLES = [
     Case("record of lists", file_of("film.json", '["made_by"]', "--save_file", "film.mp4"), 2, "is no record"),
 ]  # fmt: skip
 
+Q = "blocks.0.self_attn.q"
+
+
+def lora(tensors: dict[str, tuple[int, ...]], *strength: str, **metadata: str) -> Callable[[Path], list]:
+    """A file of zeros of these shapes."""
+
+    def prepare(folder: Path) -> list:
+        save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / "a.safetensors", metadata)
+        return [*TINY, "--lora", ":".join(("a.safetensors", *strength))]
+
+    return prepare
+
+
+def pair(module: str, rows: int = 192, columns: int = 192, halves: str = "AB") -> dict[str, tuple[int, int]]:
+    shapes = {"A": (4, columns), "B": (rows, 4)}
+    return {f"{module}.lora_{half}.weight": shapes[half] for half in halves}
+
+
+LORAS = [
+    Case("LoRA missing", [*TINY, "--lora", "a.safetensors"], 2, "--lora: there is no file a.safetensors$"),
+    Case("LoRA missing, with a strength", [*TINY, "--lora", "a.safetensors:0.8"], 2, "there is no file a.safetensors$"),
+    Case("LoRA a folder", [*TINY, "--lora", "."], 2, r"there is no file \.$"),
+    Case("LoRA a pipe", pipe("p", *TINY, "--lora", "p"), 2, "there is no file p$"),
+    Case("LoRA empty", [*TINY, "--lora", ""], 2, "there is no file $"),
+    Case("LoRA strength text", lora(pair(Q), "strong"), 2, "a.safetensors:strong, and 'strong' is no strength"),
+    Case("LoRA strength missing", lora(pair(Q), ""), 2, "a.safetensors:, and '' is no strength"),
+    Case("LoRA strength NaN", lora(pair(Q), "nan"), 2, "a.safetensors: the strength must be finite, it is nan"),
+    Case("LoRA strength infinite", lora(pair(Q), "1e999"), 2, "the strength must be finite, it is inf"),
+    Case("LoRA no tensors", file_of("a.pt", "<html>not found</html>", "--lora", "a.pt"), 2,
+         "--lora: cannot read a.pt, is it complete"),
+    Case("LoRA of nothing", lora({}, of="nothing"), 2, "does not fit: it holds no tensors"),
+    Case("LoRA of a larger model", lora(pair(f"diffusion_model.{Q}", 5120, 5120)), 2,
+         rf"the change of {Q}.weight is \[5120, 4\] times \[4, 5120\], and the model's is \[192, 192\]; it fits the "
+         "model of t2v-14B or i2v-14B"),
+    Case("LoRA of more layers", lora(pair("lora_unet_blocks_8_ffn_0", 768)), 2,
+         "tensor lora_unet_blocks_8_ffn_0.lora_A.weight has no place in this model$"),
+    Case("LoRA of an i2v model", lora(pair("transformer.blocks.0.attn2.add_k_proj")), 2,
+         "add_k_proj.lora_A.weight has no place in this model; it fits the model of i2v-tiny$"),
+    Case("LoRA of another model", lora(pair("transformer.transformer_blocks.0.attn.to_q")), 2, "has no place"),
+    Case("LoRA of another kind", lora(pair(Q) | {f"{Q}.lora_magnitude_vector": (192,)}), 2, "vector has no place"),
+    Case("LoRA down without up", lora(pair(Q, halves="A")), 2, f"of the change of {Q}.weight there is only down$"),
+    Case("LoRA up without down", lora(pair(Q, halves="B")), 2, f"of the change of {Q}.weight there is only up$"),
+    Case("LoRA alpha alone", lora({f"{Q}.alpha": ()}), 2, "there is only alpha"),
+    Case("LoRA alpha a list", lora(pair(Q) | {f"{Q}.alpha": (2,)}), 2, "alpha .* is no single number"),
+    Case("LoRA difference of another shape", lora({f"{Q}.diff_b": (193,)}), 2, r"bias is \[193\], and .* \[192\]"),
+    Case("LoRA halves apart", lora({**pair(Q, halves="A"), f"{Q}.lora_B.weight": (192, 5)}), 2, r"\[192, 5\] times"),
+    Case("LoRA of numbers", lora({f"{Q}.lora_A.weight": (), f"{Q}.lora_B.weight": ()}), 2, r"is \[\] times \[\]"),
+    Case("LoRA twice the same", lora(pair(Q) | pair(f"diffusion_model.{Q}")), 2, "stand for the same"),
+    Case("LoRA metadata nested", lora(pair(Q), lora_adapter_metadata=NESTED), 2, "cannot read the configuration"),
+    Case("LoRA with DoRA", lora(pair(Q), lora_adapter_metadata='{"transformer.use_dora": true}'), 2,
+         "is a LoRA with use_dora, which is not known here"),
+    Case("LoRA alpha text", lora(pair(Q), lora_adapter_metadata='{"transformer.lora_alpha": "4"}'), 2,
+         "lora_alpha of a.safetensors must be a number, it is '4'"),
+]  # fmt: skip
+
 CASES = [
     *CONFIG,
     *WEIGHTS,
@@ -494,4 +549,5 @@ CASES = [
     *NAMES,
     *PIPES,
     *TABLES,
+    *LORAS,
 ]  # fmt: skip

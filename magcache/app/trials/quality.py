@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import magcache
 from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import CacheSettings, Job, Sampling
+from magcache.app.job import CacheSettings, Job, Machine, Sampling
 from magcache.speedup import FEWEST
 from magcache.trials import ANOTHER
 
@@ -13,17 +13,17 @@ HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_cali
 
 
 def use_trials(
-    sampling: Sampling, cache: CacheSettings | None, ckpt_dir: str
+    sampling: Sampling, cache: CacheSettings | None, machine: Machine
 ) -> tuple[CacheSettings | None, "magcache.trials.Measured | None"]:
     """What a speed-up or a quality takes from the trials of the model's table: the constants of the rule, and the
     speed-up that a quality takes; and the trials, None where there are none. Says where they were run otherwise.
     Raises Refused where trials are needed and missing, or promise the quality at no speed-up."""
     if cache is None or (cache.speedup is None and cache.quality is None):
         return cache, None
-    measured = find_trials(sampling, cache, ckpt_dir)
+    measured = find_trials(sampling, cache, machine.ckpt_dir)
     if not measured:
         return cache, None
-    run = settings_of(sampling, ckpt_dir) | {"sample_steps": sampling.sample_steps}
+    run = settings_of(sampling, machine) | {"sample_steps": sampling.sample_steps}
     for line in compare_settings(measured.table, run):
         print(f"note: {line}; what its trials say holds for that")
     if cache.quality is not None:
@@ -72,12 +72,18 @@ def expectation(job: Job) -> "magcache.trials.Expectation | None":
 
 
 def note_few_steps(job: Job) -> None:
-    """Says where a speed-up leaves so few computed steps that fewer sampler steps come closer, unless trials tell."""
-    computed = job.schedule.computed // job.schedule.calls_per_step
-    if job.cache and job.cache.speedup is not None and computed < FEWEST and not expectation(job):
+    """Says where the run, by a LoRA for few steps, or a speed-up leaves so few computed steps that fewer sampler steps
+    come closer, unless trials tell."""
+    steps, computed = job.schedule.steps, job.schedule.computed // job.schedule.calls_per_step
+    if not job.cache or computed >= FEWEST or expectation(job):
+        return
+    worth = f"a cache is worth it from {FEWEST} computed steps on"
+    if job.machine.lora and steps < FEWEST:
+        print(f"note: {steps} steps leave a cache nothing to spare; leave it out ({worth})")
+    elif job.cache.speedup is not None:
         print(
             f"note: {computed} computed steps are too few for forecasts between; --sample_steps {computed} without "
-            f"a cache takes as long and should come closer (a cache is worth it from {FEWEST} computed steps on)"
+            f"a cache takes as long and should come closer ({worth})"
         )
 
 
