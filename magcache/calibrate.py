@@ -15,11 +15,11 @@ from magcache.schedule import CALLS_PER_STEP
 class Calibration:
     """Compares every residual with the one before in its branch, token by token (padding tokens do not count).
 
-    Three lists in call order from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|; `stds`,
-    its standard deviation over tokens (unbiased); `cosine_distances`, the mean of 1 - cos(r_t, r_{t-1}). A run begins
-    with empty lists.
+    It fills three lists in call order, from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|;
+    `stds`, its standard deviation over tokens (unbiased); `cosine_distances`, the mean of 1 - cos(r_t, r_{t-1}). A run
+    begins with empty lists.
 
-    group: of the processes (torch.distributed) that share the tokens, all of which then have the figures of all tokens.
+    group: the torch.distributed group of the ranks that share the tokens; each of them gets the figures of all tokens.
     """
 
     def __init__(self, steps: int, group=None):
@@ -39,7 +39,7 @@ class Calibration:
         out = run_blocks(blocks, x, *args, **kwargs)
         residual = (out - x).float()
         positions = torch.arange(residual.shape[1])
-        if self.group is not None:  # too low only for parts of unequal length, which hold no padding
+        if self.group is not None:  # too low for parts of unequal length, but those hold no padding
             positions += torch.distributed.get_rank(self.group) * len(positions)
         lengths = kwargs.get("seq_lens", [len(positions)] * len(residual))  # diffusers pads nothing
         is_token = positions < torch.as_tensor(lengths).cpu()[:, None]
@@ -63,8 +63,8 @@ class Calibration:
         return False
 
     def lists(self) -> dict[str, list[float]]:
-        """The three lists of a complete run by their names in a table, rounded to 5 decimals as the released script
-        does. Raises RuntimeError before the run is complete."""
+        """Returns the three lists of a complete run by their names in a table, rounded to 5 decimals as the released
+        script does. Raises RuntimeError before the run is complete."""
         if len(self.ratios) != self.calls - CALLS_PER_STEP:
             raise RuntimeError(f"the run stopped after {len(self.ratios) + CALLS_PER_STEP} of {self.calls} calls")
         lists = {"mag_ratio": self.ratios, "mag_std": self.stds, "cos_dis": self.cosine_distances}
@@ -72,8 +72,8 @@ class Calibration:
 
 
 def make_table(name: str, runs: list[dict[str, list[float]]], measured_on: dict) -> dict:
-    """One table of several runs' `Calibration.lists()`: their means, rounded to 5 decimals, in the format of
-    `magcache.load_table`.
+    """Makes one table of several runs' `Calibration.lists()`: their means, rounded to 5 decimals, in the format that
+    `magcache.load_table` reads.
 
     With two runs or more, "mag_ratio_spread" is the standard deviation (unbiased) of the ratios over the runs.
     """
@@ -92,9 +92,9 @@ def make_table(name: str, runs: list[dict[str, list[float]]], measured_on: dict)
 
 
 def apply_calibration(model: torch.nn.Module, steps: int, group=None) -> Calibration:
-    """Attaches a calibration of `steps` sampling steps with guidance; `magcache.remove_magcache` takes it off.
+    """Attaches a calibration of `steps` sampling steps with guidance; `magcache.remove_magcache` removes it.
 
-    group: of the processes that share the tokens, see `Calibration`.
+    group: the ranks that share the tokens, see `Calibration`.
 
     Raises the errors of `magcache.apply_magcache` for the target "residual".
     """

@@ -11,8 +11,8 @@ from typing import Any
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file beside `path` to write to, which takes that one's place at the end, or vanishes with an exception. Its
-    ending tells writers the format."""
+    """Yields a new file beside `path` to write to. It takes the place of `path` at the end and is deleted after an
+    exception. Its suffix is that of `path`, which tells writers the format."""
     part = new_part(Path(path))
     try:
         yield part
@@ -25,35 +25,35 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def new_part(path: Path) -> Path:
-    """An empty file beside `path` whose name nothing else has. Raises OSError where there can be none."""
-    # short, as `path` may have as long a name as there can be; not of `tempfile`, which only their owner may read
+    """Makes an empty file beside `path` with a name that nothing else has. Raises OSError if that is impossible."""
+    # short, as `path` may have the longest name allowed; not by `tempfile`, whose files only their owner may read
     part = path.with_name(f"{secrets.token_hex(8)}.part{path.suffix}")
     open(part, "xb").close()
     return part
 
 
 def is_special(path: str | os.PathLike) -> bool:
-    """Whether a path leads to a pipe, a device or the like, whose reader may wait forever."""
+    """Whether a path leads to a pipe, a device or the like, where reading may wait forever."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file. Raises FileNotFoundError, and ValueError with one line for what cannot be read: no
-    regular file, no text, no JSON, nested too deep."""
+    """Returns the content of a JSON file. Raises FileNotFoundError, and ValueError with one line if it is not a regular
+    file, not text, not JSON, or nested too deeply."""
     if is_special(path):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except (OSError, ValueError) as fault:
         raise ValueError(reason_of(fault)) from None
 
 
 def reason_of(fault: Exception) -> str:
-    """Why a file cannot be read, in a line that does not hold its path."""
+    """Says why a file cannot be read, in one line without its path."""
     if isinstance(fault, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     return getattr(fault, "strerror", None) or str(fault).splitlines()[0].split(";")[0]

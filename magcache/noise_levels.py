@@ -10,7 +10,7 @@ SOLVERS = {"unipc": 0.9990000128746033, "dpm++": 1.0}  # their first sigma befor
 
 
 def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float, ...]:
-    """Sigmas of the sampling steps, falling, without the final 0: linear, then shifted towards noise by
+    """Returns the sigmas of the sampling steps, falling, without the final 0: linear, then shifted towards noise by
     s x / (1 + (s - 1) x). UniPC ("unipc") starts at 0.999, DPM++ ("dpm++") at pure noise.
 
     Raises ValueError for another solver, for less than one step, a shift that is not a positive number, and levels that
@@ -36,7 +36,7 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
 
 
 def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
-    """The sigmas; raises ValueError unless they are one a step, falling, in (0, 1], to rounding."""
+    """Returns the sigmas; raises ValueError unless there is one per step, falling and, up to rounding, in (0, 1]."""
     levels = tuple(min(float(sigma), 1.0) if sigma < 1 + 1e-6 else float(sigma) for sigma in sigmas)
     falling = all(a > b for a, b in pairwise((math.nextafter(1, 2), *levels, 0.0)))
     if len(levels) != steps or not falling:
@@ -46,22 +46,22 @@ def checked_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 def noise_levels_of(scheduler, steps: int) -> tuple[float, ...]:
-    """Sigmas of the sampling steps, falling, without the final one, that a flow scheduler of diffusers has after
-    `set_timesteps(steps)`. The scheduler itself is left as it is.
+    """Returns the sigmas of the sampling steps, falling, without the final one, that a flow scheduler of diffusers has
+    after `set_timesteps(steps)`. The scheduler itself is not changed.
 
-    Raises ValueError if it is not set to flow, calls the model other than once a step, or draws fresh noise in every
-    step: then the outputs of neighbouring steps are too far apart for a forecast.
+    Raises ValueError if it is not configured for flow matching, does not call the model exactly once per step, or draws
+    fresh noise in every step: then the outputs of neighbouring steps are too far apart for a forecast.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     draws = config.get("stochastic_sampling") or config.get("eta") or "tau_func" in config or "LCM" in name
     if draws or str(config.get("algorithm_type")).startswith("sde"):
-        raise ValueError(f"{name}, as it is configured, draws fresh noise in every step: no output of it is forecast")
+        raise ValueError(f"{name}, as it is configured, draws fresh noise in every step, so no output can be forecast")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     try:
         return checked_levels(getattr(scheduler, "sigmas", ())[:-1], steps)
     except ValueError as error:
-        raise ValueError(f"{name} is no flow scheduler of one call a step: {error}") from None
+        raise ValueError(f"{name} is not a flow scheduler with one call per step: {error}") from None
 
 
 def first_below(sigmas: Sequence[float], boundary: float) -> int:

@@ -14,11 +14,11 @@ from magcache.files import read_json, written_whole
 from magcache.schedule import CALLS_PER_STEP, join_branches
 
 TABLES = Path(__file__).with_name("ratios")
-ABSURD = (0.01, 100)  # ratios beyond were not measured on any model
+ABSURD = (0.01, 100)  # no model was seen to have ratios beyond these
 
 
 class UnknownTableError(ValueError):
-    """No table has the name, or none fits the model: one has to be measured, or another one named."""
+    """No table has this name, or none fits the model: measure one or name another."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class RatioTable:
 
 
 def table_names() -> tuple[str, ...]:
-    """Names that `load_table` knows: the published tables and the demo models'."""
+    """Returns the names that `load_table` knows: the published tables and the demo models'."""
     return tuple(sorted(path.stem for path in TABLES.glob("*.json")))
 
 
 def load_ratios(name_or_path: str | os.PathLike) -> tuple[float, ...]:
-    """The ratios of `load_table`: 2 * steps numbers in call order. Raises the errors of that.
+    """Returns the ratios of `load_table`, 2 * steps numbers in call order, and raises its errors.
 
     >>> len(magcache.load_ratios("t2v-1.3B"))
     100
@@ -79,30 +79,30 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
 
 
 def table_of(content: dict | list, name: str = "", named: bool = False, path: Path | None = None) -> RatioTable:
-    """Makes a table of what such a file holds. Raises ValueError with one line that says what is wrong."""
+    """Makes a table from the content of such a file. Raises ValueError with one line that says what is wrong."""
     if isinstance(content, list):
         content = {"mag_ratio": content}
     ratios = content.get("mag_ratio") if isinstance(content, dict) else None
     if not isinstance(ratios, list) or not all(type(r) in (int, float) for r in ratios):
-        raise ValueError('it needs a list of numbers, alone or as "mag_ratio"')
+        raise ValueError('it must be a list of numbers or hold one as "mag_ratio"')
     steps, measured_on = content.get("calibrated_steps"), content.get("measured_on", {})
     if not isinstance(measured_on, dict):
-        raise ValueError('"measured_on" holds no settings')
+        raise ValueError('"measured_on" must hold settings by name')
     if type(steps) is int:
         if len(ratios) == CALLS_PER_STEP * (steps - 1):
             ratios = [1.0, 1.0, *ratios]  # even where the first measured pair happens to be 1.0, 1.0
         if len(ratios) != CALLS_PER_STEP * steps:
-            raise ValueError(f"{len(ratios)} ratios do not belong to {str(steps)[:40]} steps")
+            raise ValueError(f"{len(ratios)} ratios do not fit {str(steps)[:40]} steps")
     cond, uncond = split_branches(ratios)
     return RatioTable(name, join_branches((cond, uncond)), measured_on, named, path, content.get("trials"))
 
 
 def save_table(path: str | os.PathLike, table: dict, replace: bool = False) -> None:
-    """Writes a table as JSON, whole or not at all. Raises FileExistsError rather than replace a file, but for
-    `replace`."""
+    """Writes a table as JSON, whole or not at all. Raises FileExistsError if there is such a file, unless `replace` is
+    true."""
     path = Path(path)
     if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists; move it away or choose another name")
+        raise FileExistsError(f"{path} already exists; move it away or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(json.dumps(table, indent=1) + "\n")
@@ -113,13 +113,13 @@ def split_branches(ratios: Sequence[float]) -> tuple[tuple[float, ...], tuple[fl
     `magcache.schedule.join_branches` puts them together.
 
     A table may come with that leading pair of 1.0 or without (as the upstream lists do). Raises ValueError if its
-    length is odd, it is empty, or a value is none that a model could have (NaN, 0, negative, below 0.01, above 100).
+    length is odd, it is empty, or it holds a value that no model could have (NaN, 0, negative, below 0.01, above 100).
     """
     if not len(ratios) or len(ratios) % CALLS_PER_STEP:
         raise ValueError(f"a ratio table holds pairs of cond and uncond, got {len(ratios)} numbers")
     for index, ratio in enumerate(ratios):
         if not ABSURD[0] < ratio < ABSURD[1]:
-            raise ValueError(f"ratio {index} is {str(ratio)[:40]}; ratios of one step to the next are near 1")
+            raise ValueError(f"ratio {index} is {str(ratio)[:40]}; the ratio of one step to the next is near 1")
     flat = tuple(float(ratio) for ratio in ratios)
     if flat[:CALLS_PER_STEP] != (1.0, 1.0):
         flat = (1.0, 1.0, *flat)

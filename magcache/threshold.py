@@ -33,7 +33,7 @@ class Settings:
             raise ValueError(f"retention_ratio must be in [0, 1], got {self.retention_ratio}")
 
     def first_free_step(self, steps: int) -> int:
-        """The first step that may reuse. Where the split of the 2 * steps calls is odd, both branches wait."""
+        """The first step that may reuse. Where the split of the 2 * steps calls is odd, both branches start later."""
         split = int(CALLS_PER_STEP * steps * self.retention_ratio)
         return max(1, math.ceil(split / CALLS_PER_STEP))
 
@@ -75,7 +75,7 @@ def plan_threshold(
         at another number of steps is resampled by nearest index, as the released code does.
     steps: sampling steps, >= 1.
     thresh, K, retention_ratio: see `Settings`.
-    calls_per_step: 2, or 1 for a model that runs without guidance; that one follows the cond ratios.
+    calls_per_step: 2, or 1 for a model that runs without guidance, which then follows the cond ratios.
     sigmas: noise levels of the steps, see `Schedule`; they do not change what is reused.
 
     Raises ValueError for a setting or a table that makes no sense.

@@ -28,7 +28,7 @@ def read_image(path: str) -> Image.Image:
     """Returns an upright RGB image. Raises ValueError with one line for a file that is missing, damaged or no image,
     for transparency, 32 bits a channel, and for sides that are too small or too unequal."""
     if is_special(path):
-        raise ValueError(f"cannot read {path}: it is no regular file")
+        raise ValueError(f"cannot read {path}: it is not a regular file")
     try:
         with warnings.catch_warnings(), Image.open(path) as file:
             warnings.simplefilter("ignore")  # of what can be read all the same
@@ -69,7 +69,7 @@ def frames_at_most(most: int, path: str) -> int:
     import imageio_ffmpeg
 
     if not os.path.isfile(path):  # a pipe might never end
-        reason = "it is no regular file" if os.path.exists(path) else "no such file"
+        reason = "it is not a regular file" if os.path.exists(path) else "no such file"
         raise ValueError(f"cannot read {path}: {reason}")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:v:0"]
     command += ["-fps_mode", "passthrough", "-frames:v", str(most), "-f", "framecrc", "-"]

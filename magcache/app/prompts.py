@@ -36,7 +36,7 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     cannot be read, with the number of the line in the file.
     """
     if is_special(path):
-        raise ValueError(f"cannot read {path}: it is no regular file")
+        raise ValueError(f"cannot read {path}: it is not a regular file")
     try:
         with open(path, "rb") as file:
             is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes it

@@ -120,7 +120,7 @@ def check_target(path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # finds a name that is too long
         if is_special(path) or path.is_dir():
-            raise Refused(f"{path} exists and is no regular file")
+            raise Refused(f"{path} exists and is not a regular file")
         new_part(path).unlink()
     except (OSError, ValueError) as fault:
         raise Refused(f"cannot write {str(path)!r}: {reason_of(fault)}") from fault

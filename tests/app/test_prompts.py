@@ -66,7 +66,7 @@ def test_bad_files(tmp_path):
     write(tmp_path, " \n\n", "empty.txt")
     for name, message in (
         ("none.txt", "cannot read {}: No such file or directory"),
-        ("latin.txt", "cannot read {}: it is no text in UTF-8"),
+        ("latin.txt", "cannot read {}: it is not UTF-8 text"),
         ("empty.txt", "{} holds no prompt"),
     ):
         with pytest.raises(ValueError) as fault:

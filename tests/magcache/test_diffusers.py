@@ -761,7 +761,7 @@ def test_noise_levels_of(scheduler, steps):
     ],
 )
 def test_schedulers_without_flow_or_with_more_calls(scheduler, message):
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} is no flow scheduler of one call a.*{message}"):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} is not a flow scheduler.*{message}"):
         magcache.noise_levels_of(scheduler, 9)
 
 

@@ -37,7 +37,7 @@ def decoder(path: str, *options: str) -> list[str]:
 def probe_video(path: str) -> VideoInfo:
     """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete, transparent or no video."""
     if not os.path.isfile(path):  # a pipe might never end
-        reason = "it is no regular file" if os.path.exists(path) else "no such file"
+        reason = "it is not a regular file" if os.path.exists(path) else "no such file"
         raise ValueError(f"cannot read {path}: {reason}")
     command = decoder(path, "-xerror", "-enc_time_base", f"1/{TICKS}", "-f", "framecrc")
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
