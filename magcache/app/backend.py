@@ -1,5 +1,5 @@
-"""The `wan` package beside the script: what is asked of it, whichever it is. Two modules answer: `our_wan`, for that of
-this repository, and `stock_wan`, for Wan2.1's own, which does less."""
+"""The `wan` package beside the script: what is asked of it, whichever it is. Three modules answer: `our_wan`, for that
+of this repository, `stock_wan` and `stock_wan22`, for those of Wan2.1 and Wan2.2, which do less."""
 
 import abc
 import functools
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 
 
 class Backend(abc.ABC):
-    """A `wan` package. has_own_flags: whether it takes the flags `magcache.app.job.OF_OUR_WAN`. frees_models: whether
-    a pipeline drops its models once no other video comes. saves_uncond: whether it makes one call a step at a guidance
-    of 1. without_card: what to say where there is no CUDA device. damaged: what it raises for a file that it cannot
-    read."""
+    """A `wan` package. release: whose it is. task: of a command that names none. lacks: flags that it does not take.
+    not_used: flags of its script for tasks that are not run here. sharing: what a pipeline calls it that processes
+    share the tokens. remedy: what to do where it cannot be imported. frees_models: whether a pipeline drops its models
+    once no other video comes. saves_uncond: whether it makes one call a step at a guidance of 1. without_card: what to
+    say where there is no CUDA device. damaged: what it raises for a file that it cannot read."""
 
-    has_own_flags: bool
+    release: str
+    task = "t2v-14B"
+    lacks: tuple[str, ...] = ()
+    not_used: tuple[str, ...] = ()
+    sharing = "use_usp"
+    remedy = "run this beside one, in its environment"
     frees_models: bool
     saves_uncond: bool
     without_card: str
@@ -62,15 +68,19 @@ class Backend(abc.ABC):
         """Arguments of a pipeline beside those that upstream's has."""
         return {}
 
+    def transformers(self, pipeline: "Pipeline") -> list["torch.nn.Module"]:
+        """The pipeline's, in the order in which a run calls them."""
+        return [pipeline.model]
+
     def apart(self, group: Group) -> AbstractContextManager:
         """Lets a pipeline load and generate without the other groups."""
         return nullcontext()
 
-    def attach(self, model: "torch.nn.Module", runner: "Runner", on_call: "OnCall") -> None:
-        """Hands the calls of the pipeline's model to `runner`, which starts afresh."""
+    def attach(self, pipeline: "Pipeline", runner: "Runner", on_call: "OnCall") -> None:
+        """Hands the calls of the pipeline's transformers to `runner`, which starts afresh."""
         from magcache import patch
 
-        patch.attach(model, runner, on_call)
+        patch.attach(self.transformers(pipeline), runner, on_call)
 
 
 class Pipeline(Protocol):
@@ -95,6 +105,10 @@ def backend() -> Backend:
         from magcache.app.our_wan import OurWan
 
         return OurWan()
+    if (wan_folder() / "textimage2video.py").is_file():
+        from magcache.app.stock_wan22 import StockWan22
+
+        return StockWan22()
     from magcache.app.stock_wan import StockWan
 
     return StockWan()
@@ -102,7 +116,7 @@ def backend() -> Backend:
 
 def check_before_import(sampling: Sampling, machine: Machine) -> None:
     """Refuses what can be told at once: importing `wan` takes seconds."""
-    if (wan_folder() / "textimage2video.py").is_file():
+    if backend().release == "Wan2.2":
         raise Refused(
             "the wan package here is Wan2.2's: run this beside that of Wan2.1, or of this script's repository"
         )
@@ -118,8 +132,7 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict
     try:
         from wan.configs import WAN_CONFIGS
     except ImportError as fault:
-        remedy = "run this beside one, in its environment"
-        raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {remedy}") from fault
+        raise Refused(f"the wan package cannot be imported ({first_line(fault)}): {chosen.remedy}") from fault
     except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
         needs = "the wan package here needs a CUDA device and a torch that sees it"
         raise Refused(f"{needs} ({first_line(fault)})") from fault
@@ -213,7 +226,7 @@ def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Gro
     if not torch.cuda.is_available() and not sampling.spec.is_demo:
         print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
-    spread |= {"device_id": processes.local_rank, "use_usp": machine.shards > 1} | chosen.placement(machine)
+    spread |= {"device_id": processes.local_rank, chosen.sharing: machine.shards > 1} | chosen.placement(machine)
     with chosen.apart(group), merging(machine.lora):
         return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
 

@@ -89,6 +89,9 @@ def check_effects(args: Namespace) -> None:
     for name in sorted(given):
         if name in needs and not needs[name][0]:
             print(f"note: --{name} has no effect without {needs[name][1]}")
+    for name in backend().not_used:
+        if getattr(args, name) is not None:
+            print(f"note: --{name} is not used by task {args.task}")
     for name in ("mag_ratios", "magcache_speedup", "magcache_quality", "magcache_offload", "compare"):
         if getattr(args, name) and not cached:
             raise Refused(f"--{name} needs --use_magcache")
@@ -97,11 +100,14 @@ def check_effects(args: Namespace) -> None:
 def make_machine(args: Namespace) -> Machine:
     """Refuses flags that the `wan` here does not have, and those for several GPUs that the number of processes does not
     fit; a plan is for any machine."""
-    for flag in () if backend().has_own_flags else OF_OUR_WAN:
-        if getattr(args, flag):
-            raise Refused(f"--{flag} needs the wan package of magcache_generate.py, this one is Wan2.1's own")
-    names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size")
+    for flag in backend().lacks:
+        if getattr(args, flag) not in (None, False):
+            whose = f"this one is {backend().release}'s own"
+            raise Refused(f"--{flag} needs the wan package of magcache_generate.py, {whose}")
+    names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "convert_model_dtype")
     spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}
+    if args.convert_model_dtype and "dit_dtype" not in backend().lacks:
+        spread["dit_dtype"] = args.dit_dtype or "bfloat16"
     if min(args.ulysses_size, args.ring_size) < 1:
         both = f"got {args.ulysses_size} and {args.ring_size}"
         raise Refused(f"--ulysses_size and --ring_size must be at least 1, {both}")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from magcache.app.backend import backend
 from magcache.app.tasks import TASKS, all_sizes
 
 
@@ -36,6 +37,12 @@ def truth_value(text: str) -> bool:
     return text.lower() in ("yes", "true", "t", "y", "1")
 
 
+def supported(task: str) -> str:
+    if task in ("animate-14B", "s2v-14B"):
+        raise argparse.ArgumentTypeError(f"{task} of Wan2.2 is not supported here")
+    return task
+
+
 def make_parser(script: str | Path, description: str | None = None) -> Parser:
     """script: path of the command, whose folder holds the examples; args.script is where it is."""
     usage = "%(prog)s --task TASK --ckpt_dir DIR --prompt TEXT --use_magcache --magcache_speedup X [any flag below]"
@@ -48,11 +55,14 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     add_machine(parser.add_argument_group("model and machine").add_argument)
     add_extension(parser.add_argument_group("prompt extension").add_argument)
     add_magcache(parser.add_argument_group("MagCache").add_argument)
+    for name in backend().not_used:
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
 
 
 def add_first(add: Callable) -> None:
-    add("--task", default="t2v-14B", choices=tuple(TASKS), help="what to make, of what, with which model")
+    what = "what to make, of what, with which model"
+    add("--task", default=backend().task, type=supported, choices=tuple(TASKS), help=what)
     add("--ckpt_dir", metavar="DIR", help="checkpoint folder in the official layout")
     add("--prompt", metavar="TEXT", help="what to show (default: an example)")
     add("--use_magcache", action="store_true", help="compute only the transformer calls that the schedule names")
@@ -94,6 +104,8 @@ def add_machine(add: Callable) -> None:
     add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
     add("--ulysses_size", type=int, default=1, help="GPUs that share the attention heads")
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
+    convert = "Wan2.2's: hold the DiT in bfloat16, as by --dit_dtype bfloat16"
+    add("--convert_model_dtype", action="store_true", help=convert)
     dtype = (
         "of the DiT's large weights (default: bfloat16 on CUDA, bit-identical; float32 on the CPU and with --dit_fsdp)"
     )

@@ -104,6 +104,7 @@ class Machine:
     dit_fsdp: bool
     ulysses_size: int
     ring_size: int
+    convert_model_dtype: bool = False
     dit_dtype: str | None = None
     offload_blocks: bool = False
     compile: bool = False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class OurWan(Backend):
-    has_own_flags = frees_models = saves_uncond = True
+    release, frees_models, saves_uncond = "this repository", True, True
     without_card = "a full-size model takes hours for a video"
 
     @property

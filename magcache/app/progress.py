@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from magcache.app.backend import backend
 from magcache.app.errors import NotFinite
 from magcache.app.step_map import step_map
 from magcache.patch import shadowed
@@ -227,7 +228,8 @@ def watched(pipeline, schedule: Schedule, show: bool = True, decoding: float | N
     terminal, a line every 30 seconds. decoding: the seconds that it will take, where they are known."""
     watch = Watch(schedule, show, decoding)
     with contextlib.ExitStack() as stack:
-        stack.callback(pipeline.model.register_forward_pre_hook(watch.before_call).remove)
+        for model in backend().transformers(pipeline):
+            stack.callback(model.register_forward_pre_hook(watch.before_call).remove)
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):

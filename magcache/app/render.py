@@ -45,7 +45,7 @@ class Renderer:
         self.watch, self.pipeline.keeps_models = None, more
         with watched(self.pipeline, schedule, self.crew.speaks, self.decoding) as watch:
             self.watch = watch
-            backend().attach(self.pipeline.model, runner or patch.OutputCache(schedule), watch.called)
+            backend().attach(self.pipeline, runner or patch.OutputCache(schedule), watch.called)
             video = self.generate(request, self.job.sampling.sample_steps)
         self.decoding = watch.seconds["decode"]
         return Rendered(video, watch)

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magcache.app.backend import Backend, wan_folder
+from magcache.app.backend import Backend, Pipeline, wan_folder
 from magcache.app.errors import Refused, need_package
-from magcache.app.job import Inputs, Machine, Sampling
+from magcache.app.job import OF_OUR_WAN, Inputs, Machine, Sampling
 from magcache.app.processes import Group, Processes
 from magcache.app.tasks import located
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class StockWan(Backend):
-    has_own_flags = frees_models = saves_uncond = False
+    release = "Wan2.1"
+    lacks = (*OF_OUR_WAN, "convert_model_dtype")
+    frees_models = saves_uncond = False
     without_card = "the wan package here is made for one"
 
     def __init__(self):
@@ -54,14 +56,17 @@ class StockWan(Backend):
         if sampling.spec.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
             loads = f"{config.clip_tokenizer}/, which the wan package here loads"
             raise Refused(f"--ckpt_dir {machine.ckpt_dir} lacks {loads}")
+        self.check_attention()
+
+    def check_attention(self) -> None:
         attention = getattr(sys.modules.get("wan.modules.model"), "flash_attention", None)  # imported with the configs
         known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
         if False in known and True not in known:
             raise Refused("the wan package here needs the package flash_attn: pip install flash-attn")
 
     def start_groups(self, processes: Processes, machine: Machine) -> Group:
-        """It wants xfuser's groups to be there before the pipeline is made; all processes are one group, but where they
-        share neither tokens nor weights: then each makes videos of its own."""
+        """All processes are one group, but where they share neither tokens nor weights: then each makes videos of its
+        own."""
         if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
             return Group(index=processes.rank, count=processes.world)
         if machine.shards == 1:
@@ -70,6 +75,13 @@ class StockWan(Backend):
             sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
             number = "must be the number of processes with the wan package here"
             raise Refused(f"{sizes} {number}, there are {processes.world}")
+        self.start_sharing(processes, machine)
+        import torch
+
+        return Group(processes.rank, processes.world, sharing=torch.distributed.group.WORLD)
+
+    def start_sharing(self, processes: Processes, machine: Machine) -> None:
+        """It wants xfuser's groups to be there before the pipeline is made."""
         try:
             from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
         except ImportError as fault:
@@ -78,9 +90,6 @@ class StockWan(Backend):
         init_distributed_environment(rank=processes.rank, world_size=processes.world)
         degrees = {"ring_degree": machine.ring_size, "ulysses_degree": machine.ulysses_size}
         initialize_model_parallel(sequence_parallel_degree=processes.world, **degrees)
-        import torch
-
-        return Group(processes.rank, processes.world, sharing=torch.distributed.group.WORLD)
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> None:
         """The pipeline reads them; what can be told without it is checked."""
@@ -107,10 +116,10 @@ class StockWan(Backend):
 
         return shadowed(torch.distributed, {"barrier": lambda *args, **kwargs: None})
 
-    def attach(self, model: "torch.nn.Module", runner: "Runner", on_call: "OnCall") -> None:
+    def attach(self, pipeline: "Pipeline", runner: "Runner", on_call: "OnCall") -> None:
         if runner.calls_per_step == 2:
-            return super().attach(model, runner, on_call)
-        super().attach(model, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))
+            return super().attach(pipeline, runner, on_call)
+        super().attach(pipeline, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))
 
 
 class CondForBoth:

@@ -35,7 +35,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
             print(f"note: these settings reuse nothing; a larger {larger} would")
     else:
         print(f"MagCache  off: all {calls} transformer calls computed")
-    if not job.sampling.spec.is_demo and backend().has_own_flags:
+    if not job.sampling.spec.is_demo and not backend().lacks:
         tell_needs(job, shape)
     if job.calibrates:
         print(f"          their ratios are measured and written to {job.output.table.parent}/")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from magcache import Settings, patch, trials
-from magcache.app.backend import Pipeline
+from magcache.app.backend import Pipeline, backend
 from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.processes import Crew, gathered
@@ -112,11 +112,12 @@ class TrialRuns:
             if len(kept.outputs) < self.wanted:
                 kept.outputs.append(tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), out))
 
-        hook = self.pipeline.model.register_forward_hook(keep_output)
+        hooks = [model.register_forward_hook(keep_output) for model in backend().transformers(self.pipeline)]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         self.waiting.append(kept)
         self.recorded += 1
 
@@ -172,7 +173,8 @@ class TrialRuns:
         comes: for that the transformer stays on the card, once the text encoder needs the room no more."""
         pipeline, schedule = self.pipeline, way.schedule
         cache = patch.CACHES[schedule.target](schedule)
-        patch.attach(pipeline.model, Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update))
+        rerun = Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update)
+        patch.attach(backend().transformers(pipeline), rerun)
         encoded = bool(recorded.inputs) and recorded.inputs["text_encoder"].results
         stays = {"afterwards": lambda offload_model: None} if more and encoded else {}  # of the `wan` here
         with self.only_denoising(recorded), bars_replaced(pipeline), patch.shadowed(pipeline, stays):

@@ -18,42 +18,64 @@ SHAPE = (16, 3, 4, 4)  # of the latent, whatever video is asked for
 TOKENS = 12
 
 
+def usp_forwards():
+    from .distributed.xdit_context_parallel import usp_attn_forward, usp_dit_forward
+
+    return usp_attn_forward, usp_dit_forward
+
+
 class Pipeline:
     model_class = WanModel
+    shape = SHAPE
 
     def __init__(
         self, config, checkpoint_dir, device_id=0, rank=0, t5_fsdp=False, dit_fsdp=False, use_usp=False, t5_cpu=False
     ):
-        self.record = {"device_id": device_id, "rank": rank, "use_usp": use_usp, "calls": []}
-        self.device, self.rank, self.config = torch.device("cpu"), rank, config
-        kept = ("model_type", "in_dim", "dim", "num_layers")
-        declared = json.loads((Path(checkpoint_dir) / "config.json").read_text())
-        torch.manual_seed(0)
-        self.model = self.model_class(**{key: declared[key] for key in kept}).eval().requires_grad_(False)
-        for module in self.model.modules():
-            if "AttentionBlock" in type(module).__name__:
-                module.register_forward_hook(self.count)
+        self.begin(config, device_id=device_id, rank=rank, use_usp=use_usp)
+        self.model = self.load(Path(checkpoint_dir), usp_forwards() if use_usp else None, dit_fsdp)
         if use_usp:
             from xfuser.core.distributed import CALLS
 
-            from .distributed.xdit_context_parallel import usp_attn_forward, usp_dit_forward
-
             self.record["xfuser"] = CALLS
-            for block in self.model.blocks:
-                block.self_attn.forward = types.MethodType(usp_attn_forward, block.self_attn)
-            self.model.forward = types.MethodType(usp_dit_forward, self.model)
+
+    def begin(self, config, **record):
+        self.record = {"calls": []} | record
+        self.device, self.rank, self.config = torch.device("cpu"), record["rank"], config
+
+    def load(self, folder, shared_forwards, dit_fsdp, seed=0):
+        kept = ("model_type", "in_dim", "dim", "out_dim", "num_layers")
+        declared = json.loads((folder / "config.json").read_text())
+        torch.manual_seed(seed)
+        model = self.model_class(**{key: declared[key] for key in kept}).eval().requires_grad_(False)
+        for module in model.modules():
+            if "AttentionBlock" in type(module).__name__:
+                module.register_forward_hook(self.count)
+        if shared_forwards:
+            of_attention, of_model = shared_forwards
+            for block in model.blocks:
+                block.self_attn.forward = types.MethodType(of_attention, block.self_attn)
+            model.forward = types.MethodType(of_model, model)
         if distributed.is_initialized():
             distributed.barrier()
-        if dit_fsdp:
-            self.model = shard_model(self.model, self.device)
+        return shard_model(model, self.device) if dit_fsdp else model
 
     def count(self, *_):
         self.record["calls"][-1] += 1
 
+    def expert(self, timestep, guide_scale):
+        """The model of a step, and its guidance."""
+        return self.model, guide_scale
+
+    def times(self, timestep):
+        return timestep
+
+    def after_step(self, latent):
+        return latent
+
     def run(self, prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings):
-        self.record |= settings | {"prompt": prompt, "frame_num": frame_num}
+        self.record |= settings | {"prompt": prompt, "frame_num": frame_num, "shift": shift, "guide_scale": guide_scale}
         generator = torch.Generator().manual_seed(seed)
-        latent = torch.randn(SHAPE, generator=generator)
+        latent = self.after_step(torch.randn(self.shape, generator=generator))
         contexts = [
             torch.randn(4, 8, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
             for text in (prompt, self.config.sample_neg_prompt)
@@ -63,13 +85,14 @@ class Pipeline:
         with amp.autocast(dtype=self.config.param_dtype), torch.no_grad():
             for sigma, following in pairwise(sigmas):
                 timestep = torch.stack([(sigma * 1000).long()])
+                model, scale = self.expert(timestep, guide_scale)
                 velocities = []
                 for context in contexts:
                     self.record["calls"].append(0)
                     call = {"context": [context], "seq_len": TOKENS} | arguments
-                    velocities.append(self.model([latent], t=timestep, **call)[0])
+                    velocities.append(model([latent], t=self.times(timestep), **call)[0])
                 cond, uncond = velocities
-                latent = latent + (following - sigma) * (uncond + guide_scale * (cond - uncond))
+                latent = self.after_step(latent + (following - sigma) * (uncond + scale * (cond - uncond)))
         if distributed.is_initialized():
             distributed.barrier()
         self.record["latent"] = latent

@@ -14,6 +14,11 @@ def sinusoidal_embedding_1d(dim, position):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def parts(e):
+    """The parts of e [B, n, C], or of e [B, L, n, C], which has its own for every token."""
+    return [part.flatten(1, -2) for part in e.chunk(e.shape[-2], dim=-2)]
+
+
 class WanSelfAttention(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -40,7 +45,7 @@ class WanAttentionBlock(nn.Module):
     def forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
         assert e.dtype == torch.float32
         with amp.autocast(dtype=torch.float32):
-            e = (self.modulation + e).chunk(6, dim=1)
+            e = parts(self.modulation + e)
         y = self.self_attn(self.norm1(x).float() * (1 + e[1]) + e[0], seq_lens, grid_sizes, freqs)
         with amp.autocast(dtype=torch.float32):
             x = x + y * e[2]
@@ -60,7 +65,7 @@ class Head(nn.Module):
     def forward(self, x, e):
         assert e.dtype == torch.float32
         with amp.autocast(dtype=torch.float32):
-            shift, scale = (self.modulation + e.unsqueeze(1)).chunk(2, dim=1)
+            shift, scale = parts(self.modulation + e.unsqueeze(-2))
             return self.head(self.norm(x) * (1 + scale) + shift)
 
 
@@ -98,8 +103,9 @@ class WanModel(nn.Module):
         assert seq_lens.max() <= seq_len
         x = torch.cat([torch.cat([u, u.new_zeros(1, seq_len - u.shape[1], u.shape[2])], dim=1) for u in x])
         with amp.autocast(dtype=torch.float32):
-            e = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
-            e0 = self.time_projection(e).unflatten(1, (6, self.dim))
+            e = sinusoidal_embedding_1d(self.freq_dim, t.flatten()).unflatten(0, t.shape)
+            e = self.time_embedding(e.float())
+            e0 = self.time_projection(e).unflatten(-1, (6, self.dim))
         padded = [torch.cat([u, u.new_zeros(self.text_len - len(u), u.shape[1])]) for u in context]
         context = self.text_embedding(torch.stack(padded))
         if clip_fea is not None:

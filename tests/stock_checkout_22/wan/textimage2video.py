@@ -1,0 +1,80 @@
+"""Upstream's pipelines without text encoder and VAE."""
+
+from pathlib import Path
+
+import torch
+
+from .distributed.sequence_parallel import sp_attn_forward, sp_dit_forward
+from .modules.model_with_times import WanModel
+from .pipelines import TOKENS, Pipeline, image_arguments
+
+
+class Pipeline22(Pipeline):
+    model_class = WanModel
+
+    def __init__(
+        self, config, checkpoint_dir, device_id=0, rank=0, t5_fsdp=False, dit_fsdp=False, use_sp=False, t5_cpu=False,
+        init_on_cpu=True, convert_model_dtype=False,
+    ):  # fmt: skip
+        converted = {"use_sp": use_sp, "convert_model_dtype": convert_model_dtype}
+        self.begin(config, device_id=device_id, rank=rank, **converted, experts=[])
+        self.load_models(Path(checkpoint_dir), (sp_attn_forward, sp_dit_forward) if use_sp else None, dit_fsdp)
+
+
+class TwoExperts(Pipeline22):
+    def load_models(self, folder, *how):
+        self.low_noise_model = self.load(folder / self.config.low_noise_checkpoint, *how, seed=1)
+        self.high_noise_model = self.load(folder / self.config.high_noise_checkpoint, *how, seed=2)
+
+    def expert(self, timestep, guide_scale):
+        low, high = (guide_scale, guide_scale) if isinstance(guide_scale, float) else guide_scale
+        is_high = timestep.item() >= self.config.boundary * self.config.num_train_timesteps
+        self.record["experts"].append("high" if is_high else "low")
+        return (self.high_noise_model, high) if is_high else (self.low_noise_model, low)
+
+
+class WanT2V(TwoExperts):
+    def generate(
+        self, input_prompt, size=(1280, 720), frame_num=81, shift=5.0, sample_solver="unipc", sampling_steps=50,
+        guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model, "n_prompt": n_prompt}
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
+
+
+class WanI2V(TwoExperts):
+    def generate(
+        self, input_prompt, img, max_area=720 * 1280, frame_num=81, shift=5.0, sample_solver="unipc",
+        sampling_steps=40, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"max_area": max_area, "offload_model": offload_model}
+        arguments = {"y": image_arguments([img])["y"]}
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+
+
+class WanTI2V(Pipeline22):
+    shape = (48, 3, 4, 4)
+    first = None  # latent frame, which an image gives
+
+    def load_models(self, folder, *how):
+        self.model = self.load(folder, *how)
+
+    def times(self, timestep):
+        """Zero for the tokens of a given frame."""
+        times = timestep.float().repeat(TOKENS)
+        times[: 0 if self.first is None else 4] = 0
+        return times.unsqueeze(0)
+
+    def after_step(self, latent):
+        return latent if self.first is None else torch.cat([self.first, latent[:, 1:]], dim=1)
+
+    def generate(
+        self, input_prompt, img=None, size=(1280, 704), max_area=704 * 1280, frame_num=81, shift=5.0,
+        sample_solver="unipc", sampling_steps=50, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
+    ):  # fmt: skip
+        settings = {"size": size, "max_area": max_area, "image": img and img.size}
+        self.first = None
+        if img is not None:
+            generator = torch.Generator().manual_seed(sum(img.getpixel((0, 0))))
+            self.first = torch.randn(48, 1, 4, 4, generator=generator)
+        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
