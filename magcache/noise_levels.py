@@ -27,7 +27,8 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
         raise ValueError(f"shift must be a positive number, got {shift}")
     first = SOLVERS[solver]  # to the last bit as numpy has it, for what a timestep loses as a whole number
     linear = [step * (-first / steps) + first for step in range(steps)]
-    levels = checked_levels([shift * x / (1 + (shift - 1) * x) for x in linear], steps)
+    # the divisor is 0 to rounding at x = 1 with a tiny shift, which is what it should be there
+    levels = checked_levels([shift * x / (1 + (shift - 1) * x or shift) for x in linear], steps)
     try:
         checked_levels(array("f", levels), steps)  # the samplers' precision
     except ValueError as error:

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,227 +143,16 @@ def test_calibration_of_61_frames_is_planned():
     assert (job.sampling.sample_steps, job.sampling.sample_shift) == (40, 5.0)
 
 
-I2V = ("--task", "i2v-14B", "--ckpt_dir", "{i2v}")
-FLF2V = ("--task", "flf2v-14B", "--ckpt_dir", "{flf2v}")
-VACE = ("--task", "vace-1.3B", "--ckpt_dir", "{vace}")
-FRAMES = ("--first_frame", "{pictures}/whole.png", "--last_frame", "{pictures}/whole.png")
-VIDEO = ("--src_video", "{pictures}/film.mp4")
-RATIOS = ("--use_magcache", "--mag_ratios")
-FAST = ("--use_magcache", "--magcache_speedup")
-GOOD = ("--use_magcache", "--magcache_quality")
-TRIALS = ("--magcache_calibration",)
-PROMPTS = ("--prompt_file",)
-BAD = [
-    ((), "--ckpt_dir is needed"),
-    (("--ckpt_dir", "nowhere"), "nowhere is not a folder"),
-    (("--ckpt_dir", "{empty}"), "lacks config.json"),
-    (("--ckpt_dir", "{no_vae}"), "lacks Wan2.1_VAE.pth"),
-    (("--ckpt_dir", "{no_shard}"), "lacks diffusion_pytorch_model-00002-of-00002.safetensors"),
-    (("--ckpt_dir", "{no_index}"), "lacks diffusion_pytorch_model.safetensors.index.json"),
-    (("--ckpt_dir", "{no_tokenizer}"), "lacks google/umt5-xxl/tokenizer.json"),
-    (("--ckpt_dir", "{broken}"), "broken config.json"),
-    (("--ckpt_dir", "{i2v}"), "holds a model of type i2v, task t2v-1.3B needs t2v"),
-    (("--ckpt_dir", "{vace}"), "holds a model of type vace, task t2v-1.3B needs t2v"),
-    (("--ckpt_dir", "{ok}", "--size", "1280*720"), "task t2v-1.3B supports 480*832, 832*480, not 1280*720"),
-    (("--ckpt_dir", "{ok}", "--size", "7*7"), "invalid choice"),
-    (("--ckpt_dir", "{ok}", "--prompt", "caf\udce9"), "--prompt is no valid UTF-8 text"),
-    (("--ckpt_dir", "{ok}", "--frame_num", "80"), "--frame_num must be 4n+1"),
-    (("--ckpt_dir", "{ok}", "--frame_num", "-3"), "--frame_num must be 4n+1"),
-    (("--ckpt_dir", "{ok}", "--sample_steps", "0"), "--sample_steps must be at least 1"),
-    (("--ckpt_dir", "{ok}", "--magcache_K", "-1"), "K must be a whole number >= 0, got -1"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "-0.1"), "thresh must be a finite number >= 0"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--magcache_thresh", "nan"), "thresh must be a finite number >= 0"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--retention_ratio", "1.5"), "retention_ratio must be in [0, 1]"),
-    (("--ckpt_dir", "{ok}", "--use_magcache", "--mag_ratios", "nothing"), "with --magcache_calibration in place of"),
-    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_steps", "1"), "needs --sample_steps 2"),
-    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--sample_guide_scale", "1"), "there is only one"),
-    (("--ckpt_dir", "{ok}", "--magcache_calibration", "--save_file", "{ok}/config.json/x.mp4"), "cannot write"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}"), "cannot read the ratio table"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/empty.json"), "cannot read the ratio table"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/odd.json"), "pairs of cond and uncond, got 3 numbers"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/nan.json"), "ratio 1 is nan"),
-    (("--ckpt_dir", "{ok}", *RATIOS, "{tables}/absurd.json"), "ratio 0 is 1e+30"),
-    (("--ckpt_dir", "{ok}", *FAST, "51"), "--magcache_speedup must be between 1 and 50"),
-    (("--ckpt_dir", "{ok}", *GOOD, "0"), "--magcache_quality must be a positive number of dB, got 0.0"),
-    (("--ckpt_dir", "{ok}", *GOOD, "40"), "t2v-1.3B holds no trials; measure one by the same command with"),
-    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "nothing"), "--magcache_calibration 2,2.5,3,4 in place of"),
-    (("--ckpt_dir", "{ok}", *GOOD, "40", "--mag_ratios", "{tables}/broken.json"), "broken.json cannot be read: "),
-    (("--ckpt_dir", "{ok}", *TRIALS, ""), "--magcache_calibration is empty"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "1,2"), "above 1 and at most 50, got 1"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "2,nan"), "above 1 and at most 50, got nan"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "2,51"), "above 1 and at most 50, got 51"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "3,3.05"), "compute the same number of 50 steps: [16, 16]"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "1.2,1.3,1.4,1.5,1.6,2"), "uncached runs a prompt, more than 2.5: leave out"),
-    (("--ckpt_dir", "{ok}", *TRIALS, "1.5,1.75,2,2.5,3,4"), "would cost 2.58 uncached runs"),  # 2.2, and the constants
-    (("--ckpt_dir", "{ok}", *PROMPTS, "none.txt"), "--prompt_file: cannot read none.txt"),
-    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/ending.jsonl"), "prompt 1: --save_file must end in one of"),
-    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/image.jsonl"), "names images, task t2v-1.3B takes none"),
-    (("--ckpt_dir", "{ok}", *PROMPTS, "{prompts}/two.txt", "--save_file", "film.mp4"), "must be a folder"),
-    ((*I2V, *PROMPTS, "{prompts}/two.txt"), "prompt 1 has no image, and there is no --image"),
-    ((*I2V, *PROMPTS, "{prompts}/image.jsonl"), "prompt 2 has no image, and there is no --image"),
-    ((*I2V, *PROMPTS, "{prompts}/image.jsonl", "--image", "{pictures}/whole.png"), "cannot read none.png: No such"),
-    (("--ckpt_dir", "{ok}", "--base_seed", "99999999999999999999"), "--base_seed must be below"),
-    (("--ckpt_dir", "{ok}", "--sample_guide_scale", "nan"), "--sample_guide_scale must be finite"),
-    (("--ckpt_dir", "{ok}", "--save_file", "film.png"), "must end in one of .mp4"),
-    (("--ckpt_dir", "{ok}", "--save_file", "film.webm"), "must end in one of .mp4"),
-    (("--ckpt_dir", "{ok}", "--save_file", "out/"), "is a folder"),
-    (("--ckpt_dir", "{ok}", "--save_file", "/"), "is a folder"),
-    (("--ckpt_dir", "{ok}", "--offload_model", "maybe"), "expected a truth value"),
-    (("--ckpt_dir", "{ok}", "--save_file", "no/such/folder/x.mp4"), "no/such/folder/x.mp4': No such file or directory"),
-    (("--ckpt_dir", "{ok}", "--task", "t2i-14B", "--frame_num", "5"), "makes one image: --frame_num must be 1"),
-    (("--ckpt_dir", "{ok}", "--task", "flf2v-14B"), "holds a model of type t2v, task flf2v-14B needs flf2v"),
-    (("--ckpt_dir", "{ok}", "--task", "i2v-14B"), "holds a model of type t2v, task i2v-14B needs i2v"),
-    (("--ckpt_dir", "{ok}", "--task", "vace-1.3B"), "holds a model of type t2v, task vace-1.3B needs vace"),
-    ((*I2V, "--ckpt_dir", "{no_clip}"), "lacks models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
-    ((*I2V, "--prompt", "a"), "task i2v-14B needs --image"),
-    ((*I2V, "--prompt", "a", "--image", "none.png"), "cannot read none.png: No such file"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/cut.png"), "cut.png: not a complete image"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/config.json"), "config.json: no image of a format"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/alpha.png"), "transparent (alpha channel)"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/line.png"), "1x400 pixels, it needs at least 16"),
-    ((*I2V, "--prompt", "a", "--image", "{pictures}/wide.png"), "one side may be 5 times the other"),
-    ((*FLF2V, "--prompt", "a", "--first_frame", "{pictures}/whole.png"), "needs --last_frame"),
-    ((*FLF2V, "--prompt", "a", "--last_frame", "{pictures}/whole.png"), "needs --first_frame"),
-    ((*FLF2V, "--prompt", "a", *FRAMES, "--frame_num", "1"), "needs --frame_num 5 or more"),
-    ((*FLF2V, "--prompt", "a", *FRAMES, "--use_magcache"), "no ratio table fits task flf2v-14B"),
-    ((*FLF2V, "--prompt", "a", *FRAMES, "--use_magcache"), "or name the table of another model"),
-    ((*VACE, "--prompt", "a", "--src_video", "none.mp4"), "cannot read none.mp4: no such file"),
-    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/cut.mp4"), "cannot read"),
-    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/text.png"), "cannot read"),
-    ((*VACE, "--prompt", "a", "--src_video", "{pictures}/thin.mp4"), "2*48 pixels are too few or too narrow"),
-    ((*VACE, "--prompt", "a", "--src_mask", "{pictures}/long.mp4"), "needs a source video"),
-    ((*VACE, "--prompt", "a", *VIDEO, "--src_mask", "{pictures}/long.mp4"), "has 9 frames, the video"),
-    ((*VACE, "--prompt", "a", *VIDEO, "--src_mask", "{pictures}/large.mp4"), "has 80*48 pixels, the video"),
-    ((*VACE, "--prompt", "a", "--src_ref_images", "{pictures}/whole.png,no.png"), "cannot read no.png"),
-    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "{empty}"), "no usable config.json"),
-    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_model", "no/such"), "neither a folder nor in the"),
-    (("--ckpt_dir", "{ok}", "--use_prompt_extend", "--prompt_extend_method", "dashscope"), "set DASH_API_KEY"),
-    (("--ckpt_dir", "{ok}", "--dit_fsdp"), "start them with torchrun"),
-    (("--ckpt_dir", "{ok}", "--t5_fsdp"), "start them with torchrun"),
-    (("--ckpt_dir", "{ok}", "--ulysses_size", "2"), "need 2 processes: start them with torchrun --nproc_per_node 2"),
-]
-
-
-def write_bad_pictures(folder):
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (24, 400, 4), np.uint8)
-    Image.fromarray(noise[:, :40, :3]).save(folder / "whole.png")
-    content = (folder / "whole.png").read_bytes()
-    (folder / "cut.png").write_bytes(content[: len(content) // 2])
-    (folder / "text.png").write_text("no picture")
-    (folder / "config.json").write_text("{}")
-    Image.fromarray(noise[:, :40]).save(folder / "alpha.png")
-    Image.fromarray(noise[:, :, :3]).save(folder / "wide.png")
-    Image.fromarray(noise[0, :, None, :3]).save(folder / "line.png")
-    for name, frames, width in (("film", 5, 64), ("long", 9, 64), ("large", 5, 80), ("thin", 5, 2)):
-        write_video(folder / f"{name}.mp4", np.resize(noise[:, :, :3], (frames, 48, width, 3)), 16)
-    content = (folder / "film.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
-    (root / "empty").mkdir()
-    write_checkpoint("t2v", root / "ok")
-    shutil.copytree(root / "ok", root / "no_vae")
-    (root / "no_vae" / "Wan2.1_VAE.pth").unlink()
-    shutil.copytree(root / "ok", root / "no_tokenizer")
-    (root / "no_tokenizer" / "google" / "umt5-xxl" / "tokenizer.json").unlink()
-    shutil.copytree(root / "ok", root / "broken")
-    (root / "broken" / "config.json").write_text("[]")
-    shutil.copytree(root / "ok", root / "no_shard")
-    first, second = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    index = {"metadata": {}, "weight_map": {"head.head.bias": first, "head.head.weight": second}}
-    (root / "no_shard" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    (root / "no_shard" / "diffusion_pytorch_model.safetensors").rename(root / "no_shard" / first)
-    shutil.copytree(root / "no_shard", root / "no_index")
-    (root / "no_index" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    for kind in ("i2v", "flf2v", "vace"):
-        write_checkpoint(kind, root / kind)
-    shutil.copytree(root / "i2v", root / "no_clip")
-    (root / "no_clip" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth").unlink()
-    write_bad_pictures(root / "pictures")
-    (root / "tables").mkdir()
-    other = {"mag_ratio": [0.9, 0.9], "measured_on": {"task": "i2v-14B"}}
-    contents = {"empty": "", "odd": "[1, 1, 1]", "nan": "[0.9, NaN]", "absurd": "[1e30, 1]", "flat": "[0.9, 0.9]"}
-    contents |= {"other": json.dumps(other), "broken": json.dumps(other | {"trials": {"rows": 3}})}
-    for name, content in contents.items():
-        (root / "tables" / f"{name}.json").write_text(content)
-    (root / "prompts").mkdir()
-    contents = {
-        "two.txt": "a\nb",
-        "bad.jsonl": '{"prompt": "a"}\n{"prompt": "b", "step": 3}',
-        "same.jsonl": '{"prompt": "a", "save_file": "x.mp4"}\n{"prompt": "b"}\n{"prompt": "c", "save_file": "./x.mp4"}',
-        "ending.jsonl": '{"prompt": "a", "save_file": "x.webm"}',
-        "image.jsonl": '{"prompt": "a", "image": "none.png"}\n{"prompt": "b"}',
-    }
-    for name, content in contents.items():
-        (root / "prompts" / name).write_text(content)
-    return {path.name: path for path in root.iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if type(value) is tuple else ""
-)
-def test_bad_input(arguments, message, folders, monkeypatch, capsys):
-    """One line and exit code 2, before any weight is read. The flags are checked in this process, to be quick."""
-    load = torch.load
-    monkeypatch.setattr(
-        torch,
-        "load",
-        lambda *args, **how: load(*args, **how) if how["map_location"] == "meta" else pytest.fail("read weights"),
-    )
-    arguments = [argument.format_map(folders) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--task", "t2v-1.3B", "--size", "832*480", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        magcache_generate.main()
-    assert stopped.value.code == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "missing", "message"),
-    [
-        (("--ulysses_size", "4"), None, "2 processes are no multiple of --ulysses_size 4 times --ring_size 1"),
-        (("--ulysses_size", "2"), "MASTER_PORT", "WORLD_SIZE is set but MASTER_PORT is not"),
-    ],
-)
-@pytest.mark.parametrize("local_rank", ["0", "1"])
-def test_processes_that_do_not_fit(flags, missing, message, local_rank, monkeypatch, capsys):
-    """Said once a machine."""
-    torchrun = {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+def test_what_is_refused_is_said_once_a_machine(monkeypatch, capsys):
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    if missing:
-        monkeypatch.delenv(missing)
-    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--ckpt_dir", "x", "--prompt", "a fox", *flags])
+    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--ckpt_dir", "x", "--ulysses_size", "4"])
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # of which only the first process keeps its own
     with pytest.raises(SystemExit) as stopped:
         magcache_generate.main()
     assert stopped.value.code == 2
-    assert (message in capsys.readouterr().err) == (local_rank == "0")
-
-
-def test_bad_input_in_a_real_process(tmp_path):
-    flags = ("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", tmp_path / "nowhere")
-    result = run(*flags, python_flags=())
-    assert result.returncode == 2
-    assert result.stderr == f"magcache_generate.py: error: --ckpt_dir {tmp_path / 'nowhere'} is not a folder\n"
-
-
-def test_a_damaged_checkpoint(tmp_path):
-    """One line, whichever file it is."""
-    shutil.copytree(DEMO, tmp_path / "model")
-    weights = tmp_path / "model" / "Wan2.1_VAE.pth"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    flags = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", tmp_path / "model", "--prompt", PROMPT)
-    result = run(*flags, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"magcache_generate.py: error: cannot read {weights}, is it complete? (")
-    assert result.stderr.count("\n") == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_a_renamed_folder():
@@ -572,15 +360,16 @@ def test_a_speedup_needs_no_table():
     assert schedule.speedup_bound == 2.5
 
 
-def test_a_table_of_another_model_is_used_with_a_notice(folders, capsys):
-    flags = f"--task t2v-1.3B --size 832*480 --ckpt_dir x --use_magcache --mag_ratios {folders['tables']}/other.json"
-    job_of(*flags.split())
+def test_a_table_of_another_model_is_used_with_a_notice(tmp_path, capsys):
+    (tmp_path / "other.json").write_text('{"mag_ratio": [0.9, 0.9], "measured_on": {"task": "i2v-14B"}}')
+    job_of("--task", "t2v-1.3B", "--ckpt_dir", "x", "--use_magcache", "--mag_ratios", tmp_path / "other.json")
     assert "was measured on task i2v-14B, not t2v-1.3B" in capsys.readouterr().out
 
 
-def test_text_to_image(tmp_path, folders):
-    result = run("--task", "t2i-14B", "--size", "480*832", "--ckpt_dir", folders["ok"], "--sample_steps", 2,
-                 "--use_magcache", "--save_file", tmp_path / "fox.png")  # fmt: skip
+def test_text_to_image(tmp_path):
+    model = write_checkpoint("t2v", tmp_path / "model")
+    flags = ("--task", "t2i-14B", "--size", "480*832", "--ckpt_dir", model, "--sample_steps", 2, "--use_magcache")
+    result = run(*flags, "--save_file", tmp_path / "fox.png")
     assert result.returncode == 0, result.stderr
     assert "t2i-14B uses the table of t2v-14B" in result.stdout
     assert iio.imread(tmp_path / "fox.png").shape == (832, 480, 3)

@@ -120,13 +120,6 @@ def test_record(compared):
     assert result.stderr.count("warning: the text has 21 tokens, of which the model reads the first 16: ") == 2
 
 
-def test_a_record_has_all_of_a_schedule():
-    found = record.describe_schedule(magcache.Schedule((None, (1.0,), None, (1.5, -0.5)), 1, "output"))
-    assert found["weights"] == [None, [1.0], None, [1.5, -0.5]]
-    assert found["target"] == "output"
-    assert found["computed_steps"] == {"cond": [0, 2]}
-
-
 def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert record.absolute("image", "cat, dog.png") == f"{tmp_path}/cat, dog.png"
@@ -352,14 +345,3 @@ def test_a_missing_package_is_said_first(package, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert f"pip install {'scikit-image' if package == 'skimage' else package}" in err
     assert err.count("\n") == 1
-
-
-def test_command_line_of_values():
-    parser = make_parser(SCRIPT)
-    args = parser.parse_args(["--prompt=-rf 'a b'", "--use_magcache", "--magcache_K", "4", "--offload_model", "no"])
-    line = record.command_line(parser, vars(args), left_out=("task",))
-    assert "--task" not in line
-    again = parser.parse_args(line)
-    assert {k: v for k, v in vars(again).items() if k != "explicit"} == {
-        k: v for k, v in vars(args).items() if k != "explicit"
-    }

@@ -36,44 +36,6 @@ def test_json_lines(tmp_path, name):
     ]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("a cat", "no JSON"),
-        ("[1]", "must be an object"),
-        ('{"seed": 1}', 'there is no "prompt"'),
-        ('{"prompt": "  "}', '"prompt" is empty'),
-        ('{"prompt": 1}', '"prompt" must be text, got 1'),
-        ('{"prompt": "a", "seed": true}', '"seed" must be a whole number, got True'),
-        ('{"prompt": "a", "seed": 1.5}', '"seed" must be a whole number, got 1.5'),
-        ('{"prompt": "a", "seed": -1}', "seed must be between 0"),
-        ('{"prompt": "a", "seed": 9223372036854775808}', "seed must be between 0"),
-        ('{"prompt": "a", "image": ""}', '"image" is empty'),
-        (r'{"prompt": "a \ud83d"}', '"prompt" is no valid text'),
-        ('{"prompt": "a", "steps": 3}', '"steps" is none of prompt, seed, image, save_file, n_prompt'),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = write(tmp_path, '{"prompt": "good"}\n\n' + line)
-    with pytest.raises(ValueError, match=r"prompts.txt, line 3: ") as fault:
-        read_prompts(path, 0)
-    assert message in str(fault.value)
-    assert "\n" not in str(fault.value)
-
-
-def test_bad_files(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    write(tmp_path, " \n\n", "empty.txt")
-    for name, message in (
-        ("none.txt", "cannot read {}: No such file or directory"),
-        ("latin.txt", "cannot read {}: it is not UTF-8 text"),
-        ("empty.txt", "{} holds no prompt"),
-    ):
-        with pytest.raises(ValueError) as fault:
-            read_prompts(tmp_path / name, 0)
-        assert str(fault.value) == message.format(tmp_path / name)
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
 def test_files_of_windows(encoding, tmp_path):
     (tmp_path / "prompts.txt").write_text("ein Käse\r\neine 猫\r\n", encoding=encoding, newline="")

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+Arguments = list | Callable[[Path], list]
+
+
+def prepared(args: Arguments, folder: Path) -> list[str]:
+    """args: of magcache_generate.py, or a function that prepares the fault in an empty folder, where the command will
+    run, and returns them."""
+    return [str(argument) for argument in (args(folder) if callable(args) else args)]
+
 
 @dataclass(frozen=True)
 class Case:
-    """args: of magcache_generate.py, or a function that prepares the fault in an empty folder, where the command will
-    run, and returns them. code: exit code. line: regular expression of what stderr must hold. env: variables. slow:
-    takes some seconds."""
+    """What is refused with exit code 2. line: regular expression of what stderr must hold. env: variables."""
 
     name: str
-    args: list[str] | Callable[[Path], list[str]]
-    code: int
+    args: Arguments
     line: str
     env: dict[str, str] = field(default_factory=dict)
-    slow: bool = False
-
-    def prepare(self, folder: Path) -> list[str]:
-        """The arguments."""
-        return [str(argument) for argument in (self.args(folder) if callable(self.args) else self.args)]

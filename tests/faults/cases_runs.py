@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from faults.case import Case
+from faults.case import Arguments
 
 DEMO = Path(__file__).parents[2] / "examples" / "Wan2.1-T2V-tiny"
 DIT, VAE = "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"
@@ -30,10 +30,16 @@ LONG = ["--sample_steps", 900]  # some seconds
 
 
 @dataclass(frozen=True)
-class RunCase(Case):
-    """A case that loads the model. arrange: is called in its process before the script. disturb: is called with the
-    process and its folder while it runs. check: with the folder, afterwards."""
+class RunCase:
+    """A run that loads the model. code: exit code. line: regular expression of what stderr must hold. env: variables.
+    arrange: is called in its process before the script. disturb: is called with the process and its folder while it
+    runs. check: with the folder, afterwards."""
 
+    name: str
+    args: Arguments
+    code: int
+    line: str
+    env: dict[str, str] = field(default_factory=dict)
     arrange: Callable[[], None] | None = None
     disturb: Callable[[object, Path], None] | None = None
     check: Callable[[Path], None] | None = None

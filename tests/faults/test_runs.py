@@ -5,13 +5,14 @@ import re
 import pytest
 
 from faults import warm
+from faults.case import prepared
 from faults.cases_runs import CASES
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_run(case, tmp_path):
-    process = warm.start(case.prepare(tmp_path), tmp_path, case.env, case.arrange)
+    process = warm.start(prepared(case.args, tmp_path), tmp_path, case.env, case.arrange)
     try:
         if case.disturb:
             case.disturb(process, tmp_path)

@@ -62,22 +62,6 @@ def test_without_guidance_the_cond_branch_decides(table, steps, thresh, K, reten
     assert one.reuse == both.reuse[::2]
 
 
-@pytest.mark.parametrize(
-    ("table", "steps", "thresh", "K", "computed"),
-    [
-        ("t2v-14B", 50, 0.24, 6, 36),
-        ("t2v-1.3B", 50, 0.12, 2, 50),
-        ("t2v-1.3B", 50, 0.12, 4, 42),
-        ("i2v-14B-720P", 40, 0.12, 4, 34),
-        ("i2v-14B-720P", 40, 0.24, 6, 28),
-        ("i2v-14B-480P", 40, 0.12, 4, 34),
-        ("i2v-14B-480P", 40, 0.24, 6, 30),
-    ],
-)
-def test_published_settings(table, steps, thresh, K, computed):
-    assert magcache.plan(magcache.load_ratios(table), steps, thresh, K).computed == computed
-
-
 def test_the_leading_pair_of_ones_is_optional():
     ratios = magcache.load_ratios("t2v-14B")
     assert magcache.plan(ratios[2:], 50, 0.24, 6) == magcache.plan(ratios, 50, 0.24, 6)
