@@ -25,9 +25,9 @@ def noise_levels(steps: int, shift: float, solver: str = "unipc") -> tuple[float
         raise ValueError(f"steps must be a whole number >= 1, got {steps}")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be a positive number, got {shift}")
-    first = SOLVERS[solver]  # to the last bit as numpy has it, for what a timestep loses as a whole number
+    first = SOLVERS[solver]  # the next two lines round as numpy does, since timesteps are cut to whole numbers
     linear = [step * (-first / steps) + first for step in range(steps)]
-    # the divisor is 0 to rounding at x = 1 with a tiny shift, which is what it should be there
+    # at x = 1 a tiny shift rounds the divisor to 0, where it should be the shift
     levels = checked_levels([shift * x / (1 + (shift - 1) * x or shift) for x in linear], steps)
     try:
         checked_levels(array("f", levels), steps)  # the samplers' precision

@@ -65,7 +65,7 @@ FLAGS = {
     "a plan of a calibration": ([*PLAN, "--magcache_calibration"], "exclude each other"),
     "a comparison of a calibration": ([*ONE, "--magcache_calibration", "--compare"], "needs --use_magcache"),
     "an unknown dtype": ([*ONE, "--dit_dtype", "int8"], "invalid choice"),
-    "an unknown attention": ([*ONE, "--attn_backend", "quick"], "there is no attention backend 'quick'; here run"),
+    "an unknown attention": ([*ONE, "--attn_backend", "quick"], "there is no attention backend 'quick'"),
     "a plan of no processes": ([*PLAN, "--ulysses_size", 0], "must be at least 1, got 0 and 1"),
     "two kinds of prompts": ([*TINY, "--prompt_file", "x", "--prompt", "a"], "exclude each other"),
     **{
@@ -124,7 +124,7 @@ ENVIRONMENTS = {
                           "--ulysses_size", 4),
     "address of nobody": (torchrun(MASTER_ADDR="nobody.invalid"), "MASTER_ADDR=nobody.invalid leads nowhere"),
     "no attention backend": ({"DIFFUSERS_ATTN_BACKEND": "quick"},
-                             "there is no attention backend 'quick'; here run .*native"),
+                             "there is no attention backend 'quick'; those that run here .*native"),
     "attention not installed": ({"DIFFUSERS_ATTN_BACKEND": "xformers"}, "attention backend xformers does not run here: "
                                 "Xformers Attention backend 'xformers' is not usable"),
 }  # fmt: skip

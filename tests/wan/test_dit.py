@@ -113,7 +113,7 @@ def test_rotation_leaves_padding_alone(head_dim):
 @torch.no_grad()
 def test_too_many_tokens_are_refused(models):
     arguments = model_arguments("dit_t2v", "c0") | {"seq_len": 44}
-    with pytest.raises(ValueError, match="45 tokens, seq_len is 44"):
+    with pytest.raises(ValueError, match="45 tokens, but seq_len is 44"):
         models["dit_t2v"](**arguments)
 
 

@@ -217,7 +217,7 @@ def test_attention_backends():
     for name, reason in (
         ("flash_hub", "would be downloaded"),
         ("_native_cudnn", "does not run here"),
-        ("nonsense", "here run flex, native"),
+        ("nonsense", "those that run here are flex, native"),
     ):
         with pytest.raises(ValueError, match=reason):
             choose_attention(name, "cpu")

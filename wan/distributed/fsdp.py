@@ -8,9 +8,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 def shard_transformer(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     """Shards a Wan transformer in place and moves it to the mesh's device. The linear layers of a block, nearly all
-    there is, are gathered before the block runs and freed after it, in param_dtype (None: as stored); autocast rounds
-    them to it in any case. Everything else stays as stored, since modulation, norms, time embedding and head compute in
-    float32. It is gathered in the first forward and stays, so that a call that runs no block gathers nothing."""
+    its weights, are gathered before the block runs and freed after it, in param_dtype (None: as stored), to which
+    autocast rounds them in any case. Everything else stays as stored, since modulation, norms, time embedding and head
+    compute in float32. It stays gathered from the first forward on, so a call that runs no block gathers nothing."""
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, cast_forward_inputs=False)
     for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
         linear = [module for module in block.modules() if isinstance(module, nn.Linear)]

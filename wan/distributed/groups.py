@@ -31,17 +31,17 @@ _groups = Groups()
 
 
 def current_groups() -> Groups:
-    """What `start_groups` made; a group of one before."""
+    """Returns what `start_groups` made, or a group of one if it was not called."""
     return _groups
 
 
 def start_groups(ulysses_size: int = 1, ring_size: int = 1, fsdp: bool = False) -> Groups:
     """Divides the world into groups of ulysses_size * ring_size neighbouring ranks that share every token sequence.
     fsdp: the transformer or the text encoder will be sharded over the group. Without sequences to share, all ranks then
-    form one group in which each computes the same. To be called by all ranks after
-    `torch.distributed.init_process_group`, once; without it there is one group of one. Raises ValueError if the world
-    is no multiple of the product, or an attention backend cannot do it; ImportError if torch or diffusers are too
-    old."""
+    form one group in which each computes the same. All ranks must call it once, after
+    `torch.distributed.init_process_group`; without that there is one group of one. Raises ValueError if the world is
+    not a multiple of the product or the attention backend cannot share sequences; ImportError if torch or diffusers are
+    too old."""
     global _groups
     shared = ulysses_size * ring_size
     world = dist.get_world_size() if dist.is_initialized() else 1

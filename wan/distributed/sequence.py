@@ -1,4 +1,4 @@
-"""Token sequences shared by the ranks of a group, on diffusers' context-parallel attention: Ulysses, ring, both."""
+"""Token sequences shared by the ranks of a group, on diffusers' context-parallel attention: Ulysses, ring, or both."""
 
 import functools
 
@@ -14,9 +14,9 @@ from wan.utils.attention import attend_exchanged, process_group, shared_backend
 
 class SequenceParallel:
     """Splits sequences over ring_size * ulysses_size ranks, in order. Where a length does not divide evenly, the first
-    ranks have one token more: nothing is padded, so nothing needs the mask that most attention backends cannot take.
+    ranks have one token more; nothing is padded, since most attention backends cannot take the mask for that.
     device: "cuda" or "cpu". groups: how many groups of this size there are. Raises ValueError if the attention backend
-    chosen in diffusers cannot do it."""
+    chosen in diffusers cannot share sequences."""
 
     def __init__(self, device: str, groups: int, ring_size: int, ulysses_size: int):
         self.size, self.ulysses_size = ring_size * ulysses_size, ulysses_size
@@ -29,7 +29,7 @@ class SequenceParallel:
             self.uneven = self.parallel_config(ulysses_degree=ulysses_size, ulysses_anything=True)
         else:
             self.uneven = self.parallel_config(ring_degree=ring_size, ring_anything=True)
-            if ulysses_size > 1:  # both have no uneven mode together: the ring's attention within an exchange of heads
+            if ulysses_size > 1:  # both together have no uneven mode: the ring runs within an exchange of heads
                 self.exchange = self.mesh["ulysses"].get_group()
         self.group = process_group(self.even.context_parallel_config)
         self.rank = dist.get_rank(self.group)
@@ -40,14 +40,14 @@ class SequenceParallel:
         return config
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy of this rank's part of x [B, L, ...] along L, so that the whole can be freed. Raises ValueError if
+        """Copies this rank's part of x [B, L, ...] along L, so that the whole can be freed. Raises ValueError if
         there are fewer tokens than ranks."""
         if x.shape[1] < self.size:
             raise ValueError(f"{x.shape[1]} tokens cannot be shared by {self.size} ranks")
         return x.tensor_split(self.size, dim=1)[self.rank].clone()
 
     def gather(self, x: torch.Tensor, length: int) -> torch.Tensor:
-        """The parts x [B, part, C] of all ranks as [B, length, C]."""
+        """Joins the parts x [B, part, C] of all ranks to [B, length, C]."""
         parts = [length // self.size + (rank < length % self.size) for rank in range(self.size)]
         x = F.pad(x, (0, 0, 0, parts[0] - x.shape[1])).contiguous()  # equal sizes, which gloo needs
         gathered = [torch.empty_like(x) for _ in parts]
@@ -55,8 +55,8 @@ class SequenceParallel:
         return torch.cat([u[:, :part] for u, part in zip(gathered, parts, strict=True)], dim=1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
-        """Attention of this rank's queries to the keys of all ranks, all [B, part, heads, head_dim], of a sequence of
-        so many tokens."""
+        """Attends with this rank's queries to the keys of all ranks. q, k, v: [B, part, heads, head_dim]. length: that
+        of the whole sequence, in tokens."""
         even = length % self.size == 0
         config = self.even if even else self.uneven
         attend = functools.partial(dispatch_attention_fn, backend=self.backend, parallel_config=config)

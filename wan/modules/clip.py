@@ -18,8 +18,8 @@ BLOCK_NAMES = {
 
 
 def config_from(tensors: dict[str, torch.Tensor], num_heads: int) -> CLIPVisionConfig:
-    """Reads all sizes from the tensors (official names without "visual."), save the number of heads, which no tensor
-    tells. The tower ends before its last block: Wan uses what enters that one."""
+    """Reads all sizes from the tensors (official names without "visual.") except the number of heads, which no tensor
+    shows. The tower ends before its last block, since Wan uses the input of that block."""
     width, _, patch_size, _ = tensors["patch_embedding.weight"].shape
     patches = tensors["pos_embedding"].shape[1] - 1
     return CLIPVisionConfig(
@@ -35,7 +35,7 @@ def config_from(tensors: dict[str, torch.Tensor], num_heads: int) -> CLIPVisionC
 
 
 def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-    """Official tensors as transformers' state of a tower of `num_layers` blocks. KeyError if one is missing."""
+    """Renames official tensors for transformers' tower of `num_layers` blocks. Raises KeyError if one is missing."""
     state = {
         "embeddings.class_embedding": tensors["cls_embedding"].flatten(),
         "embeddings.position_embedding.weight": tensors["pos_embedding"][0],
@@ -53,7 +53,7 @@ def renamed(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
 
 
 def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionModel:
-    """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the text half is not used.
+    """Loads the vision half of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`; the text half is not used.
     Raises DamagedFile if the file is damaged, or tensors are missing or of another shape."""
     tensors = load_pth(checkpoint_path, device)
     with reading(checkpoint_path):
@@ -65,21 +65,21 @@ def load_tower(checkpoint_path: str, num_heads: int, dtype: torch.dtype, device:
         tower = getattr(model, "vision_model", model)  # some versions of transformers wrap it once more
         tower.post_layernorm = torch.nn.Identity()  # only for the pooled output, which is not used
         tower.load_state_dict(state, assign=True)
-    # a buffer that no file holds
+    # a buffer that is in no file
     tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Images [N, 3, H, W] in [-1, 1] -> the tower's pixels [N, 3, size, size]: bicubic without antialias and unclamped,
-    as the model was trained, then normalised."""
+    """Turns images [N, 3, H, W] in [-1, 1] into the tower's pixels [N, 3, size, size]: resized bicubically, without
+    antialiasing or clamping, as when the model was trained, then normalised."""
     images = F.interpolate(images, [size] * 2, mode="bicubic")
     mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return ((images * 0.5 + 0.5) - mean) / std
 
 
 class CLIPModel:
-    """Turns images into features. tokenizer_path is upstream's; no text is encoded, so nothing is read from it."""
+    """Turns images into features. tokenizer_path, which upstream takes, is ignored: no text is encoded."""
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class CLIPModel:
 
     @torch.no_grad()
     def visual(self, videos: list[torch.Tensor]) -> torch.Tensor:
-        """videos: [3, frames, H, W] in [-1, 1], sizes may differ. Returns features [all frames, 1 + patches, width] of
-        the encoder's device and dtype, each frame squeezed to the encoder's square."""
+        """Encodes every frame, squeezed to the encoder's square. videos: [3, frames, H, W] in [-1, 1], of any sizes.
+        Returns features [all frames, 1 + patches, width] on the encoder's device, in its dtype."""
         weight, size = next(self.model.parameters()), self.model.config.image_size
         pixels = torch.cat([preprocess(video.transpose(0, 1).to(weight.device).float(), size) for video in videos])
         with torch.autocast(weight.device.type, enabled=False):

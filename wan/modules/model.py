@@ -74,9 +74,9 @@ class Attention(nn.Module):
         return self.split_heads(self.norm_q(self.q(x).float()))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
-        """q, k, v [B, L, heads, head_dim] -> [B, L, dim]; v's dtype, the autocast one, is that of the attention."""
+        """q, k, v [B, L, heads, head_dim] -> [B, L, dim], computed in v's dtype, which is that of autocast."""
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if v.device.type == "cpu":  # each head in one piece: torch's attention there gains more than the copies cost
+        if v.device.type == "cpu":  # contiguous heads speed torch's attention up there by more than the copies cost
             q, k, v = (u.transpose(1, 2).contiguous().transpose(1, 2) for u in (q, k, v))
         return dispatch_attention_fn(q, k, v, attn_mask=mask).flatten(2)
 
@@ -183,8 +183,8 @@ class MLPProj(nn.Module):
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a diffusers model folder, from the headers of its safetensors files. Raises
-    DamagedFile if one is damaged."""
+    """Reads names and shapes of all tensors of a diffusers model folder from the headers of its safetensors files.
+    Raises DamagedFile if one is damaged."""
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -197,15 +197,15 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 class WanModel(ModelMixin, ConfigMixin):
     """The Wan2.1 DiT; see `forward`. model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and
-    clip_dim are the widths of the text and image features; official config files do not hold them, `from_pretrained`
-    reads them from the tensors."""
+    clip_dim are the widths of the text and image features; official config files do not hold them, so
+    `from_pretrained` reads them from the tensors."""
 
     # all but the weights of the blocks' linear layers, which autocast rounds to bfloat16 in any case
     _keep_in_fp32_modules: ClassVar = [
         *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
         *("modulation", "norm_q", "norm_k", "norm_k_img", "norm3", "bias"),
     ]
-    _repeated_blocks: ClassVar = ["WanAttentionBlock"]  # to compile
+    _repeated_blocks: ClassVar = ["WanAttentionBlock"]  # for `compile_repeated_blocks`
 
     @register_to_config
     def __init__(
@@ -242,8 +242,9 @@ class WanModel(ModelMixin, ConfigMixin):
         self.sequence = None
 
     def share_sequences(self, sequence) -> None:
-        """Computes only this rank's part of the tokens between patch embedding and head from now on, and returns the
-        whole. sequence: a `wan.distributed.sequence.SequenceParallel`. All ranks must call the model alike.
+        """Makes the model compute only this rank's part of the tokens between patch embedding and head from now on; it
+        still returns the whole output. All ranks must call it alike. sequence: a
+        `wan.distributed.sequence.SequenceParallel`.
 
         Raises ValueError if the attention heads cannot be shared.
         """
@@ -285,7 +286,7 @@ class WanModel(ModelMixin, ConfigMixin):
         """Predicts the velocity of every sample.
 
         x: latents, one [in_dim, F, H, W] per sample (grids may differ). t: timesteps [B]. context: text features, one
-        [length <= text_len, text_dim] per sample. seq_len: tokens to pad every sample to. clip_fea (i2v, flf2v):
+        [length <= text_len, text_dim] per sample. seq_len: tokens that each sample is padded to. clip_fea (i2v, flf2v):
         image features [B or 2 B, 257, clip_dim]. y (i2v, flf2v): conditioning, one [channels, F, H, W] per sample,
         stacked behind x. Returns float32 [out_dim, F, H, W] per sample (odd H, W are cropped to even).
 
@@ -312,10 +313,10 @@ class WanModel(ModelMixin, ConfigMixin):
         tokens = [u[0].flatten(1).T for u in embedded]
         longest = max(u.shape[0] for u in tokens)
         if longest > seq_len:
-            raise ValueError(f"a sample has {longest} tokens, seq_len is {seq_len}")
+            raise ValueError(f"a sample has {longest} tokens, but seq_len is {seq_len}")
         if self.sequence:
             if len(set(grids)) > 1:
-                raise ValueError("samples of different grids cannot be shared by ranks")
+                raise ValueError("samples with different grids cannot be shared by ranks")
             seq_len = longest
         seq_lens = [u.shape[0] for u in tokens]
         tokens = stack_padded(tokens, seq_len)
@@ -323,20 +324,20 @@ class WanModel(ModelMixin, ConfigMixin):
         return self.part(tokens), seq_lens, self.part(freqs), grids
 
     def part(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of x [B, L, ...]."""
+        """Returns this rank's part of x [B, L, ...]."""
         return self.sequence.split(x) if self.sequence else x
 
     def gathered(self, x: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
-        """All ranks' parts x [B, L, C] of sequences of seq_lens tokens."""
+        """Joins the parts x [B, L, C] of all ranks to sequences of seq_lens tokens."""
         return self.sequence.gather(x, seq_lens[0]) if self.sequence else x
 
     def forget_rotations(self) -> None:
-        """Of the last run."""
+        """Drops the rotations that the last run has left."""
         self._rotations = (None, None)
 
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
-        """RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are kept, since
-        all calls of a run ask for the same."""
+        """Returns the RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are
+        kept, since all calls of a run ask for the same."""
         grids = tuple(grids) if len(set(grids)) > 1 else (grids[0],)
         if self._rotations[0] != (grids, seq_len, device):
             with torch.inference_mode(False):  # a later call may want gradients
@@ -346,12 +347,12 @@ class WanModel(ModelMixin, ConfigMixin):
         return self._rotations[1]
 
     def embed_time(self, t: torch.Tensor) -> torch.Tensor:
-        """Timesteps [B] -> [B, dim], float32, for the head and `project_time`."""
+        """Embeds timesteps [B] as float32 [B, dim], for the head and `project_time`."""
         with torch.autocast(t.device.type, enabled=False):
             return self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
 
     def project_time(self, e: torch.Tensor) -> torch.Tensor:
-        """[B, dim] -> [B, 6, dim], float32, for the blocks."""
+        """Projects the embedded time [B, dim] to float32 [B, 6, dim], for the blocks."""
         with torch.autocast(e.device.type, enabled=False):
             return self.time_projection(e).unflatten(1, (6, self.dim))
 
@@ -360,7 +361,7 @@ class WanModel(ModelMixin, ConfigMixin):
         return text if clip_fea is None else torch.cat([self.img_emb(clip_fea), text], dim=1)
 
     def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel)."""
+        """Turns x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel), into videos."""
         videos, patch = [], dict(zip("pqr", PATCH_SIZE, strict=True))
         for u, grid in zip(x, grids, strict=True):
             sizes = patch | dict(zip("fhw", grid, strict=True))

@@ -68,7 +68,7 @@ def load_encoder(checkpoint_path: str, dtype: torch.dtype, device: torch.device 
 
 
 def whitespace_clean(text: str) -> str:
-    """Mends broken unicode and full-width characters, resolves HTML entities, collapses whitespace."""
+    """Repairs broken unicode and full-width characters, resolves HTML entities, collapses whitespace."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
@@ -92,8 +92,8 @@ class T5EncoderModel:
 
     @torch.no_grad()
     def __call__(self, texts: list[str] | str, device: torch.device | str) -> list[torch.Tensor]:
-        """Encodes every text on `device`. Returns one [tokens of the text incl. </s>, dim] each. Warns of a text whose
-        end the model does not read."""
+        """Encodes every text on `device`. Returns one [tokens of the text incl. </s>, dim] each. Warns if the model
+        does not read a text to its end."""
         texts = [whitespace_clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
         settings = {"padding": "max_length", "truncation": True, "max_length": self.text_len, "return_tensors": "pt"}
         batch = self.tokenizer(texts, **settings).to(device)

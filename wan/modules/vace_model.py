@@ -20,8 +20,8 @@ class VaceWanAttentionBlock(WanAttentionBlock):
         self.after_proj = nn.Linear(dim, dim)
 
     def forward(self, c: torch.Tensor, x: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """c: the branch's tokens [B, L, dim], x: the main branch's at its start. Returns the next c and the hint, both
-        [B, L, dim]."""
+        """c: the side branch's tokens [B, L, dim]; x: the main branch's before its first block. Returns the next c and
+        the hint, both [B, L, dim]."""
         if hasattr(self, "before_proj"):
             c = self.before_proj(c) + x
         c = super().forward(c, **kwargs)
@@ -45,7 +45,7 @@ class VaceWanModel(WanModel):
     """The DiT of the VACE models; see `forward`.
 
     vace_layers: the main blocks that get a hint, in the order of the side branch's blocks (default: every second
-    one). vace_in_dim: channels of the control video (default: in_dim). The others as in `WanModel`.
+    one). vace_in_dim: channels of the control video (default: in_dim). The other arguments are those of `WanModel`.
 
     Raises ValueError for another model_type, or vace_layers that are not distinct main blocks.
     """
@@ -71,11 +71,11 @@ class VaceWanModel(WanModel):
         eps: float = 1e-6,
     ):
         if model_type != "vace":
-            raise ValueError(f'VaceWanModel is for checkpoints of model_type "vace", this one is "{model_type}"')
+            raise ValueError(f'VaceWanModel is for checkpoints of model_type "vace", not "{model_type}"')
         self.vace_layers = list(range(0, num_layers, 2)) if vace_layers is None else list(vace_layers)
         if len(set(self.vace_layers) & set(range(num_layers))) != len(self.vace_layers):
             raise ValueError(f"vace_layers must be distinct layers below {num_layers}, got {self.vace_layers}")
-        # undecorated, as it would register its own arguments over these; the main blocks are made below
+        # without its decorator, which would register its arguments over these; the main blocks are made below
         sizes = (text_len, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim, num_heads)
         WanModel.__init__.__wrapped__(self, model_type, *sizes, num_layers=0, eps=eps)
         arguments = (dim, ffn_dim, num_heads, text_len, False, eps)
@@ -103,7 +103,7 @@ class VaceWanModel(WanModel):
 
         x, t, context, seq_len and the returned list are as in `WanModel.forward`. vace_context: the control video, one
         [vace_in_dim, F, H, W] per sample with F, H, W of its latent. vace_context_scale: weight of the hints. clip_fea
-        and y have no use here; every Wan model takes them.
+        and y are ignored; they are there because every Wan model takes them.
 
         Raises the errors of `WanModel.forward`, and ValueError for a control video of another size.
         """

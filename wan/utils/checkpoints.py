@@ -14,7 +14,7 @@ class DamagedFile(RuntimeError):
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Whatever a file's content makes fail in the block becomes DamagedFile with one line: the last of the reason."""
+    """Turns every exception in this block into DamagedFile with one line, which quotes the last line of the reason."""
     try:
         yield
     except DamagedFile:
@@ -25,8 +25,8 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def load_pth(path: str | Path, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Loads a file of tensors to the CPU, mapped into memory where its format allows (all but torch's oldest); for the
-    device "meta" without their data. Raises DamagedFile if the file is damaged or holds more than tensors."""
+    """Loads a file of tensors to the CPU, mapped into memory where its format allows (all but torch's oldest). For the
+    device "meta" the data are not loaded. Raises DamagedFile if the file is damaged or holds more than tensors."""
     place = "meta" if torch.device(device).type == "meta" else "cpu"
     with reading(path):
         return torch.load(path, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(path))

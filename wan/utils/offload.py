@@ -1,4 +1,4 @@
-"""Models that wait in CPU memory, and visit the GPU as a whole or part by part (by diffusers' group offloading)."""
+"""Models that wait in CPU memory and are moved to the GPU as a whole or part by part (diffusers' group offloading)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from diffusers.hooks import apply_group_offloading
 
 from wan.utils.attention import send_back
 
-ALIGNED = 512  # bytes, of tensors within a buffer
-BUFFERS = 32  # about, of a model, as far as its largest tensor allows
+ALIGNED = 512  # bytes that a tensor within a buffer starts at a multiple of
+BUFFERS = 32  # of a model, roughly; fewer if its largest tensor needs larger ones
 
 
 @contextmanager
 def on_device(model: torch.nn.Module, device: torch.device | None, then: str | None = None) -> Iterator[None]:
-    """Has the model on the device in this block; None leaves it to itself. then: where it goes afterwards, also after a
-    failure, as another video may come: "cpu", "meta", which drops its weights, or None, where it is."""
+    """Keeps the model on the device within this block; for a device of None it is not moved. then: where it goes
+    afterwards, also after a failure, as another video may come: "cpu", "meta" to drop its weights, None to stay."""
     try:
         if device is not None:
             model.to(device)
@@ -32,8 +32,8 @@ def on_device(model: torch.nn.Module, device: torch.device | None, then: str | N
 
 
 def offload_transformer(model: torch.nn.Module, device: torch.device) -> None:
-    """Has one block of a Wan transformer on the device at a time, and only while it runs; what is no block only while
-    the model runs. On CUDA they wait in pinned memory, and the next one is copied meanwhile."""
+    """Keeps one block of a Wan transformer on the device at a time, only while it runs, and everything else only while
+    the model runs. On CUDA the blocks wait in pinned memory, and the next one is copied while one runs."""
     stream = device.type == "cuda"
     if stream:
         pin_together([*model.parameters(), *model.buffers()])
@@ -42,13 +42,13 @@ def offload_transformer(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def offload_text_encoder(model: torch.nn.Module, device: torch.device) -> None:
-    """Has one layer of it on the device at a time. The others stay in the mapped file."""
+    """Keeps one layer of the model on the device at a time. The others stay in the mapped file."""
     settings = {"use_stream": device.type == "cuda", "low_cpu_mem_usage": True}
     apply_group_offloading(model, device, offload_type="leaf_level", **settings)
 
 
 def pin_together(tensors: Sequence[torch.Tensor]) -> None:
-    """Moves them to pinned memory, many to a buffer: torch's allocator takes a power of two for each."""
+    """Moves tensors to pinned memory, many to a buffer: torch rounds every allocation up to a power of two."""
     for size, places in packed([tensor.nbytes for tensor in tensors]):
         buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         for number, start in places:
@@ -58,8 +58,8 @@ def pin_together(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def packed(sizes: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Where tensors of these sizes, in bytes, are to lie: for every buffer its size, and (number of the tensor, start).
-    The buffers are nearly full, and of a power of two but for the last; so little of what is allocated is lost."""
+    """Packs tensors of these sizes, in bytes, into buffers. Returns for every buffer its size and where tensors lie in
+    it, as (number of the tensor, start). All buffers but the last nearly fill a power of two, so little is wasted."""
     capacity = 1 << max(max(sizes) - 1, sum(sizes) // BUFFERS).bit_length()
     buffers: list[tuple[int, list[tuple[int, int]]]] = []
     for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):

@@ -9,18 +9,18 @@ SAMPLERS = ("unipc", "dpm++")
 
 
 def sampling_sigmas(sample_solver: str, steps: int, shift: float) -> np.ndarray:
-    """Noise levels of the steps, falling, float64 [steps], without the final 0: linear, then shifted by
-    s x / (1 + (s - 1) x). UniPC starts at 0.999, DPM++ at pure noise. KeyError for another solver."""
+    """Returns the noise levels of the steps, falling, float64 [steps], without the final 0: linear, then shifted by
+    s x / (1 + (s - 1) x). UniPC starts at 0.999, DPM++ at pure noise. Raises KeyError for another solver."""
     first = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}[sample_solver]
     linear = np.linspace(first, 0, steps + 1)[:-1]
     return shift * linear / (1 + (shift - 1) * linear)
 
 
 class UniPC(UniPCMultistepScheduler):
-    """Does not ask whether its system of two equations has a solution: a GPU would be waited for in every step.
+    """UniPC without the check that its system of two equations has a solution, which waits for the GPU in every step.
 
-    Under autocast its einsum is rounded to bfloat16 on CUDA, and not on the CPU. It stays so: Wan2.1 does the same, and
-    to be equal to it on a card is worth more.
+    Under autocast its einsum is rounded to bfloat16 on CUDA, but not on the CPU. This is left as it is, since Wan2.1
+    does the same, and results equal to its own on a GPU are worth more.
     """
 
     def step(self, *args, **kwargs):
@@ -38,9 +38,9 @@ class Unchecked(TorchFunctionMode):
 def make_sampler(
     sample_solver: str, steps: int, shift: float, device: torch.device | str = "cpu", num_train_timesteps: int = 1000
 ) -> SchedulerMixin:
-    """A second-order multistep solver of the flow ODE, ready for `steps` calls of `step`, of latents on the device. Its
-    timesteps are on the CPU, where their values can be had without waiting. sample_solver: "unipc" or "dpm++". Raises
-    ValueError for another, or for no steps."""
+    """Makes a second-order multistep solver of the flow ODE, ready for `steps` calls of `step` with latents on the
+    device. Its timesteps are on the CPU, where reading them waits for nothing. sample_solver: "unipc" or "dpm++".
+    Raises ValueError for another solver, or for less than one step."""
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
     if sample_solver not in SAMPLERS:
@@ -56,5 +56,5 @@ def make_sampler(
     sampler.timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64))
     if torch.device(device).type == "cuda":  # so that they are copied to the model without waiting
         sampler.timesteps = sampler.timesteps.pin_memory()
-    sampler.set_begin_index(0)  # looked up by timestep it would start at the second of two equal ones
+    sampler.set_begin_index(0)  # a look-up by timestep would find the second of two equal ones
     return sampler
