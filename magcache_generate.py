@@ -38,7 +38,8 @@ def run(args: Namespace) -> bool:
     if not requests:
         print("all of them are finished; --overwrite makes them again")
         return True
-    expander = make_expander(job.sampling, job.extension) if job.extension and processes.rank == 0 else None
+    sees = bool(job.sampling.spec.images and inputs)
+    expander = make_expander(job.extension, sees) if job.extension and processes.rank == 0 else None
     check_targets(job, requests)
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 

@@ -12,12 +12,13 @@ VACE_LAYERS = {"vace-1.3B": range(0, 30, 2), "vace-14B": range(0, 40, 5)}
 
 def make_model(task):
     keys = ("text_len", "dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
-    sizes = {key: WAN_CONFIGS[task][key] for key in keys}
+    config = WAN_CONFIGS[task]
+    sizes = {key: config[key] for key in keys}
     if task in VACE_LAYERS:
         return VaceWanModel(list(VACE_LAYERS[task]), 96, **sizes)
     kind = task.split("-")[0]
-    image = {"in_dim": 36, "clip_positions": 514 if kind == "flf2v" else 0} if kind in IMAGES else {}
-    return WanModel(kind, **sizes, **image)
+    image = {"clip_dim": 1280 if "clip_checkpoint" in config else 0, "clip_positions": 514 if kind == "flf2v" else 0}
+    return WanModel(kind, in_dim=36 if kind in IMAGES else config.z_dim, out_dim=config.z_dim, **sizes, **image)
 
 
 def conditioning(task, latent_shape):

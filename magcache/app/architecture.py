@@ -1,8 +1,10 @@
 """The Wan transformer by its tensors: what their names and shapes are for given sizes. Pure Python."""
 
 from dataclasses import dataclass
+from math import prod
 
 LATENT, IMAGE, CONTROL = 16, 36, 96  # channels of what the pipelines give the transformer; it returns those of a latent
+LATENT_5B = 48
 PATCH = (1, 2, 2)  # latent pixels to a token: frames, rows, columns
 CLIP_TOKENS = 257  # of an image
 
@@ -11,8 +13,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a transformer, named as in its config.json. images: how many the image encoder sees. vace_blocks:
-    of the side branch, 0 without one."""
+    """The sizes of a transformer, named as in its config.json. images: how many the image encoder sees, if there is
+    one. vace_blocks: of the side branch, 0 without one."""
 
     dim: int
     ffn_dim: int
@@ -20,14 +22,12 @@ class Architecture:
     freq_dim: int = 256
     text_len: int = 512
     text_dim: int = 4096
+    in_dim: int = LATENT
+    out_dim: int = LATENT
     clip_dim: int = 1280
     clip_positions: int = 0
     images: int = 0
     vace_blocks: int = 0
-
-    @property
-    def in_dim(self) -> int:
-        return IMAGE if self.images else LATENT
 
     @property
     def image_tokens(self) -> int:
@@ -41,7 +41,7 @@ def tensor_shapes(sizes: Architecture) -> Shapes:
     shapes |= linear("text_embedding.0", sizes.text_dim, dim) | linear("text_embedding.2", dim, dim)
     shapes |= linear("time_embedding.0", sizes.freq_dim, dim) | linear("time_embedding.2", dim, dim)
     shapes |= linear("time_projection.1", dim, 6 * dim)
-    shapes |= linear("head.head", dim, 4 * LATENT) | {"head.modulation": (1, 2, dim)}
+    shapes |= linear("head.head", dim, prod(PATCH) * sizes.out_dim) | {"head.modulation": (1, 2, dim)}
     for layer in range(sizes.num_layers):
         shapes |= block_shapes(f"blocks.{layer}", dim, sizes.ffn_dim, bool(sizes.images))
     if sizes.images:

@@ -158,37 +158,43 @@ def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
         raise Refused(first_line(fault)) from fault
 
 
-def check_folder(sampling: Sampling, machine: Machine) -> tuple[dict, dict[str, set[str] | None]]:
-    """Refuses a checkpoint folder of another model. Returns what `read_config` and `find_weights` say of it."""
+def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict, dict[str, set[str] | None]]]:
+    """Refuses a checkpoint folder of another model. Returns the folder of every transformer, with what `read_config`
+    and `find_weights` say of it."""
     task, folder = sampling.spec, Path(machine.ckpt_dir)
     given = f"--ckpt_dir {folder}"
     if not os.path.isdir(folder) and not os.path.isfile(folder):
         raise Refused(f"{given} is not a folder")
-    if other := checkpoint.other_content(folder):
+    if other := checkpoint.other_content(folder, task):
         raise Refused(f"{given} holds {other}: task {task.name} needs the folder of {task.repository} as it is")
-    with to_be_replaced(checkpoint.Damaged):
-        model = checkpoint.read_config(folder)
-        weights = checkpoint.find_weights(folder)
-    kind, heads = model.get("model_type"), model["num_heads"]
-    if kind != task.model_type:
-        raise Refused(f"{given} holds a model of type {kind}, task {task.name} needs {task.model_type}")
-    if heads % machine.ulysses_size:
-        ulysses = f"--ulysses_size {machine.ulysses_size}"
-        raise Refused(f"{ulysses} does not divide the {heads} attention heads of the model in {folder}")
-    return model, weights
+    found = []
+    for part in (folder / name for name in task.transformers):
+        with to_be_replaced(checkpoint.Damaged):
+            model = checkpoint.read_config(part)
+            found.append((part, model, checkpoint.find_weights(part)))
+        kind, heads = model.get("model_type"), model["num_heads"]
+        if kind != task.model_type:
+            raise Refused(f"--ckpt_dir {part} holds a model of type {kind}, task {task.name} needs {task.model_type}")
+        if heads % machine.ulysses_size:
+            ulysses = f"--ulysses_size {machine.ulysses_size}"
+            raise Refused(f"{ulysses} does not divide the {heads} attention heads of the model in {part}")
+    return found
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -> None:
     """config: the task's, which has the names of the files."""
-    (model, weights), task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
-    files = [*weights, config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
-    files += [config.clip_checkpoint] if task.images else []
-    for name in files:
-        if not (folder / name).is_file():
-            raise Refused(f"--ckpt_dir {folder} lacks {name}")
-    with to_be_replaced(checkpoint.Damaged):
-        shapes = checkpoint.check_transformer(folder, model, weights)
-        checkpoint.check_encoders(folder, config, shapes, bool(task.images))
+    parts, task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
+    images = task.architecture.images
+    files = [part / name for part, _, weights in parts for name in weights]
+    names = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
+    names += [config.clip_checkpoint] if images else []
+    for file in (*files, *(folder / name for name in names)):
+        if not file.is_file():
+            raise Refused(f"--ckpt_dir {folder} lacks {file.relative_to(folder)}")
+    for part, model, weights in parts:
+        with to_be_replaced(checkpoint.Damaged):
+            shapes = checkpoint.check_transformer(part, model, weights, images)
+            checkpoint.check_encoders(folder, config, shapes)
     size = (model["dim"], model["num_layers"])
     alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
     if alike and task not in alike:

@@ -7,10 +7,11 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magcache.app.architecture import CONTROL, IMAGE, LATENT, Architecture, Shapes, tensor_shapes
+from magcache.app.architecture import CONTROL, IMAGE, LATENT, LATENT_5B, PATCH, Architecture, Shapes, tensor_shapes
 from magcache.app.errors import first_line, reason_in, shortened
 from magcache.app.tasks import Task
 from magcache.files import read_json
@@ -30,8 +31,10 @@ NUMBERS = {
     "num_layers": (32, 2**10),
     "text_len": (512, 2**16),
 }
-IMAGES = {"i2v": 1, "flf2v": 2}  # that the image encoder sees, by the type of the model
+# channels of the latents and of all that the transformer is given, by the type of the model
+CHANNELS = {"i2v": (LATENT, IMAGE), "flf2v": (LATENT, IMAGE), "ti2v": (LATENT_5B, LATENT_5B)}
 TEXT, VIDEO, PICTURES = "token_embedding.weight", "encoder.conv1.weight", "visual.patch_embedding.weight"
+LATENTS = "conv2.weight"  # of the VAE, whose decoder begins with it
 
 # what there is in other people's folders, by files in them, by words in the names of their tensors
 FILES = {
@@ -51,17 +54,17 @@ class Damaged(ValueError):
     """A file is not what was published under its name."""
 
 
-def other_content(path: Path) -> str | None:
-    """What a path leads to that is no model of Wan2.1 in the official layout, in words; None where no sign tells."""
+def other_content(path: Path, task: Task) -> str | None:
+    """What a path leads to that is no model of the task in the official layout, in words; None where no sign tells."""
     if path.is_file():
         return other_weights(path)
     if not (path / "config.json").exists():
-        signs = (what for name, what in FILES.items() if (path / name).exists())
+        signs = (what for name, what in FILES.items() if name not in task.transformers and (path / name).exists())
         files = sorted(file for ending in ("safetensors", "gguf", "pt", "ckpt") for file in path.glob(f"*.{ending}"))
         return next(signs, other_weights(files[0]) if files else None)
     with contextlib.suppress(ValueError, AttributeError):  # of what is damaged, which is said later
         config = read_json(path / "config.json")
-        if config.get("model_type") in ("ti2v", "s2v", "animate"):
+        if config.get("model_type") in ("ti2v", "s2v", "animate") and config["model_type"] != task.model_type:
             return "a model of Wan2.2"
         if "Transformer3DModel" in str(config.get("_class_name")):
             return "a transformer of diffusers"
@@ -118,7 +121,8 @@ def check_config(config: dict) -> None:
 def check_kind(config: dict) -> None:
     """What depends on the model's type, and the channels that its pipeline gives it."""
     kind, number = str(config.get("model_type")), config["num_layers"]
-    channels = {"in_dim": IMAGE if kind in IMAGES else LATENT, "out_dim": LATENT}
+    latent, given = CHANNELS.get(kind, (LATENT, LATENT))
+    channels = {"in_dim": given, "out_dim": latent}
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, expected in channels.items():
         if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
@@ -132,16 +136,17 @@ def check_kind(config: dict) -> None:
         raise ValueError(f"vace_layers must be distinct, and one at least, they are {shortened(layers)}")
 
 
-def sizes_in(config: dict, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
-    """Those of a checked config. The widths of text and image features, which official configs do not hold, are the
-    given ones unless it does."""
+def sizes_in(config: dict, images: int, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
+    """Those of a checked config. images: of the task. The widths of text and image features, which official configs do
+    not hold, are the given ones unless it does."""
     kind, layers, hints = str(config.get("model_type")), config["num_layers"], config.get("vace_layers")
     widths = {"text_dim": text_dim, "clip_dim": clip_dim, "clip_positions": clip_positions}
     blocks = (layers + 1) // 2 if hints is None else len(hints)
+    own = ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len", "in_dim", "out_dim")
     return Architecture(
-        **{name: config[name] for name in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len")},
+        **{name: config[name] for name in own},
         **{name: config.get(name, width) for name, width in widths.items()},
-        images=IMAGES.get(kind, 0),
+        images=images,
         vace_blocks=blocks if kind == "vace" else 0,
     )
 
@@ -150,7 +155,8 @@ def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
     """That of the folder's config.json, or the task's where there is none that can be used: a run refuses it."""
     usual = task.architecture
     try:
-        return sizes_in(read_config(Path(ckpt_dir)), usual.text_dim, usual.clip_dim, usual.clip_positions)
+        config = read_config(Path(ckpt_dir) / task.transformers[0])
+        return sizes_in(config, usual.images, usual.text_dim, usual.clip_dim, usual.clip_positions)
     except ValueError:
         return usual
 
@@ -174,9 +180,9 @@ def find_weights(folder: Path) -> dict[str, set[str] | None]:
     return files
 
 
-def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | None]) -> Shapes:
+def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | None], images: int) -> Shapes:
     """Compares the headers of all files of weights with config.json and the index. config: of `read_config`, files: of
-    `find_weights`. Returns the shapes of all tensors."""
+    `find_weights`, images: that the image encoder sees. Returns the shapes of all tensors."""
     shapes = {}
     for file, names in files.items():
         held = read_header(folder / file)
@@ -190,7 +196,7 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
     text_dim = (*shapes.get("text_embedding.0.weight", ()), 0, 0)[1]
     clip_dim = (*shapes.get("img_emb.proj.0.weight", ()), 0)[0]
     positions = (*shapes.get("img_emb.emb_pos", ()), 0, 0)[1]
-    compare_shapes(folder, shapes, tensor_shapes(sizes_in(config, text_dim, clip_dim, positions)))
+    compare_shapes(folder, shapes, tensor_shapes(sizes_in(config, images, text_dim, clip_dim, positions)))
     return shapes
 
 
@@ -221,23 +227,27 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
             raise ValueError(f"{where}: tensor {name} {sizes}")
 
 
-def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes, with_image: bool) -> None:
-    """Checks that the text encoder, its tokenizer, the VAE and, for a task with images, the image encoder can be read
-    and belong to the transformer. names: the task's config, which has their file names. shapes: of the transformer."""
+def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes) -> None:
+    """Checks that the text encoder, its tokenizer, the VAE and, if the transformer takes its features, the image
+    encoder can be read and belong to it. names: the task's config, which has their file names. shapes: of the
+    transformer."""
     text = read_structure(folder / names.t5_checkpoint, TEXT)[TEXT]
-    read_structure(folder / names.vae_checkpoint, VIDEO)
+    latent = read_structure(folder / names.vae_checkpoint, VIDEO, LATENTS)[LATENTS][0]
+    made = shapes["head.head.bias"][0] // prod(PATCH)
+    if latent != made:
+        raise ValueError(f"{folder / names.vae_checkpoint} has {latent} latent channels, the transformer {made}")
     widths = [(names.t5_checkpoint, text[-1], shapes["text_embedding.0.weight"][1])]
-    if with_image:
+    if features := shapes.get("img_emb.proj.0.weight"):
         pictures = read_structure(folder / names.clip_checkpoint, PICTURES)[PICTURES]
-        widths.append((names.clip_checkpoint, pictures[0], shapes["img_emb.proj.0.weight"][0]))
+        widths.append((names.clip_checkpoint, pictures[0], features[0]))
     for name, width, needed in widths:
         if width != needed:
             raise ValueError(f"{folder / name} has features {width} wide, the transformer takes {needed}")
     check_tokenizer(folder / names.t5_tokenizer, text[0])
 
 
-def read_structure(path: Path, needed: str) -> Shapes:
-    """Shapes of the tensors of a `.pth` file, among which the needed one must be. Torch unpickles nothing but tensors
+def read_structure(path: Path, *needed: str) -> Shapes:
+    """Shapes of the tensors of a `.pth` file, among which the needed ones must be. Torch unpickles nothing but tensors
     for it, and reads none of their data, but for its oldest format."""
     import torch
 
@@ -254,8 +264,8 @@ def read_structure(path: Path, needed: str) -> Shapes:
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: tensor {str(name)[:80]} is of type {tensor.dtype}, no floating point")
         shapes[name] = tuple(tensor.shape)
-    if not shapes.get(needed):
-        raise ValueError(f"{path} lacks tensor {needed}: is it the file that its name says?")
+    if lacking := [name for name in needed if not shapes.get(name)]:
+        raise ValueError(f"{path} lacks tensor {lacking[0]}: is it the file that its name says?")
     return shapes
 
 

@@ -145,7 +145,7 @@ def check_processes(args: Namespace, world: int) -> None:
 
 def make_sampling(args: Namespace) -> Sampling:
     """Fills in the task's defaults."""
-    task = TASKS[args.task]
+    task, given = TASKS[args.task], "sample_guide_scale" in getattr(args, "explicit", ())
     frames, steps, shift = args.frame_num, args.sample_steps, args.sample_shift
     if frames is not None and task.sources and args.src_video:
         print("note: --frame_num is not used with --src_video, whose own length decides")
@@ -157,7 +157,7 @@ def make_sampling(args: Namespace) -> Sampling:
         args.sample_solver,
         task.steps if steps is None else steps,
         task.shifts.get(args.size, task.shift) if shift is None else shift,
-        args.sample_guide_scale,
+        args.sample_guide_scale if given or len(task.guidance) == 1 else task.guidance,
     )
 
 
@@ -175,7 +175,7 @@ def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[pro
     given = {"image": args.image, "n_prompt": text_of(args.n_prompt, "n_prompt")}
     lines = tuple(replace(line, **{name: getattr(line, name) or given[name] for name in given}) for line in lines)
     for line in lines:
-        if takes_image and line.image is None:
+        if takes_image and line.image is None and (sampling.spec.needs_images or any(line.image for line in lines)):
             raise Refused(f"{file}: prompt {line.number} has no image, and there is no --image")
     return lines
 
@@ -196,6 +196,9 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
         raise Refused("--magcache_quality chooses the speed-up in place of --magcache_speedup")
     if quality is not None and not 0 < quality < math.inf:
         raise Refused(f"--magcache_quality must be a positive number of dB, got {quality}")
+    if sampling.spec.boundary and speedup is None and (wanted or args.magcache_calibration):
+        none = "has two transformers, and there are no ratios for two"
+        raise Refused(f"task {args.task} {none}: give --use_magcache --magcache_speedup X")
     if speedup is not None and not 1 <= speedup <= most:
         raise Refused(f"--magcache_speedup must be between 1 and {most}, at which one step is computed")
     return CacheSettings(rule, speedup, args.mag_ratios, args.magcache_offload, quality) if wanted else None

@@ -28,7 +28,7 @@ def settings_of(sampling: Sampling, machine: Machine) -> dict:
     del settings["sample_steps"]
     # refused with the rest of the folder, later
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        model = read_json(Path(machine.ckpt_dir) / "config.json")
+        model = read_json(Path(machine.ckpt_dir) / sampling.spec.transformers[0] / "config.json")
         shape = {key: value for key, value in model.items() if not key.startswith("_")}  # without diffusers' version
         settings["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
     return settings
@@ -87,7 +87,7 @@ def choose_table(sampling: Sampling, cache: CacheSettings, machine: Machine) -> 
     try:
         table, notice = find_table(sampling, cache, machine.ckpt_dir)
     except magcache.UnknownTableError as fault:
-        other = "" if cache.table else ", or name the table of another model there"
+        other = "" if cache.table else ", or name the table of another model there; --magcache_speedup needs none"
         raise Refused(f"{fault}; {HOW_TO_CALIBRATE}{other}") from fault
     except ValueError as fault:
         raise Refused(str(fault)) from fault
@@ -107,8 +107,8 @@ def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioT
     if cache.speedup is not None:
         with refusing(ValueError):
             given = {"constants": cache.constants} if cache.constants else {}
-            levels = sampling.noise_levels
-            return magcache.plan_speedup(steps, cache.speedup, calls_per_step=per_step, sigmas=levels, **given)
+            given |= {"sigmas": sampling.noise_levels, "boundary": sampling.spec.boundary}
+            return magcache.plan_speedup(steps, cache.speedup, calls_per_step=per_step, **given)
     with refusing(ValueError):
         given = {"calls_per_step": per_step, "sigmas": sampling.noise_levels}
         return magcache.plan(table.ratios, steps, **asdict(cache.rule), **given)

@@ -7,7 +7,7 @@ at their real sizes, on fake tensors; see examples/README.md.
 from dataclasses import dataclass
 from math import prod
 
-from magcache.app.architecture import LATENT, PATCH, Architecture, tensor_shapes
+from magcache.app.architecture import LATENT, LATENT_5B, PATCH, Architecture, tensor_shapes
 from magcache.app.backend import backend
 from magcache.app.checkpoint import architecture_of
 from magcache.app.job import Job
@@ -15,8 +15,8 @@ from magcache.schedule import Schedule
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 TEXT_ENCODER = 5.68e9  # parameters of umt5-xxl's encoder
-VAE_WEIGHTS = 507e6  # bytes, float32
-VAE_AT_ONCE = 19_500  # bytes for each pixel of a frame, or of a tile, that is decoded at once
+VAE_WEIGHTS = {LATENT: 507e6, LATENT_5B: 2.82e9}  # bytes, float32, by the channels of the latents
+VAE_AT_ONCE = {LATENT: 19_500, LATENT_5B: 21_600}  # bytes for each pixel of a frame, or of a tile, decoded at once
 TILE = 256  # pixels a side, of a tiled VAE
 PINNED = 1.05  # most that a model takes whose tensors are pinned together, over its own size
 TEXT_PINNED = 2**31  # bytes, the text encoder's largest layer on its way
@@ -42,9 +42,10 @@ def weight_bytes(sizes: Architecture, dtype: str, part: str = "") -> int:
     return large * BYTES[dtype] + 4 * small
 
 
-def token_count(frames: int, height: int, width: int, references: int = 0) -> int:
-    """Tokens of a call: frames (4 n + 1) and sides (multiples of 16) of the video in pixels, and VACE's references."""
-    return ((frames - 1) // 4 + 1 + references) * (height // 8) * (width // 8) // prod(PATCH)
+def token_count(frames: int, height: int, width: int, references: int = 0, token_pixels: int = 16) -> int:
+    """Tokens of a call: frames (4 n + 1) and sides (multiples of those of a token) of the video in pixels, and VACE's
+    references."""
+    return ((frames - 1) // 4 + 1 + references) * (height // token_pixels) * (width // token_pixels)
 
 
 def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
@@ -74,22 +75,23 @@ def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int
 
 def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
     """Memory of the cached residuals or outputs of all branches, in float32, as Wan computes them."""
-    numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * LATENT}[schedule.target]
+    numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * sizes.out_dim}[schedule.target]
     return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
 
 
-def call_bytes(sizes: Architecture, tokens: int, autocast: bool) -> float:
-    """Most that a computed call holds beside the weights. autocast: to bfloat16."""
+def call_bytes(sizes: Architecture, tokens: int, autocast: bool, by_token: bool = False) -> float:
+    """Most that a computed call holds beside the weights. autocast: to bfloat16. by_token: whether every token has a
+    timestep of its own, and so a modulation."""
     width = 2 if autocast else 4  # bytes of what linear layers take and give
     attention, feed_forward = 16.2 + 6 * width, 16.6 + 2 * width * sizes.ffn_dim / sizes.dim
     hints = (sizes.vace_blocks + 1.5) * width if sizes.vace_blocks else 0
-    return tokens * sizes.dim * (max(attention, feed_forward) + hints)
+    return tokens * sizes.dim * (max(attention, feed_forward) + hints + 8 * by_token)
 
 
-def vae_bytes(frames: int, height: int, width: int, tiled: bool) -> float:
-    """Most that decoding a video holds beside the weights."""
+def vae_bytes(frames: int, height: int, width: int, tiled: bool, latent: int = LATENT) -> float:
+    """Most that decoding a video holds beside the weights. latent: channels."""
     at_once = min(height, TILE) * min(width, TILE) if tiled else height * width
-    return VAE_AT_ONCE * at_once + 12 * (3 if tiled else 1) * frames * height * width
+    return VAE_AT_ONCE[latent] * at_once + 12 * (3 if tiled else 1) * frames * height * width
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,10 @@ class Needs:
 def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
     """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights; in
     Wan2.1's own `wan` it is float32."""
-    machine, sizes = job.machine, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
+    machine, spec = job.machine, job.sampling.spec
+    sizes, experts = architecture_of(spec, machine.ckpt_dir), len(spec.transformers)
     shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks
-    tokens = token_count(*pixels, len(job.inputs.references))
+    tokens = token_count(*pixels, len(job.inputs.references), spec.token_pixels)
     dtype = backend().weights_dtype(machine, cuda)
     all_weights = weights = weight_bytes(sizes, dtype)
     if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
@@ -128,7 +131,8 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
         weights -= sharded * (1 - 1 / machine.group_size) - 2 * large * (BYTES["bfloat16"] if cuda else BYTES[dtype])
     if machine.offload_blocks:  # all but one, and the next, which is copied meanwhile
         weights -= weight_bytes(sizes, dtype, "blocks.0.") * max(0, blocks - 2)
-    activations = call_bytes(sizes, tokens, cuda or dtype != "float32") / shards
+    by_token = bool(job.inputs.image) and not spec.needs_images
+    activations = call_bytes(sizes, tokens, cuda or dtype != "float32", by_token) / shards
     cached = 0.0
     if job.cache and not job.cache.offload:
         cached = cached_bytes(job.schedule, sizes, tokens)
@@ -136,11 +140,14 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0
-    vae = vae_bytes(*pixels, machine.vae_tiling)
+    vae = vae_bytes(*pixels, machine.vae_tiling, sizes.out_dim)
     again = job.prompt_file or job.output.compare or job.output.trials or not backend().frees_models
+    if machine.dit_fsdp or (again and not machine.offload_model):  # else one of two experts is on the card at a time
+        weights *= experts
+    all_weights *= experts
     stays = weights if machine.dit_fsdp or (again and not machine.offload_model) else 0.0
     kept = text if again and (machine.t5_fsdp or not machine.offload_model) else 0.0
-    card = CONTEXT + VAE_WEIGHTS + max(text, weights + kept + activations + cached, stays + kept + vae)
+    card = CONTEXT + VAE_WEIGHTS[sizes.out_dim] + max(text, weights + kept + activations + cached, stays + kept + vae)
     host = all_weights * PINNED + TEXT_PINNED if machine.offload_blocks and cuda else all_weights
     if cuda and again and machine.offload_model and not machine.offload_blocks:
         host += 2 * TEXT_ENCODER  # until it has been on the card, it is the mapped file

@@ -91,7 +91,10 @@ def add_sampling(add: Callable) -> None:
     add("--sample_solver", default="unipc", choices=("unipc", "dpm++"))
     add("--sample_steps", type=int, help="sampling steps (default: 50; i2v 40)")
     add("--sample_shift", type=float, help="shift of the noise levels (default: 5; i2v at 480p 3; flf2v, vace 16)")
-    add("--sample_guide_scale", type=float, default=5.0, help="classifier-free guidance (default: 5.0)")
+    guidance = (
+        "classifier-free guidance (default: 5.0; of two experts, low and high noise: t2v-A14B 3 and 4, i2v-A14B 3.5)"
+    )
+    add("--sample_guide_scale", type=float, default=5.0, action=Explicit, help=guidance)
 
 
 def add_machine(add: Callable) -> None:

@@ -23,7 +23,7 @@ def choose_inputs(
             inputs = replace(inputs, **{flag: None})
     given = [flag for flag in spec.inputs if getattr(inputs, flag) is not None]
     lacking = [flag for flag in spec.images if flag not in given]
-    if lacking and needed and (given or prompt is not None):
+    if lacking and needed and spec.needs_images and (given or prompt is not None):
         raise Refused(f"task {sampling.task} needs --{lacking[0]} (without it and --prompt an example runs)")
     if prompt is not None:
         return prompt, inputs
@@ -48,7 +48,7 @@ def read_inputs(job: Job) -> list | None:
 
     with refusing(ValueError):
         if spec.images:
-            return [read_image(getattr(inputs, flag)) for flag in spec.images]
+            return [read_image(path) for flag in spec.images if (path := getattr(inputs, flag))]
         return backend().read_sources(sampling, inputs)
 
 
@@ -60,7 +60,7 @@ def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]
     if inputs:
         from magcache.app.media import video_size
 
-        width, height = video_size(inputs[0].size, width * height)
+        width, height = video_size(inputs[0].size, width * height, sampling.spec)
     return sampling.frame_num, height, width
 
 
@@ -76,7 +76,7 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
                 frames, height, width = video_shape(sampling, [read_image(path)])
             except (ImportError, ValueError) as fault:
                 print(f"note: {fault}; here its shape is that of --size")
-        else:
+        elif path or sampling.spec.needs_images:
             print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
     if sampling.spec.sources and inputs.src_video:
         print("note: the source video decides on shape and length; the largest that it may have is taken")
@@ -93,14 +93,14 @@ class Expander(Protocol):
         """An object with the `prompt`, whether it worked (`status`), and a `message`."""
 
 
-def make_expander(sampling: Sampling, extension: Extension) -> Expander:
+def make_expander(extension: Extension, is_vl: bool) -> Expander:
     """Returns what extends the prompts. Reads no weights, unless the `wan` here does."""
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
     method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
     device = {"device": 0} if extension.method == "local_qwen" else {}
     with refusing(ValueError, OSError, ImportError):
-        return method(model_name=extension.model, is_vl=bool(sampling.spec.images), **device)
+        return method(model_name=extension.model, is_vl=is_vl, **device)
 
 
 def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list | None) -> str:

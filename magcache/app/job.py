@@ -20,8 +20,8 @@ TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is generated, but for prompt, seed and input files. size: "width*height". Raises Refused where a value makes
-    no sense."""
+    """What is generated, but for prompt, seed and input files. size: "width*height". sample_guide_scale: of all steps,
+    or of those of low and of high noise. Raises Refused where a value makes no sense."""
 
     task: str
     size: str
@@ -29,7 +29,7 @@ class Sampling:
     sample_solver: str
     sample_steps: int
     sample_shift: float
-    sample_guide_scale: float
+    sample_guide_scale: float | tuple[float, float]
 
     def __post_init__(self):
         frames, steps, shift = self.frame_num, self.sample_steps, self.sample_shift
@@ -46,7 +46,7 @@ class Sampling:
             raise Refused(f"--sample_steps must be at least 1 and at most {MOST_STEPS}, got {shortened(steps)}")
         if not 0 < shift < math.inf:
             raise Refused(f"--sample_shift must be positive, got {shift}")
-        if not math.isfinite(self.sample_guide_scale):
+        if not all(map(math.isfinite, self.guidance)):
             raise Refused(f"--sample_guide_scale must be finite, got {self.sample_guide_scale}")
         try:
             self.noise_levels  # noqa: B018
@@ -66,7 +66,12 @@ class Sampling:
     @property
     def calls_per_step(self) -> int:
         """How often a step calls the transformer: at a guidance of 1 only cond has a weight."""
-        return 1 if self.sample_guide_scale == 1 else 2
+        return 1 if {*self.guidance} == {1} else 2
+
+    @property
+    def guidance(self) -> tuple[float, ...]:
+        scale = self.sample_guide_scale
+        return scale if isinstance(scale, tuple) else (scale,)
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
@@ -212,7 +217,9 @@ class Job:
     def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
         """shape: (frames, height, width)."""
         (frames, height, width), how = shape, self.sampling
-        sampled = f"{how.sample_solver}, shift {how.sample_shift:g}, guidance {how.sample_guide_scale:g}"
+        guidance = " and ".join(f"{scale:g}" for scale in how.guidance)
+        guidance += " (low and high noise)" if len(how.guidance) == 2 else ""
+        sampled = f"{how.sample_solver}, shift {how.sample_shift:g}, guidance {guidance}"
         return f"{how.task}, {width}x{height}, {frames} frames, {how.sample_steps} steps, {sampled}, seed {seed}"
 
 

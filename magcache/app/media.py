@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from magcache.app.tasks import Task
 from magcache.files import is_special, written_whole
 
 MIN_SIDE = 16  # pixels
@@ -20,8 +21,6 @@ MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like 
 # players take a video without tags for one in BT.601 or in BT.709, by its size
 BT709 = "scale=out_color_matrix=bt709:out_range=tv,"
 BT709 += "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-
-TOKEN_PIXELS = 16  # on either side: 8 to a latent pixel, 2 of these to a token
 
 
 def read_image(path: str) -> Image.Image:
@@ -56,12 +55,23 @@ def read_image(path: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
-    """(width, height) of the video that either `wan` package makes of an image of that size, for a readable one."""
-    aspect = image_size[1] / image_size[0]
-    areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
-    width, height = (int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
-    return width, height
+def video_size(image_size: tuple[int, int], max_area: int, task: Task) -> tuple[int, int]:
+    """(width, height) of the video that any `wan` package makes of an image of that size, for a readable one."""
+    token = task.token_pixels
+
+    def whole(pixels: float) -> int:
+        return int(pixels // token) * token
+
+    # the quotients in this form and order: the last bit may decide
+    if task.needs_images:
+        aspect = image_size[1] / image_size[0]
+        return whole(math.sqrt(max_area / aspect)), whole(math.sqrt(max_area * aspect))
+    aspect = image_size[0] / image_size[1]
+    width = (max_area * aspect) ** 0.5
+    height = max(token, whole(max_area / width))
+    # of the largest with this height, and with this width, the one that cuts off less of the image
+    sizes = (whole(max_area / height), height), (whole(width), whole(max_area / whole(width)))
+    return min(sizes, key=lambda size: max(aspect / (size[0] / size[1]), size[0] / size[1] / aspect))
 
 
 def frames_at_most(most: int, path: str) -> int:

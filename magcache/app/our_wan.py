@@ -43,7 +43,7 @@ class OurWan(Backend):
         with to_be_replaced(*self.damaged):  # by tensors that are missing, left over or of another shape
             load_encoder(folder / config.t5_checkpoint, torch.float32, "meta")
             load_vae(folder / config.vae_checkpoint, torch.float32, "meta")
-            if sampling.spec.images:
+            if sampling.spec.architecture.images:
                 load_tower(folder / config.clip_checkpoint, config.clip_num_heads, torch.float32, "meta")
 
     def start_groups(self, processes: Processes, machine: Machine) -> Group:

@@ -98,11 +98,11 @@ def is_record(path: Path) -> bool:
 
 def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
     """The flags that stand for these values of a parser's arguments, but for those that are left out. What is None, a
-    switch that is off, or unknown to the parser has no flag."""
+    tuple, a switch that is off, or unknown to the parser has no flag."""
     command = []
     for action in parser._actions:
         value, flag = values.get(action.dest), action.option_strings[0]
-        if value is None or action.dest in left_out:
+        if value is None or isinstance(value, tuple) or action.dest in left_out:  # guidance of two is the task's own
             continue
         if action.nargs in (0, "?") and isinstance(value, bool):
             command += [flag] if value else []

@@ -52,14 +52,14 @@ class Renderer:
 
     def generate(self, request: Request, steps: int) -> torch.Tensor | None:
         """What the pipeline makes of the request."""
-        sampling = self.job.sampling
+        sampling, inputs = self.job.sampling, inputs_of(request, self.inputs)
         shape = {"size": sampling.pixels}
-        if sampling.spec.images:
+        if sampling.spec.images and inputs:
             shape = {"max_area": math.prod(sampling.pixels)}
         with backend().apart(self.crew.group):
             return self.pipeline.generate(
                 request.prompt,
-                *inputs_of(request, self.inputs),
+                *inputs,
                 **shape,
                 frame_num=sampling.frame_num,
                 shift=sampling.sample_shift,

@@ -38,7 +38,7 @@ def show_plan(args: Namespace) -> None:
         headline(job),
         f"schedule  {chosen_by(job)}",
         *([f"origin    {table_origin(job.table)}"] if job.table else []),
-        *run_lines(job, video, token_count(frames, height, width, references), (frames, height, width)),
+        *run_lines(job, video, (frames, height, width), references),
         *(["", *quality_lines(job)] if job.measured else []),
     ]
     print(*(line.rstrip() for line in lines), sep="\n")
@@ -65,8 +65,9 @@ def table_origin(table: RatioTable) -> str:
     return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
 
 
-def run_lines(job: Job, video: str, tokens: int, pixels: tuple[int, int, int]) -> list[str]:
-    """video: in words. tokens: of a call. pixels: (frames, height, width)."""
+def run_lines(job: Job, video: str, pixels: tuple[int, int, int], references: int) -> list[str]:
+    """video: in words. pixels: (frames, height, width). references: images of vace."""
+    tokens = token_count(*pixels, references, job.sampling.spec.token_pixels)
     schedule, sizes = job.schedule, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
     cached, full = run_flops(schedule, sizes, tokens)
     return [

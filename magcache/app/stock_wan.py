@@ -53,7 +53,7 @@ class StockWan(Backend):
             raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
         if inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
             need_package("decord", "--src_video with the wan package here")
-        if sampling.spec.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
+        if sampling.spec.architecture.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
             loads = f"{config.clip_tokenizer}/, which the wan package here loads"
             raise Refused(f"--ckpt_dir {machine.ckpt_dir} lacks {loads}")
         self.check_attention()

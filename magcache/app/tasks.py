@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from magcache import Settings
-from magcache.app.architecture import CLIP_TOKENS, Architecture
+from magcache.app.architecture import CLIP_TOKENS, IMAGE, LATENT_5B, Architecture
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,13 @@ class Task:
 
     pipeline: its class in the `wan` package. model_type: that of the checkpoint's config.json. sizes: "width*height".
     example: the prompt, and the files in examples/, of a run that names none. images, sources: flags of the input
-    files; each image is a frame of the video, and the first one has its shape. shifts: the shift by size, where it is
-    another one. tables: names of the ratio tables that were measured on its models. published: settings of thresh, K
-    and retention that the method's authors name. config: the model's entry in `wan.configs`, None for the task's name.
-    is_demo: whether the model is one of the small ones in examples/, which what is said of memory is not about.
+    files; each image is a frame of the video, and the first one has its shape. needs_images: whether there is no video
+    without them. token_pixels: of a token, on either side. shifts: the shift by size, where it is another one.
+    guidance: of every step, or of those of low and of high noise. boundary: the noise level from which on, downwards,
+    a second transformer makes the steps, None for a single one. tables: names of the ratio tables that were measured
+    on its models. published: settings of thresh, K and retention that the method's authors name. config: the model's
+    entry in `wan.configs`, None for the task's name. release: of the model. is_demo: whether the model is one of the
+    small ones in examples/, which what is said of memory is not about.
     """
 
     name: str
@@ -27,14 +30,19 @@ class Task:
     example: dict[str, str]
     images: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    needs_images: bool = True
+    token_pixels: int = 16
     makes_image: bool = False
     frames: int = 81
     steps: int = 50
     shift: float = 5.0
     shifts: dict[str, float] = field(default_factory=dict)
+    guidance: tuple[float, ...] = (5.0,)
+    boundary: float | None = None
     tables: tuple[str, ...] = ()
     published: tuple[Settings, ...] = (Settings(),)
     config: str | None = None
+    release: str = "Wan2.1"
     is_demo: bool = False
 
     @property
@@ -45,8 +53,13 @@ class Task:
     @property
     def repository(self) -> str:
         """Where the Hugging Face hub has the official checkpoint."""
-        only = "-720P" if self.images else ""
-        return f"Wan-AI/Wan2.1-{self.model_type.upper()}-{self.name.split('-')[1]}{only}"
+        only = "-720P" if self.architecture.images else ""
+        return f"Wan-AI/{self.release}-{self.model_type.upper()}-{self.name.split('-')[1]}{only}"
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """Their folders within that of the checkpoint, the first one's first."""
+        return ("",) if self.boundary is None else ("high_noise_model", "low_noise_model")
 
     @property
     def least_frames(self) -> int:
@@ -89,7 +102,7 @@ _I2V = Task(
     name="i2v-14B",
     pipeline="WanI2V",
     model_type="i2v",
-    architecture=replace(_14B, images=1),
+    architecture=replace(_14B, in_dim=IMAGE, images=1),
     sizes=_VIDEO,
     example={"prompt": _CAT, "image": "i2v_input.JPG"},
     images=("image",),
@@ -102,7 +115,7 @@ _FLF2V = Task(
     name="flf2v-14B",
     pipeline="WanFLF2V",
     model_type="flf2v",
-    architecture=replace(_14B, images=2, clip_positions=2 * CLIP_TOKENS),
+    architecture=replace(_14B, in_dim=IMAGE, images=2, clip_positions=2 * CLIP_TOKENS),
     sizes=_VIDEO,
     example={"prompt": _BIRD, "first_frame": "flf2v_input_first_frame.png", "last_frame": "flf2v_input_last_frame.png"},
     images=("first_frame", "last_frame"),
@@ -121,6 +134,7 @@ _VACE = Task(
     tables=("vace-14B",),
     published=(Settings(0.02, 3),),
 )
+_WAN22 = {"release": "Wan2.2", "shifts": {}, "tables": (), "published": (Settings(),)}
 _DEMO = {"sizes": ("64*64",), "frames": 17, "steps": 50, "is_demo": True}
 
 _ALL = (
@@ -146,6 +160,23 @@ _ALL = (
     _FLF2V,
     replace(_VACE, name="vace-1.3B", architecture=replace(_1_3B, vace_blocks=15), sizes=_480P, tables=("vace-1.3B",)),
     _VACE,
+    replace(_T2V, **_WAN22, name="t2v-A14B", steps=40, shift=12.0, guidance=(3.0, 4.0), boundary=0.875),
+    replace(
+        _I2V, **_WAN22, name="i2v-A14B", architecture=replace(_14B, in_dim=IMAGE), guidance=(3.5, 3.5), boundary=0.9
+    ),
+    replace(
+        _T2V,
+        **_WAN22,
+        name="ti2v-5B",
+        pipeline="WanTI2V",
+        model_type="ti2v",
+        architecture=Architecture(3072, 14336, 30, in_dim=LATENT_5B, out_dim=LATENT_5B),
+        sizes=("704*1280", "1280*704"),
+        images=("image",),
+        needs_images=False,
+        token_pixels=32,
+        frames=121,
+    ),
     replace(
         _T2V,
         **_DEMO,
@@ -159,7 +190,7 @@ _ALL = (
         _I2V,
         **_DEMO,
         name="i2v-tiny",
-        architecture=replace(_TINY, num_layers=7, clip_dim=64, images=1),
+        architecture=replace(_TINY, num_layers=7, in_dim=IMAGE, clip_dim=64, images=1),
         example={"prompt": "a purple triangle moves right on a yellow background", "image": "i2v_tiny_input.png"},
         tables=("i2v-tiny",),
     ),

@@ -37,6 +37,9 @@ CONFIGS = {
     "t2v-1.3B": _1_3B | {"model_type": "t2v"},
     "t2v-14B": _14B | {"model_type": "t2v"},
     "i2v-14B": _14B | {"model_type": "i2v", "in_dim": 36},
+    "i2v-A14B": _14B | {"model_type": "i2v", "in_dim": 36, "clip_dim": 0},
+    "ti2v-5B": {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48}
+    | {"model_type": "ti2v"},
     "flf2v-14B": _14B | {"model_type": "flf2v", "in_dim": 36, "clip_positions": 514},
     "vace-1.3B": _1_3B | _VACE | {"vace_layers": list(range(0, 30, 2))},
     "vace-14B": _14B | _VACE | {"vace_layers": list(range(0, 40, 5))},
@@ -62,7 +65,8 @@ def complete(config: dict, folder: Path) -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_expected_tensors_are_those_of_the_models(name, tmp_path):
     shapes = shapes_of(CONFIGS[name])
-    widths = (4096, 1280, CONFIGS[name].get("clip_positions", 0))
+    images = {"i2v-14B": 1, "flf2v-14B": 2}.get(name, 0)
+    widths = (images, 4096, 1280, CONFIGS[name].get("clip_positions", 0))
     assert tensor_shapes(checkpoint.sizes_in(complete(CONFIGS[name], tmp_path), *widths)) == shapes
 
 

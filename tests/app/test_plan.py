@@ -106,16 +106,18 @@ def test_plan_is_quick_and_needs_no_torch(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_size_length_and_step_count(task, plan, tmp_path):
-    ratios = ("--mag_ratios", "i2v-14B-720P") if task in ("i2v-14B", "flf2v-14B") else ()
+    spec, ratios = TASKS[task], ()
+    if len(spec.tables) != 1:
+        ratios = ("--magcache_speedup", 1) if spec.release == "Wan2.2" else ("--mag_ratios", "i2v-14B-720P")
     lengths = (1,) if task == "t2i-14B" else (5, 81, 121)
     for size, frames, steps in itertools.product(all_sizes(), lengths, (1, 7, 120)):
         flags = ("--task", task, "--size", size, "--frame_num", frames, "--sample_steps", steps, *ratios)
         lines = plan(*flags, "--ckpt_dir", tmp_path / "none", "--prompt", "a", "--ulysses_size", 2)
         assert re.fullmatch(rf"\d+ of {2 * steps} DiT calls computed, at most [\d.]+x", lines[0])
         width, height = map(int, size.split("*"))
-        tokens = ((frames - 1) // 4 + 1) * width * height // 256
-        assert lines[3].endswith(f"; {tokens} tokens a call")
-        assert any(f"does not run at {size}" in line for line in lines) == (size not in TASKS[task].sizes)
+        tokens = ((frames - 1) // 4 + 1) * (width // spec.token_pixels) * (height // spec.token_pixels)
+        assert any(line.endswith(f"; {tokens} tokens a call") for line in lines[2:4])
+        assert any(f"does not run at {size}" in line for line in lines) == (size not in spec.sizes)
 
 
 def test_input_files_decide_on_the_shape_where_they_are_there(plan, tmp_path):
@@ -176,7 +178,7 @@ def test_flops(kind):
         images = 1 if kind == "i2v" else 2
         positions = 514 if images == 2 else 0
         model = WanModel(kind, num_heads=2, in_dim=36, clip_dim=20, clip_positions=positions, **sizes)
-        extra = {"clip_dim": 20, "images": images}
+        extra = {"in_dim": 36, "clip_dim": 20, "images": images}
         given_ = {"y": [torch.zeros(20, 3, 6, 8)], "clip_fea": torch.zeros(images, 257, 20)}
     magcache.apply_magcache(model, magcache.Schedule((None, None, (1.0,), (1.0,))))
     counted = []

@@ -22,7 +22,17 @@ def test_registry_and_configs_are_about_the_same_models():
         for key in ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len"):
             assert getattr(task.architecture, key) == WAN_CONFIGS[name][key], (name, key)
         assert set(task.sizes) == set(SUPPORTED_SIZES[name]) <= set(SIZE_CONFIGS)
-        assert bool(task.images) == ("clip_checkpoint" in WAN_CONFIGS[name])
+        config = WAN_CONFIGS[name]
+        assert bool(task.architecture.images) == ("clip_checkpoint" in config)
+        assert task.boundary == config.get("boundary")
+        assert [*task.transformers] == [config.get(f"{noise}_noise_checkpoint", "") for noise in ("high", "low")][
+            : 2 if task.boundary else 1
+        ]
+        defaults = {"sample_steps": task.steps, "sample_shift": task.shift, "frame_num": task.frames}
+        assert {key: config.get(key, value) for key, value in defaults.items()} == defaults
+        assert config.get("sample_guide_scale", 5.0) == (task.guidance if task.boundary else task.guidance[0])
+        assert task.token_pixels == config.vae_stride[1] * config.patch_size[1]
+        assert task.architecture.out_dim == config.z_dim
         for files in [value for key, value in task.example.items() if key != "prompt"]:
             assert all((EXAMPLES / file).is_file() for file in files.split(","))
 

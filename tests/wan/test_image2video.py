@@ -10,6 +10,7 @@ from pipeline_stages import INPUTS, check_stages
 import magcache
 import wan
 from magcache.app import media
+from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.image2video import video_size
 
@@ -117,7 +118,7 @@ def test_geometry(case, pipelines):
     height, width = case["image_hw"]
     size = video_size((width, height), case["max_area"])
     assert list(size) == case["video_hw"][::-1]
-    assert size == media.video_size((width, height), case["max_area"])
+    assert size == media.video_size((width, height), case["max_area"], TASKS["i2v-14B"])
     shape = pipelines["i2v"].latent_shape(size, case["frame_num"])
     assert list(shape) == case["noise_shape"]
     assert pipelines["i2v"].token_count(shape) == case["max_seq_len"]

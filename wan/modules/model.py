@@ -196,9 +196,10 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class WanModel(ModelMixin, ConfigMixin):
-    """The Wan2.1 DiT; see `forward`. model_type: "t2v", "i2v" or "flf2v" ("vace" is `VaceWanModel`). text_dim and
-    clip_dim are the widths of the text and image features; official config files do not hold them, so
-    `from_pretrained` reads them from the tensors."""
+    """The DiT of Wan2.1 and Wan2.2; see `forward`. model_type: "t2v", "i2v", "ti2v" or "flf2v" ("vace" is
+    `VaceWanModel`). text_dim and clip_dim are the widths of the text and image features, clip_dim 0 for a model without
+    image features (Wan2.2's i2v); official config files do not hold them, so `from_pretrained` reads them from
+    the tensors."""
 
     # all but the weights of the blocks' linear layers, which autocast rounds to bfloat16 in any case
     _keep_in_fp32_modules: ClassVar = [
@@ -231,7 +232,7 @@ class WanModel(ModelMixin, ConfigMixin):
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        image = model_type in ("i2v", "flf2v")
+        image = model_type in ("i2v", "flf2v") and clip_dim > 0
         self.blocks = nn.ModuleList(
             WanAttentionBlock(dim, ffn_dim, num_heads, text_len, image, eps) for _ in range(num_layers)
         )
@@ -267,8 +268,8 @@ class WanModel(ModelMixin, ConfigMixin):
             ("clip_dim", "img_emb.proj.0.weight", 0),
             ("clip_positions", "img_emb.emb_pos", 1),
         ):
-            if tensor in shapes and name not in declared:
-                kwargs.setdefault(name, shapes[tensor][axis])
+            if name not in declared:
+                kwargs.setdefault(name, (*shapes.get(tensor, ()), 0, 0)[axis])
         model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise DamagedFile(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
