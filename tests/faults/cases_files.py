@@ -295,7 +295,7 @@ CHANGES = {
     "VAE malicious": (lambda f: torch.save({"a": Malicious()}, f / VAE), r"posix\.system|system"),
     "VAE malicious old": (pickled, f"cannot read .*{VAE}"),
     "VAE int8": (weights(integers("encoder.conv1.weight"), VAE), "of type torch.int8, no floating point"),
-    "VAE without conv2": (weights(lambda t: t.pop("conv2.weight"), VAE), "Missing key.*post_quant_conv"),
+    "VAE without conv2.bias": (weights(lambda t: t.pop("conv2.bias"), VAE), "Missing key.*post_quant_conv"),
     "VAE is T5": (lambda f: shutil.copy(f / T5, f / VAE), "lacks tensor encoder.conv1.weight: is it the"),
     "VAE a pipe": (replaced(VAE, os.mkfifo), f"lacks {VAE}"),
     "T5 without norm": (weights(lambda t: t.pop("norm.weight"), T5), "Missing key.*final_layer_norm"),

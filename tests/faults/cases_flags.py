@@ -54,7 +54,7 @@ FLAGS = {
     "a plan without a table": (["--task", "flf2v-14B", "--magcache_plan"], "no ratio table fits task flf2v-14B"),
     "no table for 5B": (["--task", "ti2v-5B", "--magcache_plan"], "--magcache_speedup needs none"),
     "ratios of two transformers": (["--task", "t2v-A14B", "--magcache_plan"],
-                                   "has two transformers, and there are no ratios for two: give --use_magcache --magca"),
+                                   "has two transformers, and there are no ratios for two: give --use_magcache"),
     "a step for two transformers": (["--task", "i2v-A14B", "--magcache_plan", "--magcache_speedup", 21],
                                     "speedup must be between 1 and 20, half of the steps, got 21"),
     "trials of text": ([*TRIALS, "fast"], "takes speed-ups such as"),
