@@ -247,17 +247,19 @@ def merge(model: "torch.nn.Module", folder: Path, loras: Sequence[Lora]) -> None
 
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    files = {name: folder / file for file in find_weights(folder) for name in read_header(folder / file)}
+    changes = {}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in find_weights(folder)]
-        exact = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        changes = {}
         for lora in loras:
-            tensors, alpha = stack.enter_context(safe_open(lora.path, framework="pt")), read_alpha(Path(lora.path))
-            for name, change in find_changes(read_header(Path(lora.path)), shapes).items():
+            path = Path(lora.path)
+            tensors, alpha = stack.enter_context(safe_open(path, framework="pt")), read_alpha(path)
+            for name, change in find_changes(read_header(path), shapes).items():
                 changes.setdefault(name, []).append((change, tensors, alpha, lora.strength))
         for name in [name for name in parameters if name in changes]:  # in the order of the files, about
-            parameter = parameters[name].data
-            weight = parameter if parameter.dtype == torch.float32 else exact[name].get_tensor(name).float()
+            parameter = weight = parameters[name].data
+            if weight.dtype != torch.float32:
+                with safe_open(files[name], framework="pt") as file:  # as long as it is open all that was read stays
+                    weight = file.get_tensor(name).to(torch.float32, copy=True)
             for change in changes[name]:
                 add(weight, *change)
             if weight is not parameter:
