@@ -16,6 +16,7 @@ import pytest
 import torch
 from faults import warm
 from golden_data import write_checkpoint
+from safetensors.torch import load_file, save_file
 
 import magcache
 from magcache.app.job import Inputs
@@ -145,6 +146,28 @@ def test_forecasts_in_one_process_and_two(checkout):
             latents.append(record["latent"])
     for latent in latents:
         torch.testing.assert_close(latent, latents[0], rtol=1e-4, atol=1e-5)
+
+
+def test_lora(checkout):
+    """It is merged before the weights are sharded, which upstream's pipelines do as they are made."""
+    name, weights = "blocks.0.self_attn.v", "diffusion_pytorch_model.safetensors"
+    down, up = torch.linspace(-1, 1, 80).view(2, 40), torch.linspace(-1, 1, 80).view(40, 2)
+    halves = {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+    save_file(halves, checkout / "a.safetensors")
+    by_hand = shutil.copytree(checkout / "t2v", checkout / "by_hand")
+    tensors = load_file(by_hand / weights)
+    tensors[f"{name}.weight"] += 0.5 * up @ down
+    save_file(tensors, by_hand / weights)
+    result, (expected,) = run(checkout, *TEXT, "--ckpt_dir", "by_hand")
+    assert result.returncode == 0, result.stderr
+    for flags, processes in (((), 1), (SHARDED, 2)):
+        result, records = run(checkout, *TEXT, "--lora", "a.safetensors:0.5", *flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert len(records) == processes
+        for record in records:
+            torch.testing.assert_close(record["latent"], expected["latent"], rtol=1e-4, atol=1e-5)
+    _, (record,) = run(checkout, *TEXT, "--lora", "a.safetensors:0.49")
+    assert not torch.allclose(record["latent"], expected["latent"], rtol=1e-4, atol=1e-5)
 
 
 def test_vace(checkout):

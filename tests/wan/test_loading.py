@@ -40,7 +40,7 @@ def test_loading_takes_at_most_the_file_and_two_gigabytes(tmp_path):
         command = [sys.executable, "-c", LOAD, str(folder), dtype, *lora]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
-        peaks[dtype, *lora] = peak = int(result.stdout.splitlines()[-1])
+        peaks[(dtype, *lora)] = peak = int(result.stdout.splitlines()[-1])
         print(f"{dtype}, {len(lora)} LoRA: {peak / 1e9:.2f} GB for a file of {size / 1e9:.2f} GB")
     weights.unlink()
     assert max(peaks.values()) < size + 2e9

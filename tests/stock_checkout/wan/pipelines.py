@@ -1,6 +1,5 @@
 """Upstream's pipelines without text encoder, image encoder and VAE, which have nothing to do with the cache."""
 
-import json
 import types
 import zlib
 from itertools import pairwise
@@ -42,11 +41,9 @@ class Pipeline:
         self.record = {"calls": []} | record
         self.device, self.rank, self.config = torch.device("cpu"), record["rank"], config
 
-    def load(self, folder, shared_forwards, dit_fsdp, seed=0):
-        kept = ("model_type", "in_dim", "dim", "out_dim", "num_layers")
-        declared = json.loads((folder / "config.json").read_text())
+    def load(self, folder, shared_forwards, dit_fsdp, subfolder="", seed=0):
         torch.manual_seed(seed)
-        model = self.model_class(**{key: declared[key] for key in kept}).eval().requires_grad_(False)
+        model = self.model_class.from_pretrained(folder, subfolder=subfolder).eval().requires_grad_(False)
         for module in model.modules():
             if "AttentionBlock" in type(module).__name__:
                 module.register_forward_hook(self.count)

@@ -23,8 +23,8 @@ class Pipeline22(Pipeline):
 
 class TwoExperts(Pipeline22):
     def load_models(self, folder, *how):
-        self.low_noise_model = self.load(folder / self.config.low_noise_checkpoint, *how, seed=1)
-        self.high_noise_model = self.load(folder / self.config.high_noise_checkpoint, *how, seed=2)
+        self.low_noise_model = self.load(folder, *how, subfolder=self.config.low_noise_checkpoint, seed=1)
+        self.high_noise_model = self.load(folder, *how, subfolder=self.config.high_noise_checkpoint, seed=2)
 
     def expert(self, timestep, guide_scale):
         low, high = (guide_scale, guide_scale) if isinstance(guide_scale, float) else guide_scale

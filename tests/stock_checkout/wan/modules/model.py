@@ -1,11 +1,14 @@
 """A transformer that is called as Wan2.1's and calls its blocks and its head as that does, a few channels wide."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
 import torch.cuda.amp as amp
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 
 def sinusoidal_embedding_1d(dim, position):
@@ -85,6 +88,19 @@ class WanModel(nn.Module):
         self.freqs = torch.ones(1024, dim // 2, dtype=torch.complex64)
         if model_type in ("i2v", "flf2v"):
             self.img_emb = nn.Linear(text_dim, dim)
+
+    @classmethod
+    def from_pretrained(cls, folder, subfolder=""):
+        """Random, but for what the folder's file has of the same names and shapes."""
+        folder = Path(folder, subfolder)
+        kept = ("model_type", "in_dim", "dim", "out_dim", "num_layers")
+        declared = json.loads((folder / "config.json").read_text())
+        model = cls(**{key: declared[key] for key in kept})
+        own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for file in folder.glob("*.safetensors"):
+            fitting = {name: tensor for name, tensor in load_file(file).items() if own.get(name) == tensor.shape}
+            model.load_state_dict(fitting, strict=False)
+        return model
 
     def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
         x, e, grid_sizes, kwargs = self.embed(x, t, context, seq_len, clip_fea, y)
