@@ -27,7 +27,7 @@ def make_job(args: Namespace) -> Job:
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
     for lora in machine.lora:
-        check_lora(lora, architecture_of(sampling.spec, machine.ckpt_dir))
+        check_lora(lora, sampling.spec, architecture_of(sampling.spec, machine.ckpt_dir))
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in fields(Inputs)})
     base_seed = args.base_seed
     if base_seed < 0:

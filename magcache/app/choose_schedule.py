@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import magcache
@@ -24,7 +24,7 @@ def settings_of(sampling: Sampling, machine: Machine) -> dict:
     """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
     settings = asdict(sampling) | {"checkpoint": Path(machine.ckpt_dir).resolve().name}
     if machine.lora:
-        settings["lora"] = ", ".join(f"{Path(lora.path).name}:{lora.strength:g}" for lora in machine.lora)
+        settings["lora"] = ", ".join(str(replace(lora, path=Path(lora.path).name)) for lora in machine.lora)
     del settings["sample_steps"]
     # refused with the rest of the folder, later
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):

@@ -99,6 +99,7 @@ def add_sampling(add: Callable) -> None:
 
 def add_machine(add: Callable) -> None:
     lora = "merge a LoRA into the weights, one for each time: of diffusers, peft, kohya or ComfyUI (strength: 1)"
+    lora += "; of Wan2.2's two transformers into both, or with high= or low= in front into one"
     add("--lora", action="append", metavar="FILE[:STRENGTH]", help=lora)
     offload = "keep models on the GPU only while they work (default: True; False on several GPUs)"
     add("--offload_model", type=truth_value, help=offload)

@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magcache.app.architecture import Architecture, Shapes, tensor_shapes
+from magcache.app.architecture import IMAGE, Architecture, Shapes, tensor_shapes
 from magcache.app.checkpoint import find_weights, read_header
 from magcache.app.errors import Refused, shortened
-from magcache.app.tasks import TASKS
+from magcache.app.tasks import TASKS, Task
 from magcache.files import read_json
 
 if TYPE_CHECKING:
@@ -69,32 +69,41 @@ DIFFUSERS = {  # parts of Wan's names, and diffusers' for them
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
 }
 
+# as `flat` has them: what is there for an image encoder, which i2v of Wan2.2 does not have
+OF_IMAGE_ENCODER = re.compile(r"[kv]_img_|img_emb_|add_[kv]_proj_|norm_added_k_|image_embedder_")
+
 Change = dict[str, str]  # of a parameter: names of tensors in a file, by what they are: down, up, alpha, diff
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file of low-rank changes, and how strongly they apply."""
+    """A file of low-rank changes, and how strongly they apply. expert: which of two transformers they are for, "high"
+    or "low" noise; None for all there are."""
 
     path: str
     strength: float = 1.0
+    expert: str | None = None
 
     @classmethod
     def from_flag(cls, text: str) -> "Lora":
-        """FILE or FILE:STRENGTH. Raises Refused for a strength that is no finite number."""
+        """FILE or FILE:STRENGTH, "high=" or "low=" in front if it is for one of two transformers. Raises Refused for
+        a strength that is no finite number."""
+        if os.path.isfile(text):
+            return cls(text)
+        expert, text = re.fullmatch("(?:(high|low)=)?(.*)", text, re.DOTALL).groups()
         path, colon, number = text.rpartition(":")
         if not colon or os.path.isfile(text):
-            return cls(text)
+            return cls(text, expert=expert)
         try:
             strength = float(number)
         except ValueError:
             raise Refused(f"--lora: there is no file {text}, and {shortened(number)} is no strength") from None
         if not math.isfinite(strength):
             raise Refused(f"--lora {path}: the strength must be finite, it is {strength}")
-        return cls(path, strength)
+        return cls(path, strength, expert)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.strength}"
+        return f"{self.expert}={self.path}:{self.strength}" if self.expert else f"{self.path}:{self.strength}"
 
     @cached_property
     def sha256(self) -> str:
@@ -106,10 +115,12 @@ class Lora:
         return checksum.hexdigest()
 
 
-def check_lora(lora: Lora, sizes: Architecture) -> None:
-    """Refuses a file that is no LoRA of a transformer of these sizes, by its header."""
+def check_lora(lora: Lora, task: Task, sizes: Architecture) -> None:
+    """Refuses a file that is no LoRA of the task's transformers, which have these sizes, by its header."""
     if not os.path.isfile(lora.path):
         raise Refused(f"--lora: there is no file {lora.path}")
+    if lora.expert and not task.boundary:
+        raise Refused(f"--lora {lora}: task {task.name} has one transformer, and none for {lora.expert} noise")
     try:
         names = read_header(Path(lora.path))
         read_alpha(Path(lora.path))
@@ -119,6 +130,8 @@ def check_lora(lora: Lora, sizes: Architecture) -> None:
         fitting = [task.name for task in TASKS.values() if not misfit(names, task.architecture)]
         hint = f"; it fits the model of {' or '.join(fitting)}" if fitting else ""
         raise Refused(f"--lora {lora.path} does not fit: {fault}{hint}")
+    if unused := len(names) - len(usable(names, tensor_shapes(sizes))):
+        print(f"note: {unused} of {len(names)} tensors of {lora.path} are for an image encoder, which this model lacks")
 
 
 def misfit(names: Shapes, sizes: Architecture) -> str | None:
@@ -134,7 +147,7 @@ def find_changes(names: Shapes, shapes: Shapes) -> dict[str, Change]:
     parameters. Raises ValueError with a line for what has no place there, another shape than its place, or no other
     half."""
     places, changes = spellings(shapes), {}
-    for tensor in names:
+    for tensor in usable(names, shapes):
         parameter, kind = place_of(tensor, places, shapes)
         if (other := changes.setdefault(parameter, {}).setdefault(kind, tensor)) != tensor:
             raise ValueError(f"tensors {other[:80]} and {tensor[:80]} stand for the same")
@@ -143,6 +156,13 @@ def find_changes(names: Shapes, shapes: Shapes) -> dict[str, Change]:
     for parameter, change in changes.items():
         check_shapes({kind: names[tensor] for kind, tensor in change.items()}, parameter, shapes[parameter])
     return changes
+
+
+def usable(names: Shapes, shapes: Shapes) -> Shapes:
+    """Without what is for an image encoder, where a model sees images without one; files for it come with that."""
+    if shapes["patch_embedding.weight"][1] != IMAGE or "img_emb.proj.0.weight" in shapes:
+        return names
+    return {name: shape for name, shape in names.items() if not OF_IMAGE_ENCODER.search(flat(name))}
 
 
 def place_of(tensor: str, places: dict[str, str], shapes: Shapes) -> tuple[str, str]:
@@ -250,7 +270,7 @@ def merge(model: "torch.nn.Module", folder: Path, loras: Sequence[Lora]) -> None
     files = {name: folder / file for file in find_weights(folder) for name in read_header(folder / file)}
     changes = {}
     with contextlib.ExitStack() as stack:
-        for lora in loras:
+        for lora in (lora for lora in loras if lora.expert in (None, folder.name.partition("_")[0])):
             path = Path(lora.path)
             tensors, alpha = stack.enter_context(safe_open(path, framework="pt")), read_alpha(path)
             for name, change in find_changes(read_header(path), shapes).items():

@@ -71,7 +71,8 @@ def decisive_settings(job: Job) -> dict:
     settings |= {flag: job.flags[flag] for flag in flags}
     fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
-    settings |= {"lora": [(lora.sha256, lora.strength) for lora in job.machine.lora]} if job.machine.lora else {}
+    if loras := job.machine.lora:
+        settings["lora"] = [(lora.expert, lora.sha256, lora.strength) for lora in loras]
     inputs = [path for flag, path in asdict(job.inputs).items() if flag != "image"]
     return settings | {"inputs": inputs}
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from magcache.app.architecture import tensor_shapes
 from magcache.app.checks import make_job
+from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
-from magcache.app.lora import Lora, flat, merging, place_of, spellings
+from magcache.app.lora import Lora, check_lora, flat, merging, place_of, spellings
 from magcache.app.requests import decisive_settings
 from magcache.app.tasks import TASKS
 from wan.modules.model import WanModel
@@ -182,6 +183,31 @@ def test_alpha_beside_the_tensors(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "use_dora": False}))
     for lora in (diffusers_file, peft_file):
         check_equal(loaded(WanModel, folder, [lora]), changed(tensors, changes, 2))
+
+
+def test_experts(tmp_path):
+    """Without a name a file is for both."""
+    for name in ("high_noise_model", "low_noise_model"):
+        tensors = load_file(write_dit_folder("pipelines/t2v", tmp_path / name) / WEIGHTS)
+    changes = low_rank(changes_of(tensors))
+    path = write_lora(tmp_path / "a.safetensors", as_comfy(changes)).path
+    loras = [Lora.from_flag(text) for text in (f"high={path}:0.5", f"low={path}:-1", f"{path}:2")]
+    assert [str(lora) for lora in loras] == [f"high={path}:0.5", f"low={path}:-1.0", f"{path}:2.0"]
+    for name, strength in (("high_noise_model", 0.5), ("low_noise_model", -1)):
+        check_equal(loaded(WanModel, tmp_path / name, loras), changed(changed(tensors, changes, strength), changes, 2))
+
+
+def test_what_is_for_an_image_encoder(tmp_path, capsys):
+    """Is left out, and said to be, where an i2v model has none, as those of Wan2.2 do."""
+    names = ("diffusion_model.img_emb.proj.1.diff_b", "diffusion_model.blocks.0.cross_attn.norm_k_img.diff")
+    tensors = {name: torch.zeros(7) for name in names} | {"transformer.blocks.0.attn1.to_q.diff_b": torch.zeros(5120)}
+    lora = write_lora(tmp_path / "a.safetensors", tensors)
+    check_lora(lora, TASKS["i2v-A14B"], TASKS["i2v-A14B"].architecture)
+    note = f"note: 2 of 3 tensors of {lora.path} are for an image encoder, which this model lacks\n"
+    assert capsys.readouterr().out == note
+    for task in ("t2v-A14B", "i2v-14B"):
+        with pytest.raises(Refused, match="it fits the model of i2v-A14B"):
+            check_lora(lora, TASKS[task], TASKS[task].architecture)
 
 
 @pytest.mark.parametrize("task", ["t2v-14B", "i2v-14B", "flf2v-14B", "vace-14B"])

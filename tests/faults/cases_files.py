@@ -380,6 +380,10 @@ def pair(module: str, rows: int = 192, columns: int = 192, halves: str = "AB") -
 
 LORAS = [
     Case("LoRA missing", [*TINY, "--lora", "a.safetensors"], "--lora: there is no file a.safetensors$"),
+    Case("LoRA missing for an expert", [*TINY, "--lora", "high=a.safetensors:2"], "there is no file a.safetensors$"),
+    Case("LoRA for an expert that is not there",
+         lambda folder: [*lora(pair(Q))(folder)[:-1], "low=a.safetensors"],
+         "--lora low=a.safetensors:1.0: task t2v-tiny has one transformer, and none for low noise$"),
     Case("LoRA missing, with a strength", [*TINY, "--lora", "a.safetensors:0.8"], "there is no file a.safetensors$"),
     Case("LoRA a folder", [*TINY, "--lora", "."], r"there is no file \.$"),
     Case("LoRA a pipe", pipe("p", *TINY, "--lora", "p"), "there is no file p$"),
