@@ -7,10 +7,10 @@ import html
 import io
 import math
 import os
+import statistics
 import string
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -38,27 +38,19 @@ DENOISE = ("computed", "reused", "sampler")
 INK = "#7d8793"  # of the drawings, on a page that is light or dark
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The scores of uint8 frames against reference frames. psnr is in dB, None for frames that are equal. The PSNR of
-    the whole video comes from the mean squared error of all frames, its SSIM is the mean of the frames'."""
-
-    psnr: list[float | None]
-    ssim: list[float]
-    overall_psnr: float | None
-    overall_ssim: float
-
-
-def score(frames: np.ndarray, reference: np.ndarray) -> Scores:
-    """frames, reference: uint8 [F, H, W, 3], at least 11 pixels on either side. SSIM is that of its authors: a Gaussian
-    window of 1.5 pixels, over the three channels."""
+def score(frames: np.ndarray, reference: np.ndarray) -> dict:
+    """Returns what a record holds of the scores of frames against reference frames, uint8 [F, H, W, 3], at least 11
+    pixels on either side: "psnr" in dB, of the mean squared error of all frames, None for equal ones, "ssim", the mean
+    of the frames', and both of every frame. SSIM is that of its authors: a Gaussian window of 1.5 pixels, over three
+    channels."""
     from skimage.metrics import mean_squared_error, structural_similarity
 
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = list(zip(frames, reference, strict=True))
     errors = [float(mean_squared_error(a, b)) for a, b in pairs]
     ssim = [float(structural_similarity(a, b, channel_axis=-1, data_range=255, **settings)) for a, b in pairs]
-    return Scores([psnr(e) for e in errors], ssim, psnr(sum(errors) / len(errors)), sum(ssim) / len(ssim))
+    by_frame = {"psnr_by_frame": [psnr(error) for error in errors], "ssim_by_frame": ssim}
+    return {"psnr": psnr(statistics.fmean(errors)), "ssim": statistics.fmean(ssim)} | by_frame
 
 
 def psnr(error: float) -> float | None:
@@ -92,17 +84,11 @@ def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate([header, np.concatenate(row, axis=1)])
 
 
-def write_comparison(
-    job: Job, request: Request, fps: int, cached: tuple, uncached: tuple, close: tuple[float, float] | None = None
-) -> dict:
+def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple, scores: dict) -> None:
     """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video, each of them whole or
-    not at all. Returns what a record holds of it, with the paths of both.
-
-    cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. close: `magcache.trials.closeness` of the
-    latents; None where it is not known. Raises OSError where a file cannot be written.
-    """
+    not at all. cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. scores: of `score`, and the latents'
+    "latent_psnr". Raises OSError where a file cannot be written."""
     (frames, cached_seconds), (reference, seconds) = cached, uncached
-    scores = score(frames, reference)
     apart, factor = difference(frames, reference)
     parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
     _, both, about = comparison_paths(job, request.path)
@@ -110,42 +96,27 @@ def write_comparison(
         write_image(both, next(side_by_side(parts)))
     else:
         write_video(both, side_by_side(parts), fps)
-    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds), close)
+    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds))
     with written_whole(about) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
-    return {
-        "psnr": scores.overall_psnr,
-        "ssim": scores.overall_ssim,
-        "psnr_by_frame": scores.psnr,
-        "ssim_by_frame": scores.ssim,
-        "uncached_seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "files": [both, about],
-    } | (dict(zip(("latent_psnr", "latent_relative_error"), close, strict=True)) if close else {})
 
 
 def make_page(
-    job: Job,
-    request: Request,
-    scores: Scores,
-    parts: dict[str, np.ndarray],
-    fps: int,
-    both: str,
-    seconds: tuple,
-    close: tuple[float, float] | None,
+    job: Job, request: Request, scores: dict, parts: dict[str, np.ndarray], fps: int, both: str, seconds: tuple
 ) -> str:
     """parts: videos uint8 [F, H, W, 3] by label. both: name of the video of all of them, which is linked to. seconds:
     by phase, those with the cache and those without."""
-    escape, count, schedule = html.escape, len(scores.ssim), job.schedule
+    escape, count, schedule = html.escape, len(parts["MagCache"]), job.schedule
     media = (f"<figure><figcaption>{label}</figcaption>{embedded(part, fps)}</figure>" for label, part in parts.items())
     video = job.describe_video(parts["MagCache"].shape[:3], request.seed)
-    worst = min((psnr for psnr in scores.psnr if psnr is not None), default=None)
-    psnr_row = f"<tr><td>PSNR</td><td>{psnr_in_words(scores.overall_psnr)}</td><td>{psnr_in_words(worst)}</td></tr>"
-    ssim_row = f"<tr><td>SSIM</td><td>{scores.overall_ssim:.4f}</td><td>{min(scores.ssim):.4f}</td></tr>"
+    worst = min((psnr for psnr in scores["psnr_by_frame"] if psnr is not None), default=None)
+    psnr_row = f"<tr><td>PSNR</td><td>{psnr_in_words(scores['psnr'])}</td><td>{psnr_in_words(worst)}</td></tr>"
+    ssim_row = f"<tr><td>SSIM</td><td>{scores['ssim']:.4f}</td><td>{min(scores['ssim_by_frame']):.4f}</td></tr>"
     return string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(request.path.name),
         prompt=escape(request.prompt),
         facts="<br>".join(map(escape, (video, f"MagCache: {job.made_by}, {job.cache}", device_name(job.machine)))),
-        tiles=tiles(schedule, scores, close, *seconds),
+        tiles=tiles(schedule, scores, *seconds),
         media="".join(media),
         hidden=" hidden" if count == 1 else "",
         link=quote(os.fsencode(both)),
@@ -167,12 +138,12 @@ def verdict(latent_psnr: float) -> str:
     return "another video" if latent_psnr < ANOTHER else "the same video"
 
 
-def tiles(schedule: Schedule, scores: Scores, close: tuple[float, float] | None, *seconds: dict[str, float]) -> str:
+def tiles(schedule: Schedule, scores: dict, *seconds: dict[str, float]) -> str:
     cached, uncached = (sum(times[phase] for phase in DENOISE) for times in seconds)
-    content = {f"latent PSNR {close[0]:.1f} dB": verdict(close[0])} if close else {}
-    shown = content | {
-        "PSNR": psnr_in_words(scores.overall_psnr),
-        "SSIM": f"{scores.overall_ssim:.4f}",
+    shown = {
+        f"latent PSNR {scores['latent_psnr']:.1f} dB": verdict(scores["latent_psnr"]),
+        "PSNR": psnr_in_words(scores["psnr"]),
+        "SSIM": f"{scores['ssim']:.4f}",
         "denoising": f"{uncached / cached:.2f}x faster",
         "transformer calls computed": f"{schedule.computed} of {len(schedule.weights)}",
     }
@@ -182,22 +153,24 @@ def tiles(schedule: Schedule, scores: Scores, close: tuple[float, float] | None,
 def embedded(frames: np.ndarray, fps: int) -> str:
     """A video element, or an image element for a single frame, with all its data."""
     pixelated = ' class="small"' if frames.shape[2] < 256 else ""
-    if len(frames) == 1:
-        buffer = io.BytesIO()
-        Image.fromarray(frames[0]).save(buffer, format="PNG")
-        return f'<img{pixelated} alt="" src="{data_url("image/png", buffer.getvalue())}">'
+    single = len(frames) == 1
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        write_video(path, frames, fps)
-        data = data_url("video/mp4", path.read_bytes())
-    return f'<video{pixelated} src="{data}" autoplay loop muted playsinline></video>'
+        path = Path(folder) / ("frame.png" if single else "video.mp4")
+        if single:
+            write_image(path, frames[0])
+        else:
+            write_video(path, frames, fps)
+        content = path.read_bytes()
+    if single:
+        return f'<img{pixelated} alt="" src="{data_url("image/png", content)}">'
+    return f'<video{pixelated} src="{data_url("video/mp4", content)}" autoplay loop muted playsinline></video>'
 
 
 def data_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def curves(job: Job, scores: Scores) -> str:
+def curves(job: Job, scores: dict) -> str:
     """What decided on the steps; the scores of all frames, with a playhead."""
     import matplotlib as mpl
 
@@ -206,8 +179,8 @@ def curves(job: Job, scores: Scores) -> str:
     colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with mpl.rc_context(colors | {"svg.fonttype": "none", "legend.framealpha": 0}):
         drawings = [drawing("steps", plan_figure(job, None))]
-        if len(scores.ssim) > 1:
-            figure = score_figure({"PSNR, dB": scores.psnr, "SSIM": scores.ssim})
+        if len(scores["ssim_by_frame"]) > 1:
+            figure = score_figure({"PSNR, dB": scores["psnr_by_frame"], "SSIM": scores["ssim_by_frame"]})
             drawings.append(drawing("scores", figure, playhead=True))
     return "".join(drawings)
 

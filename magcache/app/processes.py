@@ -88,28 +88,23 @@ class Processes:
         except RuntimeError as fault:  # nobody is at the address, or does not come
             raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
-    def from_first(self, value):
-        """The value that the first process calls this with (anything that can be pickled); all must call it."""
+    def gathered(self, value) -> list:
+        """The value (anything that can be pickled) of every process, in order; all must call it."""
         if self.world == 1:
-            return value
+            return [value]
         import torch
 
-        box = [value]
-        torch.distributed.broadcast_object_list(box)
-        return box[0]
+        return gathered(value, torch.distributed.group.WORLD)
+
+    def from_first(self, value):
+        """The value that the first process calls this with; all must call it."""
+        return self.gathered(value)[0]
 
     def differences(self, values: dict) -> dict[int, list[str]]:
         """Returns, by rank, the names of the values that are not those of the first process. All must call it with the
         same names."""
-        if self.world == 1:
-            return {}
-        import torch
-
-        everyone = [None] * self.world
-        torch.distributed.all_gather_object(everyone, values)
-        names = {
-            rank: [name for name in values if theirs[name] != everyone[0][name]] for rank, theirs in enumerate(everyone)
-        }
+        first, *others = self.gathered(values)
+        names = {rank: [n for n in values if theirs[n] != first[n]] for rank, theirs in enumerate(others, 1)}
         return {rank: different for rank, different in names.items() if different}
 
     def patient_group(self, size: int):

@@ -110,37 +110,36 @@ class Watch:
         causes = "check the weights, --sample_guide_scale and --sample_shift"
         raise NotFinite(f"the latent became NaN or infinite in {step}; nothing is saved; {causes}")
 
-    def timed(self, function: Callable, before: str = "", after: str = "") -> Callable:
-        """The function, with a lap of these phases before and after it."""
+    def encoding(self, encode: Callable) -> Callable:
+        """The method of the VAE, whose time is that of the inputs."""
 
         def run(*args, **kwargs):
-            if before:
-                self.lap(before)
-            out = function(*args, **kwargs)
-            if after:
-                self.lap(after)
+            out = encode(*args, **kwargs)
+            self.lap("inputs")
             return out
 
         return run
 
     def decoding(self, vae) -> Callable:
         """The method of the VAE, with what is checked, kept, timed and said of it."""
-        timed, model = self.timed(vae.decode, "sampler"), getattr(vae, "model", None)
+        decode, model = vae.decode, getattr(vae, "model", None)
 
         def run(latents, *args, **kwargs):
             self.check(latents)
             self.latent = latents[0].to("cpu", copy=True)
+            self.lap("sampler")
             if not self.show:
-                return timed(latents, *args, **kwargs)
+                return decode(latents, *args, **kwargs)
             say = self.decoded(latents[0].shape[1])
             say()
             # the decoder takes one frame of the latent after another, or of each tile
             hooked = isinstance(model, torch.nn.Module) and not getattr(model, "use_tiling", False)
             hook = model.decoder.register_forward_hook(say) if hooked else None
-            out = timed(latents, *args, **kwargs)
-            if hook:
-                hook.remove()
-            return out
+            try:
+                return decode(latents, *args, **kwargs)
+            finally:
+                if hook:
+                    hook.remove()
 
         return run
 
@@ -236,8 +235,7 @@ def watched(pipeline, schedule: Schedule, show: bool = True, decoding: float | N
             stack.callback(encoder.register_forward_hook(watch.after_text).remove)
         del encoder  # the pipeline frees it when it is done
         if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            timed = {"encode": watch.timed(vae.encode, after="inputs"), "decode": watch.decoding(vae)}
-            stack.enter_context(shadowed(vae, timed))
+            stack.enter_context(shadowed(vae, {"encode": watch.encoding(vae.encode), "decode": watch.decoding(vae)}))
         stack.enter_context(bars_replaced(pipeline, watch.steps))
         try:
             yield watch

@@ -79,9 +79,12 @@ def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
 
 
 def save_record(path: Path, entries: dict) -> None:
-    """Writes the record of the video at `path`; a full disk must not cost what comes after."""
+    """Writes the record of the video at `path`, whole or not at all; a full disk must not cost what comes after. Bytes
+    of an argument that are no text become JSON escapes."""
     try:
-        write_record(record_path(path), entries)
+        with written_whole(record_path(path)) as part:
+            text = layout({"made_by": MADE_BY} | entries) + "\n"
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     except (OSError, RecursionError) as fault:
         print(f"warning: the record could not be written: {fault}", file=sys.stderr)
 
@@ -187,10 +190,3 @@ def layout(value, indent: int = 0) -> str:
     pad = " " * (indent + 1)
     entries = (f"{pad}{json.dumps(str(key))}: {layout(entry, indent + 1)}" for key, entry in value.items())
     return "{\n" + ",\n".join(entries) + "\n" + " " * indent + "}"
-
-
-def write_record(path: Path, record: dict) -> None:
-    """Whole or not at all. Bytes of an argument that are no text become JSON escapes."""
-    with written_whole(path) as part:
-        text = layout({"made_by": MADE_BY} | record) + "\n"
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from magcache.app import prompts
 from magcache.app.choose_schedule import settings_of
-from magcache.app.errors import Refused, first_line, refusing
+from magcache.app.errors import Refused, refusing
 from magcache.app.job import OF_OUR_WAN, Job, Request
 from magcache.app.record import is_record, record_path
-from magcache.files import is_special, new_part
+from magcache.files import is_special, new_part, reason_of
 
 VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
@@ -125,10 +125,6 @@ def check_target(path: Path) -> None:
         new_part(path).unlink()
     except (OSError, ValueError) as fault:
         raise Refused(f"cannot write {str(path)!r}: {reason_of(fault)}") from fault
-
-
-def reason_of(fault: OSError | ValueError) -> str:
-    return getattr(fault, "strerror", None) or first_line(fault)
 
 
 def files_of(job: Job, path: Path) -> list[Path]:

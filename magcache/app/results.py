@@ -15,7 +15,7 @@ import transformers
 
 import magcache
 from magcache.app.choose_schedule import fitting_table, settings_of
-from magcache.app.compare import psnr_in_words, verdict, write_comparison
+from magcache.app.compare import psnr_in_words, score, verdict, write_comparison
 from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
@@ -91,20 +91,21 @@ def save_video(
 def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, watch: Watch, uncached: Rendered) -> dict:
     """Writes the video without the cache, and its comparison with the one with it, of which there are the frames, uint8
     [F, H, W, 3], and what was watched. Returns what a record holds of it."""
-    video, plain = uncached.video, uncached.watch
-    path = comparison_paths(job, request.path)[0]
-    save_result(video, path, fps)
+    paths, plain = comparison_paths(job, request.path), uncached.watch
+    save_result(uncached.video, paths[0], fps)
     plain.lap("save")
-    known = watch.latent is not None and plain.latent is not None
-    close = closeness(watch.latent, plain.latent) if known else None
-    scores = write_comparison(job, request, fps, (frames, watch.seconds), (to_frames(video), plain.seconds), close)
-    latents = f", latent PSNR {close[0]:.2f} dB: {verdict(close[0])}" if close else ""
-    print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}{latents}; {path.name}")
-    if close and (expected := expectation(job)):
+    close = closeness(watch.latent, plain.latent)
+    reference = to_frames(uncached.video)
+    scores = score(frames, reference) | dict(zip(("latent_psnr", "latent_relative_error"), close, strict=True))
+    write_comparison(job, request, fps, (frames, watch.seconds), (reference, plain.seconds), scores)
+    latents = f"latent PSNR {close[0]:.2f} dB: {verdict(close[0])}"
+    print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}, {latents}; {paths[0].name}")
+    if expected := expectation(job):
         print(f"          of the latent PSNR {expected}, by trials")
-    for file in scores["files"]:
-        print(f"          {file}", flush=True)
-    return scores | {"files": [file.name for file in (path, *scores["files"])]}
+    for path in paths[1:]:
+        print(f"          {path}", flush=True)
+    seconds = {name: round(value, 4) for name, value in plain.seconds.items()}
+    return scores | {"uncached_seconds": seconds, "files": [path.name for path in paths]}
 
 
 class CalibrationFile:

@@ -17,7 +17,6 @@ from interrupted import interrupted
 from PIL import Image
 
 import magcache
-import magcache_generate
 import wan
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
@@ -143,28 +142,19 @@ def test_calibration_of_61_frames_is_planned():
     assert (job.sampling.sample_steps, job.sampling.sample_shift) == (40, 5.0)
 
 
-def test_what_is_refused_is_said_once_a_machine(monkeypatch, capsys):
+def test_what_is_refused_is_said_once_a_machine(monkeypatch, command):
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", "--ckpt_dir", "x", "--ulysses_size", "4"])
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # of which only the first process keeps its own
-    with pytest.raises(SystemExit) as stopped:
-        magcache_generate.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert command("--ckpt_dir", "x", "--ulysses_size", "4") == ""
 
 
-def test_a_renamed_folder():
-    """The task decides on the table, whatever the folder is called."""
-    assert job_of("--task", "t2v-14B", "--ckpt_dir", "abc", "--use_magcache").made_by == "table t2v-14B"
-
-
-def test_images_of_a_prompt_file(tmp_path):
-    """A line without one has that of --image, whatever the lines before it have."""
-    (tmp_path / "list.jsonl").write_text('{"prompt": "a", "image": "own.png"}\n{"prompt": "b"}')
-    flags = ["--task", "i2v-14B", "--ckpt_dir", "x", "--image", "all.png", "--prompt_file", tmp_path / "list.jsonl"]
-    assert [request.image for request in make_requests(job_of(*flags))] == ["own.png", "all.png"]
+def test_what_the_lines_of_a_prompt_file_have_of_their_own(tmp_path):
+    """A line without it has that of the flag, whatever the lines before it have."""
+    for flag, task in (("image", "i2v-14B"), ("n_prompt", "t2v-14B")):
+        (tmp_path / "list.jsonl").write_text(f'{{"prompt": "a", "{flag}": "own"}}\n{{"prompt": "b"}}')
+        job = job_of("--task", task, "--ckpt_dir", "x", f"--{flag}", "all", "--prompt_file", tmp_path / "list.jsonl")
+        assert [getattr(request, flag) for request in make_requests(job)] == ["own", "all"]
 
 
 NASTY = [
@@ -225,14 +215,6 @@ def test_a_negative_prompt(tmp_path):
     assert command[command.index("--size") + 1] == "64*64"
 
 
-def test_negative_prompts_of_a_file(tmp_path):
-    lines = [{"prompt": "a fox"}, {"prompt": "a hen", "n_prompt": "a farm"}]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    where = ("--prompt_file", tmp_path / "prompts.jsonl", "--save_file", tmp_path)
-    for flags, expected in (((), [None, "a farm"]), (("--n_prompt", "rain"), ["rain", "a farm"])):
-        assert [request.n_prompt for request in make_requests(job_of("--ckpt_dir", DEMO, *where, *flags))] == expected
-
-
 def test_uncached_equals_the_unpatched_model(tmp_path):
     result = demo("--save_file", tmp_path / "plain.mp4", python_flags=())
     assert "off: all 20 transformer calls computed" in result.stdout
@@ -280,6 +262,7 @@ def test_calibrate_then_use(tmp_path):
     by_hand = magcache.plan([1.0, 1.0, *table["mag_ratio"]], 10, 0.12, 1)
     assert any(by_hand.reuse)
     assert f"{by_hand.computed} of 20 transformer calls computed" in cached.stdout
+    assert magcache.load_table(path).steps == 10
     assert f"table {path}" in cached.stdout
     assert "note: " not in cached.stdout
 

@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import magcache
-import magcache_generate
 from magcache.app import cost
 from magcache.app.architecture import Architecture
 from magcache.app.checkpoint import architecture_of
@@ -39,16 +38,6 @@ PUBLISHED = [
     ("i2v-14B", "Wan2.1-I2V-14B-480P", "832*480", 40, 0.12, 4, 34),
     ("i2v-14B", "Wan2.1-I2V-14B-480P", "832*480", 40, 0.24, 6, 30),
 ]
-
-
-@pytest.fixture
-def plan(monkeypatch, capsys):
-    def lines(*flags):
-        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *map(str, flags), "--magcache_plan"])
-        magcache_generate.main()
-        return capsys.readouterr().out.splitlines()
-
-    return lines
 
 
 @pytest.mark.parametrize(("task", "folder", "size", "steps", "thresh", "K", "computed"), PUBLISHED)
@@ -131,31 +120,23 @@ def test_input_files_decide_on_the_shape_where_they_are_there(plan, tmp_path):
     assert two[3].endswith(f"; {75600 // 21 * 23} tokens a call")
 
 
-def test_picture(monkeypatch, capsys, tmp_path):
+def test_picture(command, tmp_path):
     for name, flags in (
         ("ratios", ("--magcache_K", "4")),
         ("speedup", ("--magcache_speedup", "2.5")),
         ("cond", ("--magcache_K", "4", "--sample_guide_scale", "1")),
     ):
         picture = tmp_path / f"{name}.png"
-        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *DEMO, *flags, "--magcache_plan", str(picture)])
-        magcache_generate.main()
+        assert command(*DEMO, *flags, "--magcache_plan", picture).endswith(f"picture   {picture}\n")
         with Image.open(picture) as image:
             assert image.format == "PNG"
             assert image.width > 500
-        assert capsys.readouterr().out.endswith(f"picture   {picture}\n")
 
 
 def test_a_config_file_comes_first(tmp_path):
     task = TASKS["vace-1.3B"]
-    config = {
-        "model_type": "vace",
-        "vace_in_dim": 96,
-        "dim": 64,
-        "num_heads": 2,
-        "num_layers": 6,
-        "vace_layers": [0, 3],
-    }
+    config = {"model_type": "vace", "vace_in_dim": 96, "dim": 64, "num_heads": 2, "num_layers": 6}
+    config |= {"vace_layers": [0, 3]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = architecture_of(task, tmp_path)
     assert (sizes.dim, sizes.num_layers, sizes.vace_blocks, sizes.text_dim) == (64, 6, 2, 4096)

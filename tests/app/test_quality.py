@@ -15,7 +15,6 @@ from PIL import Image
 from trial_tables import fewer, table_with
 
 import magcache
-import magcache_generate
 import wan
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
@@ -166,13 +165,8 @@ def test_what_was_tried_before_a_stop_is_kept(tmp_path):
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
-    def lines(*flags):
-        monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *FLAGS, *map(str, flags), "--magcache_plan"])
-        magcache_generate.main()
-        return capsys.readouterr().out.splitlines()
-
-    return lines
+def demo_plan(plan):
+    return lambda *flags: plan(*FLAGS, *flags)
 
 
 @pytest.fixture
@@ -188,8 +182,8 @@ def table(tmp_path):
     return path
 
 
-def test_the_plan_of_a_quality(plan, table):
-    lines = plan("--magcache_quality", 40, "--mag_ratios", table)
+def test_the_plan_of_a_quality(demo_plan, table):
+    lines = demo_plan("--magcache_quality", 40, "--mag_ratios", table)
     assert lines[0] == "28 of 100 DiT calls computed, at most 3.57x"  # on the way from 49 dB at 2.5x to 29 dB at 5x
     assert lines[1].endswith("speed-up 3.57143, the fastest for 40 dB")
     quality = "43.9 dB over all videos, 40.4 dB or more in nine of ten, 0% below 30 dB (another video), mean 44.4 dB"
@@ -207,34 +201,29 @@ def test_the_plan_of_a_quality(plan, table):
     assert [mark == "." for mark in row] == list(schedule.reuse[::2])
 
 
-def test_a_speedup_takes_the_constants_of_a_table(plan, table):
-    lines = plan("--magcache_speedup", 2.5, "--mag_ratios", table)
+def test_a_speedup_takes_the_constants_of_a_table(demo_plan, table):
+    lines = demo_plan("--magcache_speedup", 2.5, "--mag_ratios", table)
     assert any(line.startswith("quality   52.4 dB over all videos, 49.0 dB or more in nine of ten, ") for line in lines)
-    assert "quality   not tried at these settings" in plan("--magcache_speedup", 8, "--mag_ratios", table)
+    assert "quality   not tried at these settings" in demo_plan("--magcache_speedup", 8, "--mag_ratios", table)
 
 
-def test_trials_of_other_settings_are_said(plan, table):
+def test_trials_of_other_settings_are_said(demo_plan, table):
     flags = ("--sample_steps", 30, "--sample_shift", 3)
-    lines = plan("--magcache_speedup", 2, "--mag_ratios", table, *flags)
+    lines = demo_plan("--magcache_speedup", 2, "--mag_ratios", table, *flags)
     assert "quality   not tried at these settings" in lines
     (note,) = (line for line in lines if "note: " in line)
     assert note.startswith(f"note: ratio table {table} was measured with --sample_steps 50, --sample_shift 5.0; ")
 
 
-def test_too_few_steps_for_a_cache_are_said(plan, table):
+def test_too_few_steps_for_a_cache_are_said(demo_plan, table):
     """Unless trials of just these settings tell what to expect."""
-    (note,) = (line for line in plan("--magcache_speedup", 2, "--sample_steps", 8) if "computed steps" in line)
+    (note,) = (line for line in demo_plan("--magcache_speedup", 2, "--sample_steps", 8) if "computed steps" in line)
     assert note.startswith("note: 4 computed steps are too few for forecasts between; --sample_steps 4 without ")
-    assert not any("too few" in line for line in plan("--magcache_speedup", 2, "--sample_steps", 16))
-    assert any("too few" in line for line in plan("--magcache_speedup", 10, "--mag_ratios", table))
-    assert not any("too few" in line for line in plan("--magcache_speedup", 5, "--mag_ratios", table))
+    assert not any("too few" in line for line in demo_plan("--magcache_speedup", 2, "--sample_steps", 16))
+    assert any("too few" in line for line in demo_plan("--magcache_speedup", 10, "--mag_ratios", table))
+    assert not any("too few" in line for line in demo_plan("--magcache_speedup", 5, "--mag_ratios", table))
 
 
-def test_a_quality_that_none_reaches(monkeypatch, capsys, table):
-    flags = ["--use_magcache", "--magcache_quality", "61", "--mag_ratios", str(table)]
-    monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *FLAGS, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        magcache_generate.main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_a_quality_that_none_reaches(command, table):
+    line = command(*FLAGS, "--use_magcache", "--magcache_quality", 61, "--mag_ratios", table).strip()
     assert line.endswith(f"promised at no speed-up that table {table} has tried: 59.0 dB at 2x is the most")
