@@ -12,6 +12,7 @@ weights are gathered for it.
 """
 
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -153,11 +154,12 @@ class CallCounter:
     """Numbers the calls of a run. What does not fit the plan is noticed in the first call that shows it: `fits` is
     False from that call to the end of the run, and `notice` says it then.
 
-    A run starts when the timestep rises, when the latents have other shapes than before, or when all calls are done and
-    the timestep is back at the first one. Steps are told apart by counting, as neighbouring ones may share an integer
-    timestep. With `sigmas`, the noise levels of the steps, a run also starts where the timestep is that of the first
-    level and not of the next, and every timestep has to be that of its level, on a scale of 1000 or of 1. With
-    `switch`, the steps from that one on are the second transformer's, and those before the first's.
+    A run starts when the timestep rises, when the latents have other shapes than before, when another thread calls, or
+    when all calls are done and the timestep is back at the first one. The rest of a run that another thread's call has
+    cut in two does not fit. Steps are told apart by counting, as neighbouring ones may share an integer timestep. With
+    `sigmas`, the noise levels of the steps, a run also starts where the timestep is that of the first level and not of
+    the next, and every timestep has to be that of its level, on a scale of 1000 or of 1. With `switch`, the steps
+    from that one on are the second transformer's, and those before the first's.
 
     `doubtful`: the run began at the timestep of the call before. That one ended in its first step, or it goes on, with
     more calls a step than planned.
@@ -176,6 +178,7 @@ class CallCounter:
     def reset(self) -> None:
         self.call = self.first = self.last = self.shapes = self.notice = None
         self.fall, self.fits, self.doubtful = 0.0, True, False
+        self.thread, self.interrupted = threading.get_ident(), False
 
     def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = (), expert: int = 0) -> int:
         """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
@@ -194,7 +197,7 @@ class CallCounter:
 
     def starts(self, timestep: float, resolution: float, shapes: Sequence, expert: int) -> bool:
         """Whether this is the first call of another run."""
-        if timestep > self.last or shapes != self.shapes:
+        if timestep > self.last or shapes != self.shapes or self.thread != threading.get_ident():
             return True
         following = self.call + 1
         if self.sigmas is None:
@@ -205,9 +208,13 @@ class CallCounter:
 
     def start(self, timestep: float, shapes: Sequence) -> None:
         ended, known, doubtful = self.call, self.sigmas is not None or not self.fits, timestep == self.last
+        unfinished = ended is not None and ended + 1 < self.calls
+        interrupted = unfinished and self.thread != threading.get_ident() and timestep < self.first
+        first = self.first if interrupted else timestep  # so that what is left of more runs is recognised, too
         self.reset()
-        self.call, self.first, self.last, self.shapes, self.doubtful = -1, timestep, timestep, shapes, doubtful
-        if ended is not None and ended + 1 < self.calls and not known:
+        self.call, self.first, self.last, self.shapes = -1, first, timestep, shapes
+        self.doubtful, self.interrupted = doubtful, interrupted
+        if unfinished and not known:
             self.notice = (
                 f"the run before this one ended after {ended + 1} of {self.calls} transformer calls; if it was not "
                 "stopped, plan for as many steps as a run has: what is cached waits for the others"
@@ -215,6 +222,8 @@ class CallCounter:
 
     def misfit(self, timestep: float, fall: float, resolution: float, expert: int) -> str | None:
         """What of this call does not fit."""
+        if self.interrupted:
+            return "another thread has called the model within this run"
         step, branch = divmod(self.call, self.calls_per_step)
         again = fall == 0 and self.fall > resolution
         if again if self.calls_per_step == 1 else fall > 0 and branch:
@@ -324,6 +333,13 @@ class Attachment:
         self.runner, self.on_call = runner, on_call
         self.counter = CallCounter(runner.calls, runner.calls_per_step, runner.sigmas, runner.switch)
         self.conditions = {}  # by branch
+        self.lock = threading.RLock()  # held during a call, which changes the model and what is kept
+
+    def __getstate__(self) -> dict:  # for a deep copy, which gets a lock of its own
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
 
     def call(self, expert: int, forward: functools.partial) -> Any:
         (model, *args), kwargs = forward.args, forward.keywords
@@ -373,7 +389,8 @@ def attached_class(own_class: type, expert: int) -> type:
     be pickled, as there is no such class elsewhere. expert: see `CallCounter.next`."""
 
     def __call__(self, *args, **kwargs):
-        return self._magcache.call(expert, functools.partial(own_class.__call__, self, *args, **kwargs))
+        with self._magcache.lock:
+            return self._magcache.call(expert, functools.partial(own_class.__call__, self, *args, **kwargs))
 
     def __reduce_ex__(self, protocol):  # of a deep copy, too
         make, arguments, *rest = super(attached, self).__reduce_ex__(protocol)

@@ -6,9 +6,11 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import types
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -230,6 +232,40 @@ def test_a_deep_copy_is_a_model_of_its_own(model, target):
         for p in model.parameters():
             p.zero_()
     assert torch.equal(denoise(twin), expected)
+
+
+def denoise_in_threads(call, seeds):
+    """What runs of these seeds give, each in a thread of its own, at the same time."""
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        return list(pool.map(lambda seed: denoise(call, seed=seed), seeds))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("sigmas", [None, magcache.noise_levels(STEPS, 5.0)], ids=["any levels", "known levels"])
+def test_runs_of_two_threads_at_the_same_time_are_not_mixed(model, target, sigmas):
+    plain = [denoise(model, seed=seed) for seed in (0, 1)]
+    weights = make_schedules()[target].weights
+    magcache.apply_magcache(model, magcache.Schedule(weights, target=target, sigmas=sigmas))
+    turns = threading.Barrier(2)
+
+    def in_turns(*args, **kwargs):
+        turns.wait(timeout=30)
+        return model(*args, **kwargs)
+
+    with pytest.warns(UserWarning, match="computed in full|ended after"):
+        both = denoise_in_threads(in_turns, (0, 1))
+    for found, expected in zip(both, plain, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_of_another_thread_is_cached_like_any_other(model, target):
+    magcache.apply_magcache(model, make_schedules()[target])
+    denoise(model, seed=1, stop_after=7)
+    with warnings.catch_warnings(record=True):
+        expected = denoise(model)
+        (other,) = denoise_in_threads(model, [0])
+    torch.testing.assert_close(other, expected)
 
 
 # Two experts that share a run: the first six of the twelve steps at shift 5 are of high noise
