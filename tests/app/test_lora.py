@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -267,9 +269,14 @@ def made(folder, name, *flags, ckpt_dir=DEMO):
     return result.stdout, iio.imread(folder / name)
 
 
-def test_command_line(demo):
+@pytest.fixture(scope="module")
+def by_hand(demo):
+    """The video of the changed weights."""
+    return made(demo, "by_hand.mp4", ckpt_dir="changed")[1]
+
+
+def test_command_line(demo, by_hand):
     _, plain = made(demo, "plain.mp4")
-    _, by_hand = made(demo, "by_hand.mp4", ckpt_dir="changed")
     said, video = made(demo, "lora.mp4", *FLAGS)
     assert "LoRA      style:1.safetensors:0.5\nLoRA      few.safetensors:1.0\n" in said
     assert (video == by_hand).all()
@@ -281,6 +288,16 @@ def test_command_line(demo):
         (str(demo / "style:1.safetensors"), 0.5),
         (str(demo / "few.safetensors"), 1.0),
     ]
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes(demo, by_hand):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = [*TINY, "--ckpt_dir", DEMO, *FLAGS, "--dit_fsdp", "--save_file", "sharded.mp4"]
+    command = [*torchrun, REPO / "magcache_generate.py", *flags]
+    result = subprocess.run(list(map(str, command)), cwd=demo, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert abs(iio.imread(demo / "sharded.mp4").astype(int) - by_hand).max() <= 2
 
 
 def job_of(*flags):

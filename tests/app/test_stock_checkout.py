@@ -351,17 +351,22 @@ def test_processes_share_prompts_out(checkout):
 
 
 def test_processes_that_were_started_differently(checkout):
-    """As on two machines where someone typed two commands."""
-
+    """As on two machines where someone typed two commands, and which have different files under one name."""
+    shapes = (("A", (2, 40)), ("B", (40, 2)))
+    for rank in ("0", "1"):
+        (checkout / rank).mkdir()
+        halves = {f"blocks.0.self_attn.q.lora_{half}.weight": torch.full(shape, float(rank)) for half, shape in shapes}
+        save_file(halves, checkout / rank / "a.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "magcache_generate.py", *map(str, TEXT), "--size", "832*480", *CACHE]
+    command = [sys.executable, "../magcache_generate.py", *map(str, TEXT), "--size", "832*480", *CACHE]
+    command += ["--ckpt_dir", str(checkout / "t2v"), "--lora", "a.safetensors"]
     processes = [
         subprocess.Popen(
             [*command, "--retention_ratio", ratio],
-            cwd=checkout,
+            cwd=checkout / rank,
             env=shared | {"RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -372,7 +377,7 @@ def test_processes_that_were_started_differently(checkout):
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert "process 1 differs from process 0 in --retention_ratio, the plan" in err
+        assert "process 1 differs from process 0 in --retention_ratio, the plan, the files of --lora" in err
 
 
 def test_without_magcache(tmp_path):
