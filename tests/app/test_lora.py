@@ -318,18 +318,16 @@ def test_names_of_a_batch(demo, monkeypatch):
     assert "lora" not in none
 
 
-def test_few_steps(demo, monkeypatch, capsys):
+def test_few_steps(demo, monkeypatch, plan):
     monkeypatch.chdir(demo)
-    cached = (*TINY, "--ckpt_dir", DEMO, "--lora", "few.safetensors", "--use_magcache", "--magcache_thresh", 0.5)
-    job_of(*cached, "--sample_steps", 4)
-    assert "4 steps leave a cache nothing" in capsys.readouterr().out
-    job_of(*cached, "--sample_steps", 20)
-    said = capsys.readouterr().out
-    assert "leave a cache nothing" not in said
-    assert "measured with LoRA none, not few.safetensors:1" in said
+    cached = (*TINY, "--ckpt_dir", DEMO, "--lora", "few.safetensors", "--magcache_thresh", 0.5)
+    few, many = ("\n".join(plan(*cached, "--sample_steps", steps)) for steps in (4, 20))
+    assert "4 steps leave a cache nothing" in few
+    assert "leave a cache nothing" not in many
+    assert "measured with LoRA none, not few.safetensors:1.0" in many
 
 
-def test_plan(tmp_path):
+def test_plan(tmp_path, monkeypatch, command):
     """A LoRA of everything in a 14B model, of which the file holds no data, takes no more memory than none."""
     header, position = {}, 0
     for name, shape in tensor_shapes(TASKS["t2v-14B"].architecture).items():
@@ -342,11 +340,9 @@ def test_plan(tmp_path):
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
-    flags = ["--task", "t2v-14B", "--magcache_speedup", 2, "--magcache_plan"]
-    plain, with_lora = (warm.finished([*flags, *more], tmp_path) for more in ((), ("--lora", "a.safetensors:0.8")))
-    assert with_lora.returncode == 0, with_lora.stderr
-    assert with_lora.stdout.replace("LoRA      a.safetensors:0.8\n", "") == plain.stdout
-    assert "needs     about" in plain.stdout
-    wrong = warm.finished(["--task", "t2v-1.3B", *flags[2:], "--lora", "a.safetensors"], tmp_path)
-    assert wrong.returncode == 2
-    assert "it fits the model of t2v-14B or" in wrong.stderr
+    monkeypatch.chdir(tmp_path)
+    flags, lora = ("--task", "t2v-14B", "--magcache_speedup", 2, "--magcache_plan"), ("--lora", "a.safetensors:0.8")
+    plain = command(*flags)
+    assert command(*flags, *lora) == plain.replace("\n\nstep", "\nLoRA      a.safetensors:0.8\n\nstep", 1)
+    assert "needs     about" in plain
+    assert "it fits the model of t2v-14B or" in command(*flags, "--task", "t2v-1.3B", *lora)
