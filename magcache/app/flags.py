@@ -72,7 +72,7 @@ def add_first(add: Callable) -> None:
 
 def add_contents(add: Callable) -> None:
     size = "width*height, or widthxheight; the area where an input file has the shape"
-    add("--size", default="1280*720", type=lambda text: text.replace("x", "*"), choices=all_sizes(), help=size)
+    add("--size", default="1280*720", type=lambda text: text.lower().replace("x", "*"), choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
     add("--prompt_file", metavar="FILE", help="make a video of each line: a prompt, or JSON")

@@ -205,7 +205,7 @@ def test_without_guidance(tmp_path):
 def test_a_negative_prompt(tmp_path):
     """The video is that of the pipeline, and its record repeats it."""
     unwanted = "a red circle moves down on a white background"
-    result = demo("--n_prompt", unwanted, "--size", "64x64", "--save_file", tmp_path / "film.mp4", steps=2)
+    result = demo("--n_prompt", unwanted, "--size", "64X64", "--save_file", tmp_path / "film.mp4", steps=2)
     assert f"\nn_prompt  {unwanted}\n" in result.stdout
     film = iio.imread(tmp_path / "film.mp4")
     assert np.array_equal(film, frames_of(generated(2, n_prompt=unwanted), tmp_path / "api.mp4"))

@@ -213,6 +213,17 @@ def test_a_transparent_video_is_refused(codec, tmp_path):
                 prepare_source(path, None, None, 5, (64, 48))
 
 
+@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
+def test_an_hdr_video_is_refused_until_it_is_converted(transfer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    colours = f"format=yuv420p10le,setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc"
+    ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x48:r=16", "-frames:v", "5", "-vf", colours, "-c:v", "ffv1", "hdr.mkv")
+    with pytest.raises(ValueError, match=r"^cannot use hdr\.mkv: it is HDR, convert it first: ffmpeg (.*)$") as refused:
+        probe_video("hdr.mkv")
+    ffmpeg(*str(refused.value).partition(": ffmpeg ")[2].split())
+    assert probe_video("sdr.mp4") == even(5, 16, 48, 64)
+
+
 def test_bad_videos_are_refused(tmp_path):
     video = tmp_path / "video.mp4"
     write_video(video, frames=40)

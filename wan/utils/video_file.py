@@ -11,6 +11,8 @@ import numpy as np
 
 TICKS = 360_000  # a second, for whole numbers of them between the frames of any usual rate
 TRANSPARENT = "parts of it are transparent (alpha channel), flatten it first"
+HDR = r"^\[info] +Stream #.*: Video: .*/(?:arib-std-b67|smpte2084)\b"  # the transfer of HLG, and that of PQ
+TO_SDR = "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709,format=yuv420p"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def decoder(path: str, *options: str) -> list[str]:
 
 
 def probe_video(path: str) -> VideoInfo:
-    """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete, transparent or no video."""
+    """Decodes a whole video. Raises ValueError if it is missing, damaged, incomplete, transparent, HDR or no video."""
     if not os.path.isfile(path):  # a pipe might never end
         reason = "it is not a regular file" if os.path.exists(path) else "no such file"
         raise ValueError(f"cannot read {path}: {reason}")
@@ -46,6 +48,8 @@ def probe_video(path: str) -> VideoInfo:
         raise ValueError(f"cannot read {path}: not a complete video ({[*faults, 'ffmpeg failed'][0]})")
     if re.search(r"^\[info] +alpha_mode +: 1$", result.stderr, re.MULTILINE):  # which the decoder leaves out
         raise ValueError(f"cannot use {path}: {TRANSPARENT}")
+    if re.search(HDR, result.stderr, re.MULTILINE):
+        raise ValueError(f"cannot use {path}: it is HDR, convert it first: ffmpeg -i {path} -vf {TO_SDR} sdr.mp4")
     lines = [line for line in result.stdout.splitlines() if not line.startswith("#")]
     if not lines:
         raise ValueError(f"cannot read {path}: no frame can be decoded")
