@@ -44,18 +44,9 @@ def test_latent_statistics(vae):
     assert vae.std.flatten().tolist() == pytest.approx(constants["latent_std"])
 
 
-def test_the_oldest_file_format_and_damaged_files(vae, tmp_path):
+def test_the_oldest_file_format(vae, tmp_path):
     tensors = read_tensors("vae/Wan2.1_VAE.safetensors")
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     old = WanVAE(vae_pth=tmp_path / "old.pth").model.state_dict()
     for name, tensor in vae.model.state_dict().items():
         assert torch.equal(old[name], tensor)
-    torch.save(tensors, tmp_path / "new.pth")
-    for name in ("old.pth", "new.pth"):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(RuntimeError, match=f"cannot read .*{name}, is it complete"):
-            WanVAE(vae_pth=tmp_path / name)
-    (tmp_path / "empty.pth").touch()
-    with pytest.raises(RuntimeError, match="cannot read"):
-        WanVAE(vae_pth=tmp_path / "empty.pth")
