@@ -180,10 +180,10 @@ def check_shapes(change: Shapes, parameter: str, shape: tuple[int, ...]) -> None
     """change: the shapes of its tensors, by what they are."""
     if ("down" in change) != ("up" in change) or ("alpha" in change and "down" not in change):
         raise ValueError(f"of the change of {parameter} there is only {' and '.join(change)}")
-    if "down" in change:
+    if "down" in change:  # of a convolution with its kernel, or as a matrix
         down, up = change["down"], change["up"]
-        fits = len(down) > 1 and (*up, 0)[1] == down[0] and math.prod(up[2:]) == 1 and (up[0], *down[1:]) == shape
-        if not fits:
+        paired = len(down) > 1 and len(up) > 1 and up[1] == down[0] and math.prod(up[2:]) == 1
+        if not paired or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
             pair = f"{list(up)[:6]} times {list(down)[:6]}"
             raise ValueError(f"the change of {parameter} is {pair}, and the model's is {list(shape)}")
     if change.get("diff", shape) != shape:
@@ -204,7 +204,7 @@ def spellings(shapes: Shapes) -> dict[str, str]:
 
 
 def flat(name: str) -> str:
-    """As kohya writes it, who has underscores for dots; without prefix."""
+    """A name as kohya writes it, with underscores for dots, and without a prefix."""
     return PREFIXES.sub("", name, count=1).replace(".", "_")
 
 
@@ -260,8 +260,8 @@ def merging(loras: Sequence[Lora]) -> Iterator[None]:
 
 
 def merge(model: "torch.nn.Module", folder: Path, loras: Sequence[Lora]) -> None:
-    """Adds strength * (alpha / rank * up @ down), in float32, to the weights that were loaded from this folder. Those
-    that were rounded by it are read again, so that the sum is rounded, and not a sum of rounded ones."""
+    """Adds strength * (alpha / rank * up @ down + diff), in float32, to the weights that were loaded from this folder.
+    What loading has rounded is read again, so that only the sum is rounded."""
     import torch
     from safetensors import safe_open
 

@@ -94,13 +94,16 @@ def as_kohya(changes):
 
 
 def as_distilled(changes):
-    """As those for few steps are: they change all there is, the head's weight by a difference."""
+    """As those for few steps are: they change all there is, the head's weight by a difference, and have a matrix for a
+    convolution."""
     endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
     file = {}
     for name, change in changes.items():
         module, _, leaf = name.rpartition(".")
         key = f"diffusion_model.{module}"
-        if name == "head.head.weight":
+        if name == "patch_embedding.weight":
+            file |= {f"{key}.lora_down.weight": change[0].flatten(1), f"{key}.lora_up.weight": change[1][..., 0]}
+        elif name == "head.head.weight":
             file[f"{key}.diff"] = change[1] @ change[0]
         elif torch.is_tensor(change):
             file[f"{key}.{endings[leaf]}" if leaf in endings else f"diffusion_model.{name}.diff"] = change
