@@ -91,15 +91,16 @@ class WanModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, subfolder=""):
-        """Random, but for what the folder's file has of the same names and shapes."""
+        """Random, and on top of that what the folder's file has of the same names and shapes."""
         folder = Path(folder, subfolder)
         kept = ("model_type", "in_dim", "dim", "out_dim", "num_layers")
         declared = json.loads((folder / "config.json").read_text())
         model = cls(**{key: declared[key] for key in kept})
-        own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        own = dict(model.named_parameters())
         for file in folder.glob("*.safetensors"):
-            fitting = {name: tensor for name, tensor in load_file(file).items() if own.get(name) == tensor.shape}
-            model.load_state_dict(fitting, strict=False)
+            for name, tensor in load_file(file).items():
+                if name in own and own[name].shape == tensor.shape:
+                    own[name].data += tensor
         return model
 
     def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
