@@ -30,17 +30,8 @@ ACROSS = {*MOVES, aten.copy_, aten.index, aten.index_put, aten.index_put_, aten.
 ACROSS |= {aten._has_compatible_shallow_copy_type}
 WAITING = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal}
 WAITING |= {aten._linalg_check_errors, aten.linalg_solve}  # whether there is a solution
-TAKE_A_GUARD = (
-    "__getitem__",
-    "__setitem__",
-    "__float__",
-    "__int__",
-    "__bool__",
-    "__index__",
-    "__invert__",
-    "contiguous",
-    "item",
-)
+TAKE_A_GUARD = ("getitem", "setitem", "float", "int", "bool", "index", "invert")
+TAKE_A_GUARD = (*(f"__{name}__" for name in TAKE_A_GUARD), "contiguous", "item")
 
 
 class OnCard(torch.Tensor):
@@ -183,12 +174,8 @@ class PretendedCard(TorchDispatchMode):
         if kwargs.pop("pin_memory", False):
             return self.pin(function(*args, **kwargs))
         out = function(*args, **kwargs)
-        if (
-            packet in MOVES
-            and to != there
-            and device.type != "meta"
-            and out.untyped_storage()._cdata == args[0].untyped_storage()._cdata
-        ):
+        moved = packet in MOVES and to != there and device.type != "meta"
+        if moved and out.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
             out = out.clone()
 
         def wrapped(x):
@@ -254,11 +241,8 @@ class PretendedCard(TorchDispatchMode):
             yield torch, name, self.made_on_the_host(getattr(torch, name))
         yield torch.Tensor, "pin_memory", lambda tensor, *args: self.pin(tensor.detach().clone())
         yield torch.Tensor, "is_pinned", lambda tensor, *args: tensor.untyped_storage().data_ptr() in self.pinned
-        yield (
-            torch.Tensor,
-            "data",
-            property(torch.Tensor.data.__get__, functools.partial(self.set_data, torch.Tensor.data)),
-        )
+        data = functools.partial(self.set_data, torch.Tensor.data)
+        yield torch.Tensor, "data", property(torch.Tensor.data.__get__, data)
         attend = torch.nn.functional.scaled_dot_product_attention
         yield torch.nn.functional, "scaled_dot_product_attention", functools.partial(self.attend, attend)
         for name in TAKE_A_GUARD:  # there is none for cuda in a build without it

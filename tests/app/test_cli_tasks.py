@@ -23,32 +23,19 @@ SOURCES = GOLDEN / "vace_source"
 TASKS = {
     "t2v-1.3B": ("t2v", "Wan2.1-T2V-1.3B", ["--size", "480*832", "--frame_num", "1"], (1, 832, 480, 3)),
     "t2i-14B": ("t2v", "Wan2.1-T2V-14B", ["--size", "480*832"], (832, 480, 3)),
-    "i2v-14B": (
-        "i2v",
-        "Wan2.1-I2V-14B-480P",
-        ["--size", "832*480", "--frame_num", "1", "--image", EXAMPLES / "wan_i2v_2.png"],
-        (1, 464, 832, 3),
-    ),
-    "flf2v-14B": (
-        "flf2v",
-        "Wan2.1-FLF2V-14B-720P",
-        [
-            *("--size", "832*480", "--frame_num", "5", "--mag_ratios", "i2v-14B-720P"),
-            *("--first_frame", EXAMPLES / "flf2v_input_first_frame.png"),
-            *("--last_frame", EXAMPLES / "flf2v_input_last_frame.png"),
-        ],
-        (5, 464, 832, 3),
-    ),
-    "vace-1.3B": (
-        "vace",
-        "Wan2.1-VACE-1.3B",
-        [
-            *("--size", "832*480", "--src_video", SOURCES / "video_a.mp4", "--src_mask", SOURCES / "mask_a.mp4"),
-            *("--src_ref_images", f"{EXAMPLES / 'girl.png'},{EXAMPLES / 'snake.png'}"),
-        ],
-        (9, 48, 64, 3),
-    ),
-}
+    "i2v-14B": ("i2v", "Wan2.1-I2V-14B-480P", [
+        "--size", "832*480", "--frame_num", "1", "--image", EXAMPLES / "wan_i2v_2.png",
+    ], (1, 464, 832, 3)),
+    "flf2v-14B": ("flf2v", "Wan2.1-FLF2V-14B-720P", [
+        "--size", "832*480", "--frame_num", "5", "--mag_ratios", "i2v-14B-720P",
+        "--first_frame", EXAMPLES / "flf2v_input_first_frame.png",
+        "--last_frame", EXAMPLES / "flf2v_input_last_frame.png",
+    ], (5, 464, 832, 3)),
+    "vace-1.3B": ("vace", "Wan2.1-VACE-1.3B", [
+        "--size", "832*480", "--src_video", SOURCES / "video_a.mp4", "--src_mask", SOURCES / "mask_a.mp4",
+        "--src_ref_images", f"{EXAMPLES / 'girl.png'},{EXAMPLES / 'snake.png'}",
+    ], (9, 48, 64, 3)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -58,14 +45,9 @@ def test_every_task(task, tmp_path):
     ending = ".png" if task == "t2i-14B" else ".mp4"
     common = ["--task", task, "--ckpt_dir", checkpoint, "--sample_steps", STEPS, "--base_seed", 1, "--prompt", "a bird"]
     plain_flags = [flag for flag in flags if flag not in ("--mag_ratios", "i2v-14B-720P")]
-    commands = [
-        [*common, *plain_flags, "--save_file", tmp_path / f"plain{ending}"],
-        [*common, *flags, *CACHE, "--save_file", tmp_path / f"cached{ending}"],
-        [
-            *(*common, *plain_flags, "--magcache_calibration"),
-            *("--save_file", tmp_path / f"calibration{ending}"),
-        ],
-    ]
+    files = [("--save_file", tmp_path / f"{name}{ending}") for name in ("plain", "cached", "calibration")]
+    variants = (plain_flags, [*flags, *CACHE], [*plain_flags, "--magcache_calibration"])
+    commands = [[*common, *more, *file] for more, file in zip(variants, files, strict=True)]
     (tmp_path / "commands.json").write_text(json.dumps([[str(flag) for flag in command] for command in commands]))
     arguments = [TESTS / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
     result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)

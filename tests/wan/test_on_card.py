@@ -92,27 +92,19 @@ def size(model):
 TEXT = {"encode_text": (128, 14_574_848, 98_432)}
 BYTES = {
     "t2v": TEXT | {"denoise": (101_504, 514_460, 104_576), "decode": (104_576, 1_021_856, 196_736)},
-    "i2v": TEXT
-    | {
-        "condition": (116_864, 858_272, 120_704),
-        "encode_images": (120_704, 2_039_136, 145_376),
-        "denoise": (130_016, 676_476, 133_088),
-        "decode": (133_088, 1_050_368, 225_248),
+    "i2v": TEXT | {
+        "condition": (116_864, 858_272, 120_704), "encode_images": (120_704, 2_039_136, 145_376),
+        "denoise": (130_016, 676_476, 133_088), "decode": (133_088, 1_050_368, 225_248),
     },
-    "flf2v": TEXT
-    | {
-        "condition": (135_296, 895_136, 139_136),
-        "encode_images": (139_136, 2_659_680, 188_480),
-        "denoise": (154_688, 847_644, 157_760),
-        "decode": (157_760, 1_075_040, 249_920),
+    "flf2v": TEXT | {
+        "condition": (135_296, 895_136, 139_136), "encode_images": (139_136, 2_659_680, 188_480),
+        "denoise": (154_688, 847_644, 157_760), "decode": (157_760, 1_075_040, 249_920),
     },
-    "vace": TEXT
-    | {
+    "vace": TEXT | {
         "vace_encode_frames": (239_744, 1_074_080, 248_960),
-        "denoise": (130_688, 671_900, 135_296),
-        "decode": (135_296, 1_052_576, 227_456),
+        "denoise": (130_688, 671_900, 135_296), "decode": (135_296, 1_052_576, 227_456),
     },
-}
+}  # fmt: skip
 
 
 def check_bytes(card, vae, expected):
@@ -167,36 +159,22 @@ def test_every_kind(folders, phases, exact_steps, kind):
 ONE = BYTES["t2v"] | {"decode": (101_504, 1_018_784, 193_664)}  # there the test itself holds a latent
 ALL_TEXT, ALL_DIT = 83_072, 176_096  # weights
 WAYS = {
-    "kept there": (
-        {},
-        {"offload_model": False},
-        None,
-        {
-            "encode_text": (128, 14_574_848, 98_432 + ALL_TEXT),
-            "denoise": (101_504 + ALL_TEXT, 514_460 + ALL_TEXT, 104_576 + ALL_TEXT + ALL_DIT),
-            "decode": tuple(number + ALL_TEXT + ALL_DIT for number in ONE["decode"]),
-        },
-    ),
-    "by blocks": (
-        {"offload_blocks": True},
-        {},
-        None,
-        {"encode_text": (128, 14_492_032, 98_432), "denoise": (101_504, 442_788, 104_576)},
-    ),
-    "text on the host": (
-        {"t5_cpu": True},
-        {},
-        None,
-        {
-            "encode_text": (128, 12_224, 12_224),
-            "denoise": (15_296, 428_252, 18_368),
-            "decode": (15_296, 932_576, 107_456),
-        },
-    ),
+    "kept there": ({}, {"offload_model": False}, None, {
+        "encode_text": (128, 14_574_848, 98_432 + ALL_TEXT),
+        "denoise": (101_504 + ALL_TEXT, 514_460 + ALL_TEXT, 104_576 + ALL_TEXT + ALL_DIT),
+        "decode": tuple(number + ALL_TEXT + ALL_DIT for number in ONE["decode"]),
+    }),
+    "by blocks": ({"offload_blocks": True}, {}, None, {
+        "encode_text": (128, 14_492_032, 98_432), "denoise": (101_504, 442_788, 104_576),
+    }),
+    "text on the host": ({"t5_cpu": True}, {}, None, {
+        "encode_text": (128, 12_224, 12_224), "denoise": (15_296, 428_252, 18_368),
+        "decode": (15_296, 932_576, 107_456),
+    }),
     "float8": ({"dit_dtype": torch.float8_e4m3fn}, {}, None, {"denoise": (101_504, 476_060, 104_576)}),
     "residuals": ({}, {}, "residual", {}),
     "outputs": ({}, {}, "output", {"denoise": (101_504, 523_676, 104_576)}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
