@@ -1,18 +1,18 @@
-"""What this machine will do with a Wan2.1 model, before its checkpoint is downloaded: the real sizes, random weights.
+"""Measures what this machine does with a Wan2.1 model before you download it: real sizes, random weights.
 
 python -m examples.card --task t2v-14B --size 1280*720
 
 Prints a table, and the same as JSON in the last line. `--layers` and `--frame_num` make it small enough for a CPU.
-Parts, of which `--only` picks some:
-forward: seconds of a computed call, and the share of the machine's own matrix multiplication rate that it reaches, by
-the FLOPs of `magcache.app.cost`. In the same rounds diffusers' WanTransformer3DModel with the same weights.
-loop: denoising with and without caches, against the bound (all calls / computed ones); reused and forecast calls.
-dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; errors are those of the velocity.
-offload: the call with one block on the card at a time, and the pinned memory that the others take.
-compile: the call with compiled blocks. attention: the model's own attention by every backend that is installed.
+`--only` picks some of these parts:
+forward: seconds of a computed call, and the share it reaches of the machine's own matrix multiplication rate, by the
+FLOPs of `magcache.app.cost`; in the same rounds diffusers' WanTransformer3DModel with the same weights.
+loop: denoising with and without caches, against the bound (all calls / computed calls); reused and forecast calls.
+dtypes: weights in float32, bfloat16 and float8, all under bfloat16 autocast; the errors are those of the velocity.
+offload: a call with one block on the GPU at a time, and the pinned memory that the other blocks take.
+compile: a call with compiled blocks. attention: the model's own attention by every installed backend.
 vae: the VAE decodes the video, whole and in tiles.
-Times are wall times; with a single CPU thread, of which OMP_NUM_THREADS=1 makes sure, those of that thread alone.
-Memory is the most that was allocated on the card in that part; it is not measured on a CPU.
+Times are wall times; on a CPU with a single thread (OMP_NUM_THREADS=1) they are that thread's own time.
+Memory is the most that was allocated on the GPU during a part; it is not measured on a CPU.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from wan.utils.samplers import make_sampler
 PARTS = ("forward", "loop", "dtypes", "offload", "compile", "attention", "vae")
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HELD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the weights, by default
+HELD = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # default dtype of the weights
 TOO_LARGE = ("flex", "_native_math")  # backends that hold all scores
 
 
 class Subject:
-    """The task's model and its inputs. layers: None for all."""
+    """The task's model and its inputs. layers: how many blocks it has; None for all."""
 
     def __init__(self, task: str, size: str, frames: int, layers: int | None):
         width, height = map(int, size.split("*"))
@@ -61,7 +61,7 @@ class Subject:
         self.latent_shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
 
     def model(self, dtype: torch.dtype) -> WanModel:
-        """With random weights, the same whatever the dtype, made on the device."""
+        """Makes the model on the device, with random weights that are the same for every dtype."""
         config, shape = WAN_CONFIGS[self.task], self.shape
         names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_layers", "text_dim")
         sizes = {name: getattr(shape, name) for name in names} | {"num_heads": config.num_heads}
@@ -82,7 +82,7 @@ class Subject:
         return model.eval()
 
     def arguments(self) -> dict:
-        """Of a call."""
+        """Makes the arguments of a call."""
         generator, shape = torch.Generator(DEVICE).manual_seed(1), self.shape
 
         def noise(*sides):
@@ -101,7 +101,7 @@ class Subject:
         return call_flops(self.shape, self.tokens)[0]
 
     def peer(self, model: WanModel):
-        """diffusers' transformer with the weights of this one, called with the same arguments; None for VACE."""
+        """Makes diffusers' transformer with this model's weights, called with the same arguments; None for VACE."""
         if self.kind == "vace":
             return None
         config, shape = WAN_CONFIGS[self.task], self.shape
@@ -127,7 +127,7 @@ class Subject:
 
 
 def computing(dtype: torch.dtype | None = None):
-    """As the pipelines do: under bfloat16 autocast on CUDA and where weights are rounded."""
+    """Computes as the pipelines do: under bfloat16 autocast on CUDA and where weights are rounded."""
     rounded = dtype not in (None, torch.float32)
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or rounded)
 
@@ -145,8 +145,8 @@ def seconds(function, *args, **kwargs) -> float:
 
 
 def matmul_rate(dtype: torch.dtype, product: int) -> float:
-    """FLOPs a second of large square matrix products, as many as it takes for so many FLOPs, in the dtype that the
-    model computes in."""
+    """Measures the FLOPs per second of large square matrix products in this dtype, in as many of them as add up to
+    `product` FLOPs."""
     side = int(min(8192 if DEVICE.type == "cuda" else 2048, max(256, product ** (1 / 3))))
     a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
     count = 1 + product // (2 * side**3)
@@ -159,7 +159,7 @@ def measure_forward(subject: Subject, rounds: int) -> list[dict]:
     calls = {"ours": model} | ({"diffusers": peer} if peer else {})
     rows, rates = {name: [] for name in calls}, []
     for number in range(rounds + 1):
-        around = []  # our call, since other work on the machine slows both alike
+        around = []  # rates measured just before and after our call, since other work on the machine slows both
         for name in sorted(calls, reverse=number % 2 == 1):
             if name == "ours":
                 around.append(matmul_rate(dtype, subject.flops() // 10))
@@ -186,7 +186,7 @@ def measure_forward(subject: Subject, rounds: int) -> list[dict]:
 
 
 def error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative, in the L2 norm."""
+    """The relative error in the L2 norm."""
     return float((value - reference).norm() / reference.norm())
 
 
@@ -209,7 +209,7 @@ def measure_loop(subject: Subject, steps: int) -> list[dict]:
         told = []
         magcache.apply_magcache(model, schedule, on_call=lambda *call, told=told: told.append((*call, moment())))
         cached = seconds(denoise, model, arguments, steps)
-        # of uncond calls, which follow those for cond at once
+        # of uncond calls, each of which follows its cond call at once
         pairs = zip(told[::2], told[1::2], strict=True)
         calls = [seconds_between(start, end) for (*_, start), (_, reused, end) in pairs if reused]
         rows.append(
@@ -311,9 +311,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--task", default="t2v-1.3B", choices=tuple(TASKS))
     parser.add_argument("--size", default="832*480", help="width*height, multiples of 16")
     parser.add_argument("--frame_num", type=int, default=81, help="4n+1")
-    parser.add_argument("--layers", type=int, help="of the transformer (default: all)")
-    parser.add_argument("--steps", type=int, default=10, help="of the loops")
-    parser.add_argument("--rounds", type=int, default=3, help="of what is timed alone")
+    parser.add_argument("--layers", type=int, help="number of transformer blocks (default: all)")
+    parser.add_argument("--steps", type=int, default=10, help="sampling steps of the loops")
+    parser.add_argument("--rounds", type=int, default=3, help="times that a call is repeated")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args(arguments)
     subject = Subject(args.task, args.size, args.frame_num, args.layers)

@@ -1,4 +1,4 @@
-"""A video with the cache, in ten lines of Python: python -m examples.generate writes circle.mp4."""
+"""Makes a video with the cache in ten lines of Python: `python -m examples.generate` writes circle.mp4."""
 
 import imageio.v3 as iio
 

@@ -1,8 +1,8 @@
-"""Writes what the demo models' trials were measured on: prompts with seeds, for i2v-tiny with first frames.
+"""Writes the prompts that the demo models' trials were measured on, with seeds and, for i2v-tiny, first frames.
 
 python -m examples.trial_prompts i2v-tiny FOLDER     (then calibrate with --prompt_file FOLDER/prompts.jsonl)
 
-For t2v-tiny every second one leaves a part of the caption open, as the prompts of real models do.
+For t2v-tiny every second prompt leaves a part of the caption open, as prompts of real models do.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from examples.benchmarks.pairs import KINDS_OF, Pair, pairs_of
 from examples.train_tiny.check_prompts import first_frame
 from magcache.app.media import to_uint8
 
-SEED = 77  # of the first
+SEED = 77  # of the first prompt
 
 
 def trial_pairs(task: str, count: int) -> list[Pair]:
-    """That many, of which all kinds of the task take turns. None without any words, which no prompt file takes."""
+    """Returns that many pairs; all kinds of the task take turns. Captions without words are left out, since a prompt
+    file cannot hold them."""
     kinds = [[pair for pair in pairs_of(kind, 2 * count, SEED) if str(pair[0])] for kind in KINDS_OF[task]]
     return [kinds[i % len(kinds)][i] for i in range(count)]
 

@@ -1,11 +1,11 @@
-"""Ten minutes on a card, in one command: is it right there, and what does it do with the models' real sizes?
+"""Ten minutes on a card, in one command: are the results right there, and how do the models' real sizes run?
 
 PYTHONPATH=.:tests python tests/card_kit.py [--minutes 10]
 
-First the pipelines of the golden data under autocast: how far what the transformer returns first, and the latent in the
-end, are from the reference implementation in float32. Then `examples.card` for t2v-1.3B at 832*480 and t2v-14B at
-1280*720, the most telling parts first; none is begun when time is up. Beside the most bytes of a call stands what the
-plan says of them. Ends with 1 if a golden case is too far off.
+First come the pipelines of the golden data under autocast: how far the transformer's first output and the final latent
+are from those of the reference implementation in float32. Then `examples.card` for t2v-1.3B at 832*480 and t2v-14B at
+1280*720, the most telling parts first; no part is begun when time is up. The peak memory of a call is printed beside
+what the plan expects. The exit code is 1 if a golden case is too far off.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from examples import card
 from magcache.app import cost
 from wan.configs import WAN_CONFIGS
 
-CLOSE = 0.03  # of what the transformer returns under bfloat16 autocast, relative, in the L2 norm
+CLOSE = 0.03  # bound on the relative L2 error of what the transformer returns under bfloat16 autocast
 GOLDEN = {"t2v_a": ("t2v", "WanT2V", ("size", "frame_num"))}
 LARGE = [  # task, size, steps of the loops, parts
     ("t2v-1.3B", "832*480", 10, ("forward", "loop", "dtypes", "offload", "compile", "vae")),
@@ -32,7 +32,7 @@ LARGE = [  # task, size, steps of the loops, parts
 
 
 def golden(name: str) -> dict[str, float]:
-    """Relative errors of a case of the golden pipelines."""
+    """Returns the relative errors of a case of the golden pipelines."""
     kind, pipeline, keys = GOLDEN[name]
     case = next(case for case in read_json("pipelines/cases.json") if case["name"] == name)
     expected, found = read_tensors("pipelines/outputs.safetensors"), {}
@@ -51,14 +51,14 @@ def golden(name: str) -> dict[str, float]:
 
 
 def said_of(row: dict, subject: "card.Subject") -> str:
-    """The bytes of a part, and what the plan says of them."""
+    """Compares the measured bytes of a part with those that the plan expects."""
     weights = cost.weight_bytes(subject.shape, str(card.HELD).removeprefix("torch."))
     planned = weights + cost.call_bytes(subject.shape, subject.tokens, autocast=True)
     return f"{row['what']}: {cost.number_of_bytes(row['peak_bytes'])}, by the plan {cost.number_of_bytes(planned)}"
 
 
 def main(minutes: float = 10, large: list = LARGE, *small: str) -> int:
-    """small: more flags of `examples.card`, that make it small."""
+    """Runs everything. small: more flags of `examples.card`, which make it small."""
     end, failed = time.monotonic() + 60 * minutes, False
     for name in GOLDEN:
         errors = golden(name)

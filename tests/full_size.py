@@ -6,7 +6,7 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
-IMAGES = {"i2v": 1, "flf2v": 2}  # that the image encoder sees
+IMAGES = {"i2v": 1, "flf2v": 2}  # images that the image encoder sees
 VACE_LAYERS = {"vace-1.3B": range(0, 30, 2), "vace-14B": range(0, 40, 5)}
 
 
@@ -22,7 +22,7 @@ def make_model(task):
 
 
 def conditioning(task, latent_shape):
-    """What the transformer gets beside latent, timestep and text."""
+    """Makes the arguments of the transformer other than latent, timestep and text."""
     if task in VACE_LAYERS:
         return {"vace_context": [torch.empty(96, *latent_shape[1:])]}
     count = IMAGES.get(task.split("-")[0])

@@ -1,4 +1,4 @@
-"""Ctrl-C in a command that has come so far."""
+"""Presses Ctrl-C once a command has come to a certain point."""
 
 import re
 import signal
@@ -6,7 +6,7 @@ import subprocess
 
 
 def interrupted(command: list, pattern: bytes) -> tuple[int, bytes]:
-    """Exit code and the rest of stderr of a command that gets Ctrl-C once its stderr matches."""
+    """Sends Ctrl-C to a command once its stderr matches. Returns its exit code and the rest of stderr."""
     process = subprocess.Popen(
         list(map(str, command)),
         stderr=subprocess.PIPE,

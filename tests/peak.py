@@ -1,4 +1,4 @@
-"""Counts what is allocated, on fake tensors as well."""
+"""Measures how much memory tensors take, fake tensors included."""
 
 import weakref
 

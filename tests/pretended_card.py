@@ -1,4 +1,4 @@
-"""A CUDA card that is pretended: tensors say that they are on cuda:0, and the CPU computes them.
+"""A pretended CUDA card: tensors claim to be on cuda:0, and the CPU computes them.
 
 with PretendedCard() as card:
     ...  # what runs on a card, with real numbers
@@ -35,7 +35,7 @@ TAKE_A_GUARD = (*(f"__{name}__" for name in TAKE_A_GUARD), "contiguous", "item")
 
 
 class OnCard(torch.Tensor):
-    """`inner` is the tensor that it stands for. Its keys are CUDA's, so autocast takes it for what it says it is."""
+    """Stands for the tensor `inner`. Its dispatch keys are CUDA's, so autocast treats it as a CUDA tensor."""
 
     def __new__(cls, inner: torch.Tensor, card: "PretendedCard"):
         with torch.inference_mode(False):  # views share a version, and inference tensors have none
@@ -108,7 +108,7 @@ class Event:
 
 
 class PretendedCard(TorchDispatchMode):
-    """memory: bytes that it says it has."""
+    """The card. memory: how many bytes it claims to have."""
 
     def __init__(self, memory: float = 80e9):
         super().__init__()
@@ -208,7 +208,7 @@ class PretendedCard(TorchDispatchMode):
         self.undo.close()
 
     def replaced(self):
-        """(owner, name, what stands there)."""
+        """Lists what is replaced as (owner, name, replacement)."""
         stream, true = Stream(self), lambda *args, **kwargs: True
         properties = SimpleNamespace(
             name="pretended", total_memory=self.memory, major=8, minor=0, multi_processor_count=1
@@ -267,7 +267,7 @@ class PretendedCard(TorchDispatchMode):
         return made
 
     def attend(self, plain, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **how):
-        """In one kernel, as on a card."""
+        """Computes in one kernel, as a card does."""
         tensors = query, key, value, attn_mask
         if not isinstance(query, OnCard):
             return plain(query, key, value, attn_mask, dropout_p, is_causal, **how)
@@ -285,7 +285,7 @@ class PretendedCard(TorchDispatchMode):
         return tensor
 
     def set_data(self, plain: property, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """The tensor, mostly a parameter, becomes one on the card in place, or one of the host again."""
+        """Moves a tensor, mostly a parameter, to the card in place, or back to the host."""
         if isinstance(value, OnCard) or isinstance(tensor, OnCard):
             parameter = isinstance(tensor, torch.nn.Parameter)
             other = OnCard(value.inner, self) if isinstance(value, OnCard) else value.detach()

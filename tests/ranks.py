@@ -1,5 +1,5 @@
-"""What processes that share a video are compared with: the same runs in one process. Run as a script it forks into
-several, which write what they saw; they are forked, as importing costs more than all they do.
+"""Runs in one process, with which those of processes that share a video are compared. Run as a script it forks into
+several processes, which write what they saw; they are forked, since importing costs more than all they do.
 
 PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
 """
@@ -58,7 +58,7 @@ def forecasts():
 
 
 class Counted:
-    """A model that counts the collectives of every call, by name."""
+    """A model that counts, by name, the collectives of every call."""
 
     def __init__(self, model):
         self.model, self.counts = model, []
@@ -74,7 +74,7 @@ class Counted:
 
 
 def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, **flags) -> dict:
-    """Latents, schedule as it ran, collectives of the cached calls and the measured ratios, all after a failed run."""
+    """Returns latents, the schedule as it ran, collectives of cached calls and ratios, all after a failed run."""
     if kind == "t2v":
         pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO), rank=rank, **flags)
         inputs, arguments = (PROMPT,), {"size": size}
@@ -115,7 +115,7 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
 
 
 def fail_within_a_block(model, run) -> None:
-    """Leaves the model as a failing video does."""
+    """Makes a run fail within a block, which leaves the model as a failing video does."""
 
     def fail(*_):
         raise FloatingPointError
@@ -127,7 +127,7 @@ def fail_within_a_block(model, run) -> None:
 
 
 def who_agrees(group) -> list:
-    """What `agreed` says if all are well, if all fail alike, each in its own words, and if one fails alone: the first,
+    """Returns what `agreed` says if all are well, if all fail with different words, and if one fails alone: the first,
     which decodes, or another."""
     answers, rank = [], dist.get_rank(group)
     alone = ("ValueError", "alone")
@@ -140,7 +140,7 @@ def who_agrees(group) -> list:
 
 
 def model_run(grid, sequence=None) -> dict:
-    """Outputs of a small random model, of which a cached call is one, and the collectives of both calls."""
+    """Returns the outputs of a small random model, the second from a cached call, and the collectives of both calls."""
     torch.manual_seed(0)
     model = WanModel(dim=48, ffn_dim=64, freq_dim=16, text_dim=8, text_len=6, num_heads=4, num_layers=2).eval()
     x, context = torch.randn(16, grid[0], 2 * grid[1], 2 * grid[2]), torch.randn(5, 8)
@@ -155,7 +155,7 @@ def model_run(grid, sequence=None) -> dict:
 
 
 def sharded_under_autocast() -> dict:
-    """The dtypes of CUDA: float32 weights, of which FSDP gathers the blocks' linear layers in bfloat16."""
+    """Runs with the dtypes of CUDA: float32 weights, of which FSDP gathers the blocks' linear layers in bfloat16."""
     from wan.distributed.fsdp import shard_transformer
 
     torch.manual_seed(0)
@@ -175,8 +175,8 @@ def sharded_under_autocast() -> dict:
 
 
 def register_cpu_attention_with_lse() -> None:
-    """diffusers' attention on the CPU does not return the log-sum-exp that a ring needs; torch has one that does. It
-    takes the place of the one that rings use on CUDA."""
+    """Puts an attention of torch in place of the one that rings use on CUDA, since it returns the log-sum-exp that a
+    ring needs; diffusers' attention on the CPU does not."""
 
     def forward_op(ctx, query, key, value, mask=None, dropout=0, causal=False, scale=None, gqa=False, lse=False, **_):
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
@@ -199,7 +199,7 @@ def register_cpu_attention_with_lse() -> None:
 
 
 def share_videos(rank: int, world: int, folder: Path) -> None:
-    """One of four processes."""
+    """What one of four processes does."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     results = {}
     for number, (name, (ulysses, flags, kind, (size, frame_num))) in enumerate(PIPELINE_RUNS.items()):
@@ -218,7 +218,7 @@ def share_videos(rank: int, world: int, folder: Path) -> None:
 
 
 def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
-    """One of two processes of the command line."""
+    """What one of two processes of the command line does."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     flags = (*T2V, "--prompt", PROMPT, "--base_seed", 3, "--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp")

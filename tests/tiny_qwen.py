@@ -30,7 +30,7 @@ SIZES = {
 
 
 def save_model(folder, kind: str, mute: bool = False) -> None:
-    """A random model in the layout of the official folders, which writes a short jumble, or nothing at all if mute."""
+    """Saves a random model in the layout of the official folders. Its answer is a short jumble, or empty if mute."""
     bytes_to_ids = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     byte_level = Tokenizer(models.BPE(bytes_to_ids, merges=[]))
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

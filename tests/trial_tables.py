@@ -2,7 +2,7 @@
 
 
 def table_with(forecasts, others=(), steps=50, constants=None, name="mine", **measured_on):
-    """Content of a table file. forecasts: PSNRs of the prompts by computed calls; others: (method, settings, calls,
+    """Makes a table. forecasts: PSNRs of the prompts by computed calls; others: (method, settings, calls,
     PSNRs)."""
     constants = constants or {"floor": 0.008, "early": 0.5, "decay": 0.25}
     rows = [

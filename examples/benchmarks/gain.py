@@ -1,9 +1,9 @@
-"""How much does an error count that is made in one step? On the demo models, beside what was published for Wan2.1.
+"""How much does an error in one step change the result? On the demo models, beside what was published for Wan2.1.
 
 python -m examples.benchmarks.gain [--picture examples/gain.png]
 
-The guided prediction of one step is replaced by that of the step before, all others are computed: the error of the
-final latent over that of the prediction, both as root mean squares. 50 steps, shift 5.
+The guided prediction of one step is replaced by that of the step before; all other steps are computed. The gain is the
+error of the final latent over that of the prediction, both as root mean squares. 50 steps, shift 5.
 """
 
 import argparse
@@ -24,13 +24,13 @@ UNSEEN = 80000  # first seed of the pairs
 
 
 def published(step: np.ndarray) -> np.ndarray:
-    """The fit for Wan2.1-T2V-1.3B of RA-CFGCache (arXiv 2609.36433), at steps of 50."""
+    """The gain of Wan2.1-T2V-1.3B as RA-CFGCache (arXiv 2609.36433) fitted it, at steps of 50."""
     return 1.214 * ((STEPS - 1 - step) / (STEPS - 1)) ** 3.832 + 0.2463
 
 
 @torch.inference_mode()
 def gains(model, batch: Batch, at: Sequence[int]) -> np.ndarray:
-    """[len(at), B]."""
+    """Returns the gain of every step in `at` for every pair, [len(at), B]."""
     sampler, latents, before, forks = make_sampler("unipc", STEPS, SHIFT), batch.noise, None, {}
     for step, t in enumerate(sampler.timesteps):
         velocity = guided(model, batch, latents, t)
@@ -71,7 +71,7 @@ def draw(everything: dict[str, np.ndarray], path: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=16, help="of every kind")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of every kind")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", metavar="PNG")
     args = parser.parse_args()

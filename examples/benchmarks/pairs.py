@@ -1,4 +1,4 @@
-"""The pairs of prompt and seed that the benchmarks measure on, and their final latents, many pairs in one forward."""
+"""The pairs of prompt and seed that the benchmarks measure on, and their final latents, many in one forward pass."""
 
 import functools
 import random
@@ -19,14 +19,14 @@ from wan.utils.samplers import make_sampler
 
 GUIDE_SCALE = 5.0
 BLOCK = 128  # pairs that are drawn together
-KINDS_OF = {"t2v-tiny": ("told", "open"), "i2v-tiny": ("told",)}  # of pairs, by task
+KINDS_OF = {"t2v-tiny": ("told", "open"), "i2v-tiny": ("told",)}  # kinds of pairs, by task
 
 Pair = tuple[Caption, int]
 
 
 def pairs_of(kind: str, count: int, seed: int) -> list[Pair]:
-    """That many captions with seeds of their own, from `seed` on. kind: "told", the whole caption; "open", a part or
-    more of it left out. Drawn in blocks, so that whole blocks stay as they are when more are asked for."""
+    """Returns that many captions, each with a seed of its own, from `seed` on. kind: "told", the whole caption; "open",
+    with one or more parts left out. They are drawn in blocks, which stay the same when more pairs are asked for."""
     pairs = []
     for first in range(seed, seed + count, BLOCK):
         rng = random.Random(f"{kind} {first}")
@@ -72,7 +72,7 @@ def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
 
 
 def guided(model, batch: Batch, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The velocities [B, 16, f, h, w] at a timestep."""
+    """Returns the guided velocities [B, 16, f, h, w] at a timestep."""
     cond, uncond = (
         torch.stack(model(list(latents), t=t.expand(len(latents)), context=context, **batch.given))
         for context in batch.contexts
@@ -82,7 +82,7 @@ def guided(model, batch: Batch, latents: torch.Tensor, t: torch.Tensor) -> torch
 
 @torch.inference_mode()
 def final_latents(model, batch: Batch, steps: int, shift: float) -> torch.Tensor:
-    """[B, 16, f, h, w], by UniPC, with whatever cache is on the model."""
+    """Returns the final latents [B, 16, f, h, w] by UniPC, with whatever cache is on the model."""
     sampler, latents = make_sampler("unipc", steps, shift), batch.noise
     for t in sampler.timesteps:
         latents = sampler.step(guided(model, batch, latents, t), t, latents, return_dict=False)[0]
@@ -90,7 +90,7 @@ def final_latents(model, batch: Batch, steps: int, shift: float) -> torch.Tensor
 
 
 def cached_latents(model, batch: Batch, shift: float, schedule: Schedule) -> torch.Tensor:
-    """The same of a run that follows the schedule."""
+    """Returns the final latents of a run that follows the schedule."""
     magcache.apply_magcache(model, schedule)
     try:
         return final_latents(model, batch, schedule.steps, shift)

@@ -1,13 +1,13 @@
-"""What users would pick instead of this cache, on the demo models, each at a given number of computed calls.
+"""The methods that users might pick instead of this cache, on the demo models, at given numbers of computed calls.
 
 python -m examples.benchmarks.peers [--task i2v-tiny] [--only NAME ...] [--budgets 26 20]   looks for settings
-python -m examples.benchmarks.peers --refit             the same, but only for new thresholds
+python -m examples.benchmarks.peers --refit             looks only for new thresholds
 python -m examples.benchmarks.peers --fit --pairs 4     fits the polynomial of the TeaCache rule
 
-Settings stand in peers.json.
+The settings found are in peers.json.
 
-Written here after their papers: the TeaCache rule (arXiv 2411.19108), the EasyCache rule (arXiv 2507.02860). Somebody
-else's code on the same weights, in diffusers' `WanTransformer3DModel`: diffusers' MagCache (2506.09045),
+The TeaCache rule (arXiv 2411.19108) and the EasyCache rule (arXiv 2507.02860) are written here after their papers. The
+others are diffusers' own code, with the same weights in its `WanTransformer3DModel`: MagCache (2506.09045),
 FirstBlockCache (ParaAttention's), TaylorSeer (2503.06923), SeaCache (2602.18993).
 """
 
@@ -39,21 +39,21 @@ from wan.utils.samplers import sampling_sigmas
 STEPS = 50
 SHIFT = 5.0
 BUDGETS = (46, 38, 32, 26, 20)  # computed calls of 2 * STEPS
-TUNING = 9000  # first seed of the pairs that settings are looked for on
+TUNING = 9000  # first seed of the pairs that the settings are tuned on
 Setting = dict[str, float]
 
 
 def task_of(model: WanModel) -> str:
-    """The task of the demo model that has this one's kind of input."""
+    """Returns the task of the demo model with this model's kind of input."""
     return f"{model.config.model_type}-tiny"
 
 
 class Work:
-    """How much the blocks of a model compute in a run, in calls of all blocks: `computed`, of the latest run.
+    """How much the blocks of a model compute in a run: `computed` counts the latest run in calls of all blocks.
 
-    Measured in multiply-adds of the linear layers under `blocks`, with the first call of a run as the unit, since
-    every method computes that one. A method that runs one of 8 blocks in every call, or no attention but everything
-    else, is so counted at what it runs.
+    It is measured in multiply-adds of the linear layers under `blocks`, with the first call of a run as the unit, since
+    every method computes that one. So a method that runs one of 8 blocks in every call, or everything but attention, is
+    charged for what it runs.
     """
 
     def __init__(self, model: torch.nn.Module, blocks: torch.nn.Module, calls: int):
@@ -87,8 +87,8 @@ class Work:
 class Peer:
     """One method. `attach(pipeline, **setting)` is a context in which `pipeline.model` follows it.
 
-    A setting is one of `variants(budget)`; with `bounds`, that and the "threshold" within them that gives the number
-    of computed calls wanted (more at a lower one).
+    A setting is one of `variants(budget)`; with `bounds`, it also has the "threshold" within them that gives the wanted
+    number of computed calls (a lower one gives more).
     """
 
     name: str
@@ -97,13 +97,13 @@ class Peer:
     bounds: tuple[float, float] | None = None
 
     def setting_for(self, task: str, budget: int) -> Setting:
-        """The tuned one for a demo model and one of `BUDGETS`; KeyError for another."""
+        """Returns the tuned setting for a demo model and one of `BUDGETS`; raises KeyError for another budget."""
         return SETTINGS[task][self.name][str(budget)]
 
     @contextmanager
     def running(self, pipeline, setting: Setting) -> Iterator[Work]:
-        """`pipeline.model` follows the method; as it was afterwards, with no cache on it. What is yielded holds the
-        computed calls of the latest run."""
+        """Makes `pipeline.model` follow the method within this block; afterwards it is as it was, without a cache. What
+        is yielded holds the computed calls of the latest run."""
         own = pipeline.model
         magcache.remove_magcache(own)
         with self.attach(pipeline, **setting):
@@ -116,7 +116,7 @@ class Peer:
                 pipeline.model = own
 
     def latents(self, pipeline, setting: Setting, batch: Batch) -> tuple[torch.Tensor, float]:
-        """The final latents of the batch, and how many calls were computed for it."""
+        """Returns the final latents of the batch and how many calls were computed for it."""
         with self.running(pipeline, setting) as work:
             return final_latents(pipeline.model, batch, STEPS, SHIFT), work.computed
 
@@ -125,7 +125,7 @@ class Peer:
 
 
 def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
-    """The mean absolute difference over the mean absolute value before."""
+    """Returns the mean absolute difference over the mean absolute value before."""
     return ((now - before).abs().mean() / before.abs().mean()).item()
 
 
@@ -154,7 +154,7 @@ class TeaCache:
         self.residuals, self.before, self.error = [None, None], [None, None], [0.0, 0.0]
 
     def skips(self, call: int) -> bool:
-        return False  # not known before, and told to nobody
+        return False  # it is decided only as the call runs, and nobody asks
 
     def run(self, call: int, model: torch.nn.Module, forward: Callable[[], object]) -> object:
         with blocks_hidden(model, functools.partial(self.step, call)):
@@ -202,8 +202,9 @@ class Changes(TeaCache):
 
 
 def fit_teacache(pipeline, batches: list[Batch]) -> np.ndarray:
-    """Least squares of degree 4, over both branches and all pairs, from the step on that may reuse. Highest power
-    first. Earlier steps would spoil it: their modulation changes as little as later ones', their residual by 20 %."""
+    """Fits a polynomial of degree 4 by least squares to both branches and all pairs, from the first reusable step on.
+    Returns its coefficients, highest power first. Earlier steps would spoil the fit: their modulation changes as little
+    as that of later ones, but their residual by 20 %."""
     changes = Changes()
     attach(pipeline.model, changes)
     for batch in batches:
@@ -225,9 +226,9 @@ class EasyCache(torch.nn.Module):
     """The EasyCache rule (arXiv 2507.02860) around a model that is called as the pipelines do.
 
     Input x and output v of the whole model count. The rate |v - v'| / |x - x'| between the last two computed steps
-    hardly changes in time, so with the change of x since the step before it predicts the relative change of v; while
-    these sum up to less than the threshold, a step returns x + (v - x of the last computed step). Decided in the
-    cond branch for both. The first `warmup` steps and the last one compute. |.| is the mean absolute value.
+    hardly changes in time, so with the change of x since the step before it predicts the relative change of v. While
+    these changes add up to less than the threshold, a step returns x + (v - x of the last computed step). The cond
+    branch decides for both. The first `warmup` steps and the last one compute. |.| is the mean absolute value.
     """
 
     def __init__(self, model: WanModel, threshold: float, warmup: int, steps: int = STEPS):
@@ -279,8 +280,8 @@ def easycache(pipeline, threshold: float, warmup: int) -> Iterator[None]:
 
 
 class ImageAttention:
-    """Processor of diffusers' cross-attention to image and text, for a text of `text_len` tokens behind the image's.
-    The one in diffusers takes the text to have 512; the demo model's has 16."""
+    """A processor for diffusers' cross-attention to image and text, for a text of `text_len` tokens behind the image's.
+    The one in diffusers expects 512 text tokens; the demo model has 16."""
 
     def __init__(self, text_len: int):
         self.text_len = text_len
@@ -303,7 +304,8 @@ class ImageAttention:
 class DiffusersModel(torch.nn.Module):
     """The weights of a text- or image-to-video model in diffusers' transformer, called as the pipelines call theirs.
 
-    Its calls are cond, uncond, cond, ... of runs of `STEPS` steps. `restart` is called at the first one of each.
+    It expects calls in the order cond, uncond, cond, ... in runs of `STEPS` steps, and calls `restart` at the start of
+    each run.
     """
 
     def __init__(self, model: WanModel):
@@ -342,7 +344,7 @@ class DiffusersModel(torch.nn.Module):
         clip_fea: torch.Tensor | None = None,
         y: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """As `WanModel.forward`, for samples of one size."""
+        """Does what `WanModel.forward` does, for samples of one size."""
         latents = torch.cat([torch.stack(part) for part in (x, y) if part], dim=1)
         call = self.counter.next(float(t[0]))
         if call == 0:
@@ -356,7 +358,7 @@ class DiffusersModel(torch.nn.Module):
 
 @contextmanager
 def in_diffusers(pipeline, make_config: Callable[..., object] | None = None, **setting: float) -> Iterator[None]:
-    """With the cache of `make_config(**setting)`, or without one."""
+    """Makes the pipeline use diffusers' transformer with the cache of `make_config(**setting)`, or without one."""
     model = DiffusersModel(pipeline.model)
     if make_config:
         model.transformer.enable_cache(make_config(**setting))
@@ -365,7 +367,7 @@ def in_diffusers(pipeline, make_config: Callable[..., object] | None = None, **s
 
 
 def magcache_config(task: str, threshold: float, K: int, retention_ratio: float):
-    """One list of ratios serves both branches: of the cond branch in the table of the task."""
+    """Makes the setting. One list of ratios serves both branches; it is that of the cond branch in the task's table."""
     return diffusers.MagCacheConfig(
         threshold=threshold,
         max_skip_steps=int(K),
@@ -384,8 +386,8 @@ def first_block_config(threshold: float):
 
 
 def taylorseer_config(interval: int, warmup: int, order: int, lite: bool, last: int):
-    """lite: forecasts what the head gives and skips all blocks; else every attention and feed-forward layer is
-    forecast. last: how many steps at the end compute.
+    """Makes the setting. lite: the output of the head is forecast and all blocks are skipped; else the output of every
+    attention and feed-forward layer is forecast. last: how many steps at the end compute.
 
     The default patterns of diffusers 0.42 match no layer of its Wan transformer ("attn1" is not "attn").
     """
@@ -401,13 +403,13 @@ def taylorseer_config(interval: int, warmup: int, order: int, lite: bool, last: 
 
 
 def taylorseer_steps(interval: int, warmup: int, last: int) -> int:
-    """How many steps compute: after the warm-up one is forecast, then the first of every interval computes."""
+    """Counts the steps that compute: after the warm-up one is forecast, then the first of every interval computes."""
     return sum(step < warmup or (step - warmup - 1) % interval == 0 or step >= STEPS - last for step in range(STEPS))
 
 
 def taylorseer_variants(budget: int) -> list[Setting]:
-    """The three shortest intervals that can give the budget, each with 1 to 4 or 6 computed steps at the end and the
-    shortest warm-up, 2 steps to a quarter of all, that then gives it."""
+    """Returns variants that give the budget: those of the three shortest intervals that can, each with 1 to 4 or 6
+    computed steps at the end and the shortest warm-up (2 steps to a quarter of all) that gives it."""
     warmups: dict[tuple[int, int], int] = {}
     for interval, last, warmup in itertools.product(range(3, 12), (1, 2, 3, 4, 6), range(2, STEPS // 4)):
         if 2 * taylorseer_steps(interval, warmup, last) == budget:
@@ -423,7 +425,7 @@ def taylorseer_variants(budget: int) -> list[Setting]:
 
 def sea_config(threshold: float, most: int, last: int):
     def latents(transformer: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-        """Without the image's channels behind it, which never change; by itself SeaCache takes text-to-video only."""
+        """Leaves out the image's channels, which never change; by default SeaCache takes text-to-video only."""
         return list(args[0][:, : transformer.config.out_channels])
 
     return diffusers.SeaCacheConfig(
@@ -435,18 +437,18 @@ def sea_config(threshold: float, most: int, last: int):
 
 
 def grid(**choices: tuple) -> Callable[[int], list[Setting]]:
-    """All combinations, whatever the budget."""
+    """Makes a function that returns all combinations, whatever the budget."""
     settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     return lambda budget: settings
 
 
 def below_32(few: Callable[[int], list[Setting]], more: Callable[[int], list[Setting]]):
-    """`few` for budgets so small that hardly any of `more` can meet them."""
+    """Chooses `few` for budgets so small that hardly any of `more` can meet them."""
     return lambda budget: (few if budget < 32 else more)(budget)
 
 
 def all_peers() -> dict[str, Peer]:
-    """By name, those that can run here."""
+    """Returns the peers that can run here, by name."""
 
     def diffusers_peer(make_config: Callable[..., object]) -> Callable[..., AbstractContextManager]:
         return functools.partial(in_diffusers, make_config=make_config)
@@ -468,7 +470,7 @@ def all_peers() -> dict[str, Peer]:
     return {peer.name: peer for peer in peers}
 
 
-# by task, peer and computed calls of 100: found by --tune on three pairs
+# by task, peer and computed calls of 100; tuned on three pairs
 SETTINGS: dict[str, dict[str, dict[str, Setting]]] = json.loads(
     (Path(__file__).parent / "peers.json").read_text(encoding="utf-8")
 )
@@ -477,21 +479,21 @@ SETTINGS: dict[str, dict[str, dict[str, Setting]]] = json.loads(
 def score(
     peer: Peer, pipeline, setting: Setting, batches: list[Batch], truths: list
 ) -> tuple[list[float], list[float]]:
-    """Latent PSNR in dB and computed calls of every pair."""
+    """Returns latent PSNR in dB and computed calls of every pair."""
     results = [peer.latents(pipeline, setting, batch) for batch in batches]
     psnrs = [closeness(latents[0], truth[0])[0] for (latents, _), truth in zip(results, truths, strict=True)]
     return psnrs, [computed for _, computed in results]
 
 
 class Tuner:
-    """Looks for the setting of a peer at several budgets; what a threshold gave is kept from one to the next."""
+    """Looks for the settings of a peer at several budgets; what a threshold gave is remembered for the next budget."""
 
     def __init__(self, peer: Peer, pipeline, batches: list[Batch], truths: list[torch.Tensor]):
         self.peer, self.pipeline, self.batches, self.truths = peer, pipeline, batches, truths
         self.known: dict[str, dict[float, float]] = {}  # variant -> threshold -> calls
 
     def nearest(self, variant: Setting, budget: int, trials: int = 8) -> tuple[Setting, float]:
-        """The variant with the threshold that gives about the budget on two pairs, and what it gives; bisected."""
+        """Bisects for the threshold that gives about the budget on two pairs. Returns the setting and its calls."""
         if self.peer.bounds is None:
             return variant, budget
         known = self.known.setdefault(str(variant), {})
@@ -509,7 +511,7 @@ class Tuner:
         return variant | {"threshold": threshold}, known[threshold]
 
     def tune(self, budget: int, variants: list[Setting]) -> Setting:
-        """Of the variants that come within one call of the budget (or nearest), that of the best pooled PSNR."""
+        """Returns the setting of the best pooled PSNR among those within one call of the budget (or the nearest)."""
         found = [self.nearest(variant, budget) for variant in variants]
         least = max(1.0, min(abs(calls - budget) for _, calls in found))
         best = (-math.inf, {})
@@ -527,9 +529,9 @@ def main():
     parser.add_argument("--task", choices=tuple(DEMOS), default="t2v-tiny")
     parser.add_argument("--only", nargs="+", choices=tuple(all_peers()), default=tuple(all_peers()))
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS)
-    parser.add_argument("--pairs", type=int, default=3, help="of every kind")
-    parser.add_argument("--refit", action="store_true", help="leaves all but the threshold as in peers.json")
-    parser.add_argument("--fit", action="store_true", help="fits the polynomial of the TeaCache rule instead")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of every kind")
+    parser.add_argument("--refit", action="store_true", help="keep all of peers.json but the thresholds")
+    parser.add_argument("--fit", action="store_true", help="fit the polynomial of the TeaCache rule instead")
     args = parser.parse_args()
     pipeline = pipeline_of(args.task)
     pairs = [pair for kind in KINDS_OF[args.task] for pair in pairs_of(kind, args.pairs, TUNING)]

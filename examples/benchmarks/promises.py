@@ -1,9 +1,9 @@
-"""Is what the trials of a table say true of videos that they have not seen? Expected against measured latent PSNR.
+"""Do the trials of a table predict videos that they have not seen? Compares expected and measured latent PSNR.
 
 python -m examples.benchmarks.promises [--picture examples/trials.png]
 
-For every pair of prompt and seed: the uncached latent, and that of every speed-up, by the constants of the table. The
-pairs are of the same kinds as those that were tried: for t2v-tiny half told, half open.
+For every pair of prompt and seed the uncached latent is compared with that of every speed-up, planned with the table's
+constants. The pairs are of the same kinds as those of the trials: for t2v-tiny half told, half open.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def plan(measured: Measured, speedup: float) -> magcache.Schedule:
 
 
 def measure(task: str, table: str, speedups: tuple[float, ...], pairs: list[Pair]) -> list[tuple[float, ...]]:
-    """Latent PSNRs of every pair, by speed-up."""
+    """Returns for every pair its latent PSNR at each speed-up."""
     pipeline, measured = pipeline_of(task), read_table(table)
     batch = make_batch(pipeline, pairs)
     truth = final_latents(pipeline.model, batch, STEPS, SHIFT)
@@ -48,7 +48,7 @@ def measure(task: str, table: str, speedups: tuple[float, ...], pairs: list[Pair
 
 
 def print_check(task: str, measured: Measured, speedups: tuple[float, ...], found: list[list[float]]) -> None:
-    """found: by pair, PSNR at every speed-up."""
+    """Prints a table and a summary. found: for every pair the PSNR at each speed-up."""
     print(f"\n| {task}: speed-up | all videos: expected | measured | below 30 dB: expected | measured |", end="")
     print(" nine of ten: promised | reached it | mean: expected | measured |\n|---|---|---|---|---|---|---|---|---|")
     expected, reached, within = [], 0, 0
@@ -73,7 +73,7 @@ def print_check(task: str, measured: Measured, speedups: tuple[float, ...], foun
 
 
 def draw(checks: dict[str, tuple], path: str) -> None:
-    """checks: by task, as `print_check` takes it."""
+    """Draws what was found. checks: for every task the further arguments of `print_check`."""
     from matplotlib.figure import Figure  # without pyplot, so that no window system is looked for
 
     figure = Figure(figsize=(5.5 * len(checks), 5), layout="constrained")
@@ -104,9 +104,11 @@ def draw(checks: dict[str, tuple], path: str) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=tuple(DEMOS), choices=tuple(DEMOS))
-    parser.add_argument("--tables", nargs="+", metavar="NAME_OR_PATH", help="one a task (default: those of the tasks)")
+    parser.add_argument(
+        "--tables", nargs="+", metavar="NAME_OR_PATH", help="one table per task (default: the task's own)"
+    )
     parser.add_argument("--speedups", nargs="+", type=float, default=SPEEDUPS)
-    parser.add_argument("--pairs", type=int, default=48, help="of a task")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs per task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--picture", metavar="PNG")
     args = parser.parse_args()

@@ -1,18 +1,19 @@
-"""Measures on the demo models how close every method comes to the uncached run, at equal computed calls.
+"""Measures on the demo models how close each method comes to the uncached run, at equal numbers of computed calls.
 
 python -m examples.benchmarks.quality [--only methods|settings|constants|peers] [--picture examples/quality.png]
 
-Truth: the final latent of the uncached run of the same prompt, seed, steps and shift. Latent PSNR in dB, whose peak is
-that latent's range. First: is it still the same video? Pooled (of the mean squared error over all pairs), with its
-standard error by resampling the pairs, the share below 30 dB, and the worst tenth; then the mean. Pairs are told (the
-caption says everything) or open (parts of it left out), and nothing was calibrated or tuned on them.
+The reference is the final latent of the uncached run of the same prompt, seed, steps and shift. Closeness is the latent
+PSNR in dB, whose peak is that latent's range. First come the figures that tell whether it is still the same video: the
+pooled PSNR (of the mean squared error over all pairs) with its standard error by resampling the pairs, the share below
+30 dB, and the worst tenth; then the mean. Pairs are told (the caption says everything) or open (it leaves parts out),
+and nothing was calibrated or tuned on them.
 
 methods: 50 steps, shift 5, at several numbers of computed calls: the speed-up rule with the constants that trials chose
-for the model, with the default ones, and with those that count every error alike; MagCache as published; fewer sampler
-steps without a cache; TaylorSeer.
-peers: the methods of others that decide as they run (`examples.benchmarks.peers`), on `--peer_pairs` pairs.
-settings: the speed-up rule and fewer sampler steps at other steps and shifts.
-constants (only when asked for): what the constants of the speed-up rule were chosen by, on pairs of their own.
+for the model, with the default constants, and with constants that weigh every error alike; MagCache as published; fewer
+sampler steps without a cache; TaylorSeer.
+peers: other methods, which decide as they run (`examples.benchmarks.peers`), on `--peer_pairs` pairs.
+settings: the speed-up rule and fewer sampler steps, with other numbers of steps and shifts.
+constants (only on request): the runs by which the constants of the speed-up rule were chosen, on pairs of their own.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def follow(schedule: Schedule, shift: float = SHIFT) -> Run:
 
 
 def sample(steps: int, shift: float = SHIFT) -> Run:
-    """Without a cache."""
+    """Makes a run without a cache."""
     return lambda pipeline, batch: (final_latents(pipeline.model, batch, steps, shift), 2 * steps)
 
 
@@ -112,13 +113,13 @@ def methods(task: str) -> dict[tuple, Run]:
 
 
 def adaptive(task: str) -> dict[tuple, Run]:
-    """The peers that decide by what they see."""
+    """Returns the runs of the peers that decide by what they see."""
     found = {name: peer for name, peer in peers.all_peers().items() if name != TAYLOR}
     return {(name, budget): follow_peer(task, peer, budget) for name, peer in found.items() for budget in BUDGETS}
 
 
 def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
-    """By name and number of computed steps."""
+    """Returns runs by name and number of computed steps."""
     runs = {}
     for count in (round(share * steps) for share in SHARES):
         runs[OURS, count] = follow(magcache.plan_speedup(steps, steps / count, shift), shift)
@@ -127,7 +128,7 @@ def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
 
 
 def variants(changes: dict[str, tuple[Constants, str]], steps: int, shift: float) -> dict[tuple, Run]:
-    """The speed-up rule with other constants and forecasts, by name and number of computed steps."""
+    """Returns runs of the speed-up rule with other constants and forecasts, by name and number of computed steps."""
     sigmas, runs = magcache.noise_levels(steps, shift), {}
     for count in (round(share * steps) for share in SHARES):
         for name, (constants, forecast) in changes.items():
@@ -139,7 +140,7 @@ def variants(changes: dict[str, tuple[Constants, str]], steps: int, shift: float
 
 
 def measure(task: str, make_runs: Callable[[], dict], steps: int, shift: float, pairs: list[Pair]) -> Found:
-    """Latent PSNRs of the pairs, in one batch, by the keys of the runs."""
+    """Returns the latent PSNRs of the pairs, computed in one batch, by the keys of the runs."""
     pipeline = pipeline_of(task)
     batch = make_batch(pipeline, pairs)
     truth = final_latents(pipeline.model, batch, steps, shift)
@@ -166,12 +167,12 @@ def psnrs(values: list[tuple[float, float]]) -> list[float]:
 
 
 def resampled(count: int, times: int = 1000) -> np.ndarray:
-    """Numbers of pairs drawn with replacement, [times, count]."""
+    """Draws numbers of pairs with replacement, [times, count]."""
     return np.random.default_rng(0).integers(count, size=(times, count))
 
 
 def pooled_of(psnrs: Sequence[float]) -> np.ndarray:
-    """Of resampled pairs."""
+    """Returns the pooled PSNR of every resampling of the pairs."""
     errors = 10 ** (-np.asarray(psnrs) / 10)
     return 10 * -np.log10(errors[resampled(len(errors))].mean(axis=1))
 
@@ -182,13 +183,13 @@ def cell(psnrs: Sequence[float]) -> str:
 
 
 def lead(psnrs: Sequence[float], others: Sequence[float]) -> str:
-    """By how much dB of pooled PSNR the first are ahead."""
+    """Says how many dB of pooled PSNR the first are ahead (its standard error)."""
     return f"{pooled(psnrs) - pooled(others):+.1f} ({(pooled_of(psnrs) - pooled_of(others)).std():.1f})"
 
 
 def print_methods(kind: str, found: Found) -> None:
-    """A cell: pooled PSNR (its standard error), share of other videos, worst tenth, mean, and the computed calls where
-    the method decides on them as it runs; then by how much the first method is ahead of the others."""
+    """Prints a table. A cell holds pooled PSNR (its standard error), share of other videos, worst tenth, mean, and the
+    computed calls where the method decides on them as it runs; then come the leads of the first method."""
     names, budgets = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     pairs = len(next(iter(found.values())))
     heads = " | ".join(f"{budget} calls" for budget in budgets)
@@ -206,7 +207,8 @@ def print_methods(kind: str, found: Found) -> None:
 
 
 def print_settings(kind: str, everything: dict[tuple, Found]) -> None:
-    """A cell: computed steps; pooled PSNR and share of other videos of the rule and of fewer steps; the lead."""
+    """Prints a table. A cell holds the number of computed steps; pooled PSNR and share of other videos of the rule and
+    of fewer steps; the lead."""
     pairs = len(next(iter(next(iter(everything.values())).values())))
     print(f"\n| {kind}, {pairs} pairs: steps, shift | {' | '.join(f'{share:.0%} computed' for share in SHARES)} |")
     print("|---|" + "---|" * len(SHARES))
@@ -245,11 +247,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("methods", "peers", "settings", "constants"))
     parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
-    parser.add_argument("--share", type=float, default=1.0, help="of the pairs, for a quick look")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the pairs to measure, for a quick look")
     parser.add_argument("--peer_pairs", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--picture", metavar="PNG", help="draws pooled PSNR over calls")
-    parser.add_argument("--results", metavar="JSON", help="what stands there is not measured again; the rest is added")
+    parser.add_argument("--picture", metavar="PNG", help="draw pooled PSNR over calls")
+    parser.add_argument("--results", metavar="JSON", help="keep results in this file and measure only what it lacks")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, CPU, float32, one thread a worker; UniPC, guidance 5")
     results = Path(args.results) if args.results else None
@@ -275,7 +277,7 @@ def main():
                 drawn[kind] = everything(kind, functools.partial(methods, task))
                 print_methods(kind, drawn[kind])
             if args.only in (None, "peers"):
-                # one by one, as they decide by what they see
+                # one pair at a time, as they decide by what they see
                 found = everything(kind, functools.partial(adaptive, task), count=args.peer_pairs, batch=1)
                 print_methods(kind, found)
             if args.only in (None, "settings"):

@@ -1,12 +1,12 @@
-"""Measures what MagCache gains in time and calibrating costs; for the quality see `examples.benchmarks.quality`.
+"""Measures how much time MagCache saves and a calibration costs; for quality see `examples.benchmarks.quality`.
 
 python -m examples.benchmarks.speed [--only speed|calibration]
 
-Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls): the
-median over rounds of one uncached and the cached runs each, since what else the machine does slows any of them. Beside
-it, the time of the computed calls within a cached loop over that loop's time, which needs no second run. The random
-model is as large as a laptop can run: on the demo model sampler and embeddings weigh more than they do on a real one.
-Calibration: the same for a calibrating loop over an uncached one.
+Speed: wall time of the denoise loop, uncached over cached, as a share of the bound (all calls / computed calls). It is
+the median over rounds of one uncached and each cached run, since other work on the machine may slow any of them. Beside
+it stands the share of the computed calls in the time of a cached loop, which needs no second run. The random model is
+as large as a laptop can run: on the demo model, sampler and embeddings weigh more than on a real one.
+Calibration: time of a calibrating loop compared with an uncached one, in the same way.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def speed(name: str, model: WanModel, shape: tuple[int, ...], context: list, rou
 
             magcache.apply_magcache(model, schedule, on_call=note)
             seconds = denoise_seconds(model, shape, context)
-            # of uncond calls, which follow those for cond at once
+            # of uncond calls, each of which follows its cond call at once
             times = [(skips, end - start) for (_, start), (skips, end) in zip(told[::2], told[1::2], strict=True)]
             speedups[settings].append(uncached / seconds)
             in_computed[settings].append(2 * sum(t for skips, t in times if not skips) / seconds)

@@ -2,7 +2,7 @@
 
 python -m examples.train_tiny.check_prompts [--task i2v-tiny] [--ckpt_dir DIR] [--picture FILE.png]
 
-i2v-tiny gets the first frame of a drawn video; how far its first frame is from that one is measured, too.
+i2v-tiny is given the first frame of a drawn video, and the distance of its own first frame from that is measured, too.
 """
 
 import argparse
@@ -47,7 +47,8 @@ SCHEDULES = {"uncached": None, "thresh 0.12, K 2": (0.12, 2), "thresh 0.12, K 4"
 
 
 def check_pairs() -> list[tuple[Caption, int]]:
-    """48 fixed (caption, seed) pairs, half of them held out of training, all directions equally often, none twice."""
+    """Returns 48 fixed (caption, seed) pairs: half of them held out of training, all directions equally often, no
+    caption twice."""
     chosen = []
     for draw in (24, 48):
         rng = random.Random(draw)
@@ -63,7 +64,7 @@ def nearest(color: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def overlap(shape: str, mask: np.ndarray) -> float:
-    """Of the masks [F, 64, 64], in the mean, with the shape of equal area and centre: intersection over union."""
+    """Returns the mean intersection over union of the masks [F, 64, 64] with the shape of equal area and centre."""
     axis, shares = torch.arange(SIZE) + 0.5, []
     for frame in torch.from_numpy(mask):
         area = frame.sum()
@@ -89,8 +90,8 @@ def is_whole(mask: np.ndarray) -> bool:
 
 
 def find_shape(video: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """The pixels of a video [3, F, 64, 64] in [-1, 1] that are not background, [F, 64, 64]; the colours of both, of 0
-    to 255."""
+    """Returns the mask [F, 64, 64] of the pixels of a video [3, F, 64, 64] in [-1, 1] that are not background, and the
+    colours of shape and background, 0 to 255."""
     pixels = (video.clamp(-1, 1) + 1) * 127.5
     border = torch.cat([pixels[..., :2, :].flatten(1), pixels[..., -2:, :].flatten(1)], dim=1)
     background = border.median(dim=1).values
@@ -100,13 +101,13 @@ def find_shape(video: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Ten
 
 
 def centers(mask: np.ndarray) -> torch.Tensor:
-    """Of the masks [F, 64, 64], in pixels, [2 (x, y), F]; 0 where there is nothing."""
+    """Returns the centres of the masks [F, 64, 64] in pixels, [2 (x, y), F]; 0 where there is nothing."""
     axis, frames = torch.arange(SIZE) + 0.5, torch.from_numpy(mask).float()
     return torch.stack([frames.sum(1) @ axis, frames.sum(2) @ axis]) / frames.sum((1, 2)).clamp(min=1)
 
 
 def direction(path: torch.Tensor) -> str:
-    """Of centers [2 (x, y), F]; "none" for less than 5 pixels."""
+    """Names the direction of a path of centers [2 (x, y), F]; "none" if it is shorter than 5 pixels."""
     moved = path[:, -3:].mean(1) - path[:, :3].mean(1)
     nearest_one = max(DIRECTIONS, key=lambda name: (torch.tensor(DIRECTIONS[name]).float() @ moved).item())
     return nearest_one if moved.abs().max() >= 5 else "none"
@@ -124,13 +125,13 @@ def see(video: torch.Tensor) -> Caption:
 
 
 def load_demo(task: str, folder: Path | None = None):
-    """The pipeline of a demo model, by default the one in the repository."""
+    """Loads the pipeline of a demo model, by default the one in the repository."""
     name, own = DEMOS[task]
     return getattr(wan, name)(WAN_CONFIGS[task], str(folder or own))
 
 
 def generate(pipeline, caption: Caption, seed: int, **sampling) -> torch.Tensor:
-    """A video [3, 17, 64, 64] of the caption; image-to-video starts with `first_frame(caption, seed)`."""
+    """Generates a video [3, 17, 64, 64] of the caption; image-to-video starts with `first_frame(caption, seed)`."""
     if isinstance(pipeline, wan.WanT2V):
         return pipeline.generate(str(caption), (SIZE, SIZE), FRAMES, seed=seed, **sampling)
     image = Image.fromarray(to_uint8(first_frame(caption, seed).permute(1, 2, 0)))
@@ -138,12 +139,12 @@ def generate(pipeline, caption: Caption, seed: int, **sampling) -> torch.Tensor:
 
 
 def first_frame(caption: Caption, seed: int) -> torch.Tensor:
-    """[3, 64, 64] in [-1, 1]."""
+    """Draws the first frame [3, 64, 64] in [-1, 1]."""
     return render([caption], torch.Generator().manual_seed(seed))[0, :, 0]
 
 
 def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
-    """In dB, of values in [-1, 1]; 100 for equal videos."""
+    """Returns the PSNR in dB of values in [-1, 1]; 100 for equal videos."""
     mse = (video - reference).square().mean().item()
     return min(100.0, 10 * math.log10(4 / mse)) if mse else 100.0
 
@@ -151,8 +152,8 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-tiny", choices=tuple(DEMOS))
-    parser.add_argument("--ckpt_dir", type=Path, help="(default: the demo model of the task)")
-    parser.add_argument("--picture", type=Path, help=f"frames of the first {DRAWN} videos, a column each")
+    parser.add_argument("--ckpt_dir", type=Path, help="checkpoint folder (default: the demo model of the task)")
+    parser.add_argument("--picture", type=Path, help=f"draw frames of the first {DRAWN} videos, one column each")
     args = parser.parse_args()
 
     pipeline = load_demo(args.task, args.ckpt_dir)

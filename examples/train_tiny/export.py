@@ -18,7 +18,7 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.clip import BLOCK_NAMES as CLIP_BLOCK_NAMES
 from wan.modules.t5 import tensor_names
 
-# diffusers' name -> the official one, the other way round than diffusers' converter
+# diffusers' name -> the official one; diffusers' converter goes the other way
 VAE_NAMES = [
     (r"^quant_conv", "conv1"),
     (r"^post_quant_conv", "conv2"),
@@ -52,7 +52,7 @@ def official_vae(state: dict) -> dict:
 
 
 def official_clip(state: dict, num_layers: int) -> dict:
-    """transformers' vision tower in the official layout, with the last block that such files hold and nothing runs."""
+    """Renames transformers' vision tower to the official layout and adds the last block, which nothing runs."""
     state = {name.removeprefix("vision_model."): tensor.half() for name, tensor in state.items()}
     official = {
         "cls_embedding": state["embeddings.class_embedding"][None, None],

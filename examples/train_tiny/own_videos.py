@@ -1,4 +1,4 @@
-"""What the model in training draws, and what it should have drawn in that place: `train_dit --own` trains on both."""
+"""Corrects what the model in training draws to what it should have drawn; `train_dit --own` trains on both."""
 
 import torch
 
@@ -7,8 +7,8 @@ from examples.train_tiny.shapes import AREAS, CENTROIDS, DIRECTIONS, Caption, dr
 
 
 def corrected(caption: Caption, video: torch.Tensor) -> torch.Tensor | None:
-    """The drawing [3, F, 64, 64] nearest to a video [3, F, 64, 64] of the caption: its mean area, on the straight line
-    through its centres. None where there is not one shape, or it goes elsewhere."""
+    """Returns the drawing [3, F, 64, 64] nearest to a video [3, F, 64, 64] of the caption: of its mean area, on the
+    straight line through its centres. None if the video does not show one shape, or that moves in another direction."""
     mask = find_shape(video)[0]
     path = centers(mask)
     if not is_whole(mask) or direction(path) != caption.direction or caption.direction not in DIRECTIONS:

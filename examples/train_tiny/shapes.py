@@ -1,8 +1,8 @@
-"""The world of the demo model: one flat shape glides over a flat background, with a caption that says all of it, or
-leaves any part of it open.
+"""The world of the demo models: one flat shape glides over a flat background, with a caption that says all of this or
+leaves parts open.
 
 Every video is drawn from signed distances, so edges are anti-aliased and no asset is needed. Seven in eight of the
-caption combinations are trainable, the others never reach training (`HELD_OUT`).
+captions are trainable; the others are held out of training (`HELD_OUT`).
 """
 
 import itertools
@@ -32,7 +32,7 @@ WIDE = {"radius": (8, 14), "travel": (10, 28)}  # the world of open captions
 
 @dataclass(frozen=True)
 class Caption:
-    """What a video shows. None leaves a part open, and the sentence does not speak of it; all open is ""."""
+    """What a video shows. A part that is None is open, and the text does not mention it; if all are open it is ""."""
 
     color: str | None
     shape: str | None
@@ -49,12 +49,12 @@ class Caption:
         return noun + moves + where if any(asdict(self).values()) else ""
 
     def filled(self, other: "Caption") -> "Caption":
-        """With what is open as in the other one."""
+        """Returns the caption with its open parts taken from the other one."""
         return replace(self, **{part: getattr(other, part) for part, value in asdict(self).items() if value is None})
 
 
 def opened(caption: Caption, rng: random.Random) -> Caption:
-    """The caption with one to four of its parts left open, each set of parts equally often."""
+    """Returns the caption with one to four of its parts left open, each set of parts equally often."""
     parts = ("color", "shape", "direction", "background")
     sets = [left_out for count in range(1, 5) for left_out in itertools.combinations(parts, count)]
     return replace(caption, **dict.fromkeys(rng.choice(sets)))
@@ -68,8 +68,8 @@ TRAINABLE = tuple(c for c in CAPTIONS if c not in HELD_OUT)
 
 
 def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Distance in pixels from (x, y), relative to the centre, to the outline; negative inside. For a radius the areas
-    of the shapes are within 20 % of each other."""
+    """Returns the distance in pixels from (x, y), relative to the centre, to the outline; negative inside. At the same
+    radius the areas of the shapes are within 20 % of each other."""
     if shape == "circle":
         return torch.hypot(x, y) - radius
     if shape == "square":
@@ -83,7 +83,7 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.
     raise ValueError(f"unknown shape {shape!r}")
 
 
-# of a shape of `signed_distance` with radius 1: its area, and how far below the centre its centre of mass lies
+# for the shapes of `signed_distance` with radius 1: area, and how far below the centre the centre of mass lies
 AREAS = {"circle": math.pi, "square": 1.8**2, "triangle": 3 * 3**0.5 * 0.72**2}
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 0.18}
 

@@ -1,7 +1,7 @@
 """Trains the demo model's DiT together with its text encoder, on latents of the trained VAE.
 
 python -m examples.train_tiny.train_dit --out DIR      (the DIR that train_vae wrote to)
-python -m examples.train_tiny.train_dit --out DIR --resume examples/Wan2.1-T2V-tiny      (trains that model on)
+python -m examples.train_tiny.train_dit --out DIR --resume examples/Wan2.1-T2V-tiny      (trains that model further)
 """
 
 import argparse
@@ -41,7 +41,7 @@ CHECKPOINT_STEPS = 250
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the captions, any other word is <unk>."""
+    """Makes a tokenizer with one token per word of the captions; any other word is <unk>."""
     words = [*COLORS, *BACKGROUNDS, *SHAPES, *DIRECTIONS, "a", "moves", "on", "background", "something"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -60,7 +60,7 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 
 def text_features(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, texts: list[str]) -> list:
-    """Features [tokens, 64] of every text."""
+    """Returns the features [tokens, 64] of every text."""
     ids = tokenizer(texts, padding="max_length", max_length=TEXT_LEN, return_tensors="pt")
     features = encoder(ids.input_ids, ids.attention_mask).last_hidden_state
     return [u[: int(m.sum())] for u, m in zip(features, ids.attention_mask, strict=True)]
@@ -77,18 +77,18 @@ def make_dit() -> WanModel:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
-    """Clips [B, 3, 17, 64, 64] -> latent means [B, 16, 5, 8, 8]."""
+    """Encodes clips [B, 3, 17, 64, 64] as latent means [B, 16, 5, 8, 8]."""
     return vae.quant_conv(vae.encoder(clips.to(memory_format=torch.channels_last_3d)))[:, :16]
 
 
 def choose_captions(count: int, rng: random.Random, share_open: float) -> tuple[list[Caption], list[Caption]]:
-    """What to draw, and what is said of it: in that share of them a part or more is left open."""
+    """Returns what to draw and the captions for it; a share of these leaves one or more parts open."""
     drawn = [rng.choice(TRAINABLE) for _ in range(count)]
     return drawn, [opened(caption, rng) if rng.random() < share_open else caption for caption in drawn]
 
 
 def make_latents(vae: AutoencoderKLWan, clips: int, seed: int, share_open: float) -> tuple[list[str], torch.Tensor]:
-    """Draws and encodes that many clips, for open captions in the wider world. Returns captions and latent means."""
+    """Draws and encodes clips, in the wider world if captions may be open. Returns captions and latent means."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     drawn, said = choose_captions(clips, rng, share_open)
     batches = tqdm(range(0, clips, BATCH), desc="encode clips", mininterval=30)
@@ -101,9 +101,9 @@ def make_latents(vae: AutoencoderKLWan, clips: int, seed: int, share_open: float
 def make_own(
     trained: torch.nn.ModuleDict, vae: AutoencoderKLWan, count: int, seed: int, share_open: float = 0.0
 ) -> tuple:
-    """Videos that the model in training makes of its captions, count of them rounded up to whole batches. Returns, of
-    those that can be corrected, captions, normalised latents [n, 16, 5, 8, 8], and those of the `corrected` video, in
-    which what the caption leaves open is as the model made it."""
+    """Lets the model in training make `count` videos, rounded up to whole batches. Returns, for those that can be
+    corrected, the captions, the normalised latents [n, 16, 5, 8, 8], and those of the `corrected` videos, in which all
+    that the caption leaves open is as the model made it."""
     rng, generator, tokenizer = random.Random(seed), torch.Generator().manual_seed(seed), make_tokenizer()
     mean, std = latent_statistics(vae)
     captions, made, wanted = [], [], []
@@ -124,7 +124,7 @@ def make_own(
         made.append(latents[kept])
         for i in kept:
             videos[i] = drawings[i]
-        wanted.append((encode(vae, videos)[kept] - mean) / std)  # of all, as the encoder is compiled for that many
+        wanted.append((encode(vae, videos)[kept] - mean) / std)  # encodes all, as the encoder is compiled for that many
     return captions, torch.cat(made), torch.cat(wanted)
 
 
@@ -149,7 +149,7 @@ def save(content, path: Path) -> None:
 
 
 def made_once(path: Path, of: list, make: Callable[[], Any]) -> Any:
-    """What the file holds, made and written first if there is none. of: what decides on it."""
+    """Returns the content of the file, which is made and written first if there is none. of: what it depends on."""
     if not path.exists():
         save((of, make()), path)
     made_of, content = torch.load(path)
@@ -159,7 +159,7 @@ def made_once(path: Path, of: list, make: Callable[[], Any]) -> Any:
 
 def check_origin(path: Path, made_of: list, of: list) -> None:
     if made_of != of:
-        raise SystemExit(f"{path} is of {made_of}, not of {of}: remove it, or take another --out")
+        raise SystemExit(f"{path} was made with {made_of}, not {of}; remove it or choose another --out")
 
 
 def checksum(module: torch.nn.Module) -> float:
@@ -167,7 +167,7 @@ def checksum(module: torch.nn.Module) -> float:
 
 
 def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latent channels that Wan's pipelines expect, [16, 1, 1, 1]."""
+    """Returns mean and standard deviation of the latent channels that Wan's pipelines expect, [16, 1, 1, 1]."""
     config = vae.config
     return torch.tensor(config.latents_mean).view(-1, 1, 1, 1), torch.tensor(config.latents_std).view(-1, 1, 1, 1)
 
@@ -175,11 +175,16 @@ def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor
 def make_parser(description: str, **defaults) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, help="to train on")
+    parser.add_argument("--clips", type=int, help="number of clips to train on")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--peak_lr", type=float)
-    parser.add_argument("--ema_decay", type=float, help="of the moving average of the weights")
-    parser.add_argument("--agreement", type=float, default=0.0, help="weight of what caption and none have to agree on")
+    parser.add_argument("--ema_decay", type=float, help="decay of the moving average of the weights")
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        default=0.0,
+        help="weight of the loss that makes velocities with and without caption agree",
+    )
     parser.add_argument("--seed", type=int)
     parser.set_defaults(**defaults)
     return parser
@@ -194,18 +199,18 @@ def fit(
     out: Path,
     make_more: Callable[[torch.nn.ModuleDict, int], tuple[list[str], torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
-    """Flow matching of `trained`, which has a "text_encoder" and a "dit"; its moving average is written to `out`, and
-    beside it the state that a training goes on from after an interruption.
+    """Trains `trained`, which has a "text_encoder" and a "dit", by flow matching. Writes its moving average to `out`
+    and, beside it, the state from which an interrupted training continues.
 
-    With `args.agreement`, the velocities with the caption and without are drawn towards each other, by the
-    signal-to-noise ratio, at most 1: where the noisy video shows what the caption says, it adds nothing, and guidance
-    would only multiply what the two get wrong.
+    With `args.agreement`, the velocities with and without the caption are drawn towards each other, weighted by the
+    signal-to-noise ratio, at most 1: where the noisy video already shows what the caption says, the caption adds
+    nothing, and guidance would only multiply the errors of the two.
 
-    With `make_more`, half of every batch starts at what the model itself made, and leads to what it should have made:
+    With `make_more`, half of every batch starts at what the model itself made and leads to what it should have made.
     `make_more(moving average, step)` is called at every checkpoint and returns captions, latents made and latents
-    wanted, which are added to those of before.
+    wanted, which are added to the earlier ones.
 
-    args: of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
+    args: those of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
     velocities.
     """
     average = deepcopy(trained)
@@ -218,11 +223,11 @@ def fit(
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     start, losses, first, state_file = time.time(), [], 0, out.with_suffix(".state")
     of = [str(vars(args)), checksum(trained)]
-    if state_file.exists():  # of a training that was interrupted
+    if state_file.exists():  # left by an interrupted training
         state = torch.load(state_file, weights_only=False)
         check_origin(state_file, state["of"], of)
         first = state["step"]
-        print(f"goes on from step {first} of {state_file}")
+        print(f"continuing from step {first} of {state_file}")
         trained.load_state_dict(state["trained"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -284,12 +289,16 @@ def fit(
 
 def main():
     parser = make_parser(__doc__, clips=4096, steps=3900, peak_lr=1.5e-3, ema_decay=0.995, seed=0)
-    parser.add_argument("--resume", type=Path, help="checkpoint folder of a demo model to train on; its VAE stays")
-    parser.add_argument("--own", type=int, default=0, help="with --resume: own videos to add at every checkpoint")
-    parser.add_argument("--open", type=float, default=0.0, help="share of captions that leave a part open")
+    parser.add_argument(
+        "--resume", type=Path, help="checkpoint folder of a demo model to train further; its VAE is kept"
+    )
+    parser.add_argument(
+        "--own", type=int, default=0, help="with --resume: number of the model's own videos to add at every checkpoint"
+    )
+    parser.add_argument("--open", type=float, default=0.0, help="share of the captions that leave a part open")
     args = parser.parse_args()
     if args.own and not args.resume:
-        parser.error("--own needs a model that draws shapes already: --resume")
+        parser.error("--own needs --resume, a model that already draws shapes")
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)

@@ -1,9 +1,9 @@
-"""Turns the trained text-to-video demo model into an image-to-video one, `i2v-tiny`, by training it on.
+"""Turns the trained text-to-video demo model into an image-to-video one, `i2v-tiny`, by further training.
 
 python -m examples.train_tiny.train_i2v --out DIR      (the DIR that train_vae and train_dit wrote to)
 
-The model starts as the text-to-video one with a block less, so that the image's own keys and values fit into the same
-file size; everything that is new starts at zero, so at first the image has no effect.
+The model starts as the text-to-video one with one block less, so that the image's own keys and values fit into the same
+file size. Everything new starts at zero, so that at first the image has no effect.
 """
 
 import random
@@ -37,7 +37,7 @@ IMAGE_SIZE, CLIP_WIDTH = 32, 64
 
 
 def make_image_encoder() -> CLIPVisionModel:
-    """As much of the encoder as the pipeline runs; the file has one block more, see `wan.modules.clip`."""
+    """Makes the part of the encoder that the pipeline runs; the file has one more block, see `wan.modules.clip`."""
     config = CLIPVisionConfig(
         hidden_size=CLIP_WIDTH,
         intermediate_size=2 * CLIP_WIDTH,
@@ -58,7 +58,7 @@ def make_i2v_dit() -> WanModel:
 
 
 def continued(t2v: WanModel) -> WanModel:
-    """The i2v transformer that computes what the t2v one without its DROPPED_BLOCK does, whatever the image."""
+    """Makes the i2v transformer that computes, for any image, what the t2v one computes without its DROPPED_BLOCK."""
     del t2v.blocks[DROPPED_BLOCK]
     i2v = make_i2v_dit()
     with torch.no_grad():

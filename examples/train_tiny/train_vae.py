@@ -1,4 +1,4 @@
-"""Trains the demo model's VAE, the Wan2.1 architecture at 1/8 of its width, and writes `vae_training.pt`.
+"""Trains the demo models' VAE, which is Wan2.1's at 1/8 of its width, and writes `vae_training.pt`.
 
 python -m examples.train_tiny.train_vae --out DIR
 """
@@ -25,7 +25,7 @@ KL_WEIGHT = 1e-4
 
 
 def whole_clip_resample(self, x, feat_cache=None, feat_idx=None):
-    """`WanResample.forward` without chunks: the same numbers from one pass over all frames, a third faster.
+    """Does what `WanResample.forward` does, with the same numbers, in one pass over all frames: a third faster.
 
     The released VAE walks over the clip in chunks with caches to save memory. Its rules, written for a whole clip:
     the first frame is never resampled in time, and the temporal upsampling of the others does not see it.
@@ -42,7 +42,7 @@ def whole_clip_resample(self, x, feat_cache=None, feat_idx=None):
 
 
 def near_identity(vae: AutoencoderKLWan) -> None:
-    """Residual branches start at zero and resampling starts near plain pooling and repetition."""
+    """Starts residual branches at zero, and resampling near plain pooling and repetition."""
     for module in vae.modules():
         if isinstance(module, WanResidualBlock):
             torch.nn.init.zeros_(module.conv2.weight)

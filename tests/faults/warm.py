@@ -26,8 +26,8 @@ def start(
     streams: Path | None = None,
     threads: int = 1,  # of two processes with two threads each, one waits for the other
 ):
-    """A process that runs the script with these flags in a folder. Its output goes to the files `out` and `err` there,
-    or in `streams`. arrange: is called in it before the script."""
+    """Starts a process that runs the script with these flags in a folder. Its output goes to the files `out` and `err`
+    there, or in `streams`. arrange: is called in it before the script."""
     process = FORKS.Process(
         target=run, args=(list(map(str, flags)), folder, env, arrange, script, streams or folder, threads)
     )
@@ -38,7 +38,7 @@ def start(
 def finished(
     flags: list, folder: Path, arrange: Callable[[], None] | None = None, script: Path = SCRIPT
 ) -> subprocess.CompletedProcess:
-    """What came of such a process."""
+    """Waits for such a process and returns its result."""
     threads = torch.get_num_threads()  # the number decides on the last bits, and a codec on more
     with tempfile.TemporaryDirectory() as streams:
         process = start(flags, folder, {}, arrange, script, Path(streams), threads)

@@ -1,4 +1,4 @@
-"""Two processes that share a transformer's tokens by diffusers' context parallelism; each writes what it saw.
+"""Two processes share a transformer's tokens by diffusers' context parallelism; each writes what it saw.
 
 PYTHONPATH=.:tests python tests/magcache/context_parallel.py FOLDER
 """
