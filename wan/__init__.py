@@ -1,8 +1,9 @@
-"""Wan2.1 inference with upstream's public names. Torch is imported with the first pipeline that is asked for."""
+"""Inference of Wan2.1 and Wan2.2 with upstream's public names. Importing it imports no torch, a pipeline does."""
 
 import importlib
 
 _PIPELINES = {"WanT2V": "text2video", "WanI2V": "image2video", "WanFLF2V": "image2video", "WanVace": "vace"}  # modules
+_PIPELINES["WanTI2V"] = "textimage2video"
 _PACKAGES = ("configs", "modules", "utils")
 
 __all__ = [*_PIPELINES, *_PACKAGES]

@@ -30,7 +30,10 @@ class ImagePipeline(WanPipeline):
     """Adds the image encoder and the conditioning on given frames."""
 
     def load_image_encoder(self, checkpoint_dir: str) -> None:
+        """Does nothing for transformers that take no features of images, as those of Wan2.2."""
         config = self.config
+        if "clip_checkpoint" not in config:
+            return
         # waits on the CPU as the text encoder does
         dtype = config.clip_dtype if self.device.type == "cuda" else torch.float32
         paths = [os.path.join(checkpoint_dir, name) for name in (config.clip_checkpoint, config.clip_tokenizer)]
@@ -78,7 +81,8 @@ class ImagePipeline(WanPipeline):
             for image in images
         ]
         given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
-        given["clip_fea"] = self.encode_images(pixels, how.offload_model)
+        if "clip_checkpoint" in self.config:
+            given["clip_fea"] = self.encode_images(pixels, how.offload_model)
         del pixels  # as large as the photo, on the GPU
         return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how))
 
@@ -93,7 +97,7 @@ class WanI2V(ImagePipeline):
         shift: float = 5.0,
         sample_solver: str = "unipc",
         sampling_steps: int = 40,
-        guide_scale: float = 5.0,
+        guide_scale: float | tuple[float, float] = 5.0,
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,

@@ -1,10 +1,11 @@
-"""What all Wan2.1 pipelines share: loading, text encoding, the denoise loop with guidance, decoding."""
+"""What all Wan pipelines share: loading, text encoding, the denoise loop with guidance, decoding."""
 
 import math
 import os
 import random
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Denoising:
     solver: str
     steps: int
     shift: float
-    guide_scale: float
+    guide_scale: float | tuple[float, float]  # a pair for the steps of low and of high noise
     offload_model: bool
 
 
@@ -82,10 +83,16 @@ class WanPipeline:
         self.param_dtype = config.param_dtype
         self.sample_neg_prompt = config.sample_neg_prompt
         self.load_text_encoder(checkpoint_dir, groups)
-        self.vae = WanVAE(vae_pth=os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
+        self.vae = WanVAE(config.z_dim, os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
         if vae_tiling:
             self.vae.model.enable_tiling()
-        self.load_transformer(checkpoint_dir, groups, use_usp, compile)
+        if "boundary" in config:
+            names = config.high_noise_checkpoint, config.low_noise_checkpoint
+            paths = (os.path.join(checkpoint_dir, name) for name in names)
+            experts = [self.load_transformer(path, groups, use_usp, compile) for path in paths]
+            self.high_noise_model, self.low_noise_model = experts
+        else:
+            self.model = self.load_transformer(checkpoint_dir, groups, use_usp, compile)
         self.load_image_encoder(checkpoint_dir)
 
     def load_text_encoder(self, checkpoint_dir: str, groups: Groups) -> None:
@@ -101,19 +108,25 @@ class WanPipeline:
         elif self.offload_blocks and not self.t5_cpu:
             offload_text_encoder(self.text_encoder.model, self.device)
 
-    def load_transformer(self, checkpoint_dir: str, groups: Groups, use_usp: bool, compile: bool) -> None:
-        self.model = self.model_class.from_pretrained(checkpoint_dir, torch_dtype=self.dit_dtype)
-        self.model.requires_grad_(False)
+    def load_transformer(self, folder: str, groups: Groups, use_usp: bool, compile: bool) -> WanModel:
+        model = self.model_class.from_pretrained(folder, torch_dtype=self.dit_dtype)
+        model.requires_grad_(False)
         if use_usp:
-            self.model.share_sequences(groups.sequence)
+            model.share_sequences(groups.sequence)
         if compile:
-            self.model.compile_repeated_blocks()
+            model.compile_repeated_blocks()
         if self.offload_blocks:
-            offload_transformer(self.model, self.device)
+            offload_transformer(model, self.device)
         if self.dit_fsdp:
             from wan.distributed.fsdp import shard_transformer
 
-            shard_transformer(self.model, groups.mesh, self.param_dtype if self.device.type == "cuda" else None)
+            shard_transformer(model, groups.mesh, self.param_dtype if self.device.type == "cuda" else None)
+        return model
+
+    @property
+    def transformers(self) -> list[WanModel]:
+        """In the order in which a run calls them: the only one, or those for high and for low noise."""
+        return [self.high_noise_model, self.low_noise_model] if "boundary" in self.config else [self.model]
 
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         """Does nothing for tasks without images."""
@@ -137,7 +150,7 @@ class WanPipeline:
         return features[0], features[1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
-        """(16, f, h, w) of the latent of a video of size (width, height). Raises ValueError for sizes that the model
+        """(z_dim, f, h, w) of the latent of a video of size (width, height). Raises ValueError for sizes that the model
         cannot tile or frame counts other than 4 n + 1."""
         width, height = size
         frame_stride, *stride = self.config.vae_stride
@@ -146,7 +159,7 @@ class WanPipeline:
             raise ValueError(f"width and height must be multiples of {tile[1]} and {tile[0]}, got {width}*{height}")
         if frame_num < 1 or frame_num % frame_stride != 1:
             raise ValueError(f"frame_num must be {frame_stride}n+1, got {frame_num}")
-        return 16, (frame_num - 1) // frame_stride + 1, height // stride[0], width // stride[1]
+        return self.config.z_dim, (frame_num - 1) // frame_stride + 1, height // stride[0], width // stride[1]
 
     def token_count(self, latent_shape: tuple[int, int, int, int]) -> int:
         return math.prod(latent_shape[1:]) // math.prod(self.config.patch_size)
@@ -170,32 +183,78 @@ class WanPipeline:
             with torch.inference_mode(), torch.autocast(self.device.type, self.param_dtype, enabled=autocasts):
                 yield
         except BaseException:
-            if hasattr(self.model, "reset_iter_state"):  # FSDP's, for the next video
-                self.model.reset_iter_state()
+            for model in self.transformers:
+                if hasattr(model, "reset_iter_state"):  # FSDP's, for the next video
+                    model.reset_iter_state()
             raise
         finally:
-            if hasattr(self.model, "forget_rotations"):  # the GPU's memory for them
-                self.model.forget_rotations()
+            for model in self.transformers:
+                if hasattr(model, "forget_rotations"):  # the GPU's memory for them
+                    model.forget_rotations()
 
-    def denoise(self, latent: torch.Tensor, contexts: tuple[list, list], given: dict, how: Denoising) -> torch.Tensor:
-        """Runs the sampler from noise [16, f, h, w] to a latent. contexts: of prompt and negative prompt, as
-        `encode_text` returns them; given: the model's other arguments.
+    @contextmanager
+    def visiting(self, how: Denoising) -> Iterator[Callable]:
+        """Yields what returns, for a timestep, the transformer and the guidance scale. The transformer is on the device
+        until the other one is asked for, or the block ends."""
+        visits = None if self.dit_fsdp or self.offload_blocks else self.device
+        boundary = self.config.get("boundary", 0) * self.config.num_train_timesteps
+        scales = how.guide_scale if isinstance(how.guide_scale, tuple) else (how.guide_scale,)
+        there = None
+        with ExitStack() as stack:
+
+            def at(t: torch.Tensor) -> tuple[WanModel, float]:
+                nonlocal there
+                high = bool(t >= boundary)
+                model = self.transformers[0 if high else -1]
+                if model is not there:
+                    with torch.inference_mode(False):  # the weights stay what they are
+                        stack.close()
+                        stack.enter_context(on_device(model, visits, self.afterwards(how.offload_model)))
+                    there = model
+                return model, scales[-1 if high else 0]
+
+            yield at
+
+    def denoise(
+        self,
+        latent: torch.Tensor,
+        contexts: tuple[list, list],
+        given: dict,
+        how: Denoising,
+        first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the sampler from noise [z_dim, f, h, w] to a latent. contexts: of prompt and negative prompt, as
+        `encode_text` returns them; given: the model's other arguments. first: latent [z_dim, 1, h, w] of a given first
+        frame, which takes that place in every step; its tokens have the timestep 0.
 
         Every step calls the model for cond, then for uncond, and steps along uncond + guide_scale (cond - uncond); at a
         guide_scale of 1 it calls it for cond alone.
         """
         sampler = make_sampler(how.solver, how.steps, how.shift, self.device, self.config.num_train_timesteps)
         cond, uncond = ({"context": context} | given for context in contexts)
-        visits = None if self.dit_fsdp or self.offload_blocks else self.device
-        with on_device(self.model, visits, self.afterwards(how.offload_model)), self.inference():
+
+        def with_first(latent: torch.Tensor) -> torch.Tensor:
+            return latent if first is None else torch.cat([first, latent[:, 1:]], dim=1)
+
+        latent = with_first(latent)
+        with self.visiting(how) as transformer_at, self.inference():
             for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
-                velocity = self.model([latent], t=t[None], **cond)[0]
-                if how.guide_scale != 1:
-                    velocity_uncond = self.model([latent], t=t[None], **uncond)[0]
-                    velocity = velocity_uncond + how.guide_scale * (velocity - velocity_uncond)
-                latent = sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0]
+                model, scale = transformer_at(t)
+                times = t[None] if first is None else token_times(t, given["seq_len"], latent.shape[1])
+                velocity = model([latent], t=times, **cond)[0]
+                if scale != 1:
+                    velocity_uncond = model([latent], t=times, **uncond)[0]
+                    velocity = velocity_uncond + scale * (velocity - velocity_uncond)
+                latent = with_first(sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0])
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:
-        """Latent [16, f, h, w] -> video float32 [3, F, H, W] in [-1, 1] on rank 0, None on others."""
+        """Latent [z_dim, f, h, w] -> video float32 [3, F, H, W] in [-1, 1] on rank 0, None on others."""
         return self.vae.decode([latent])[0] if self.rank == 0 else None
+
+
+def token_times(t: torch.Tensor, tokens: int, frames: int) -> torch.Tensor:
+    """The timestep t, [], for every one of the tokens of so many frames, but 0 for those of the first: [1, tokens]."""
+    times = t.repeat(tokens)
+    times[: tokens // frames] = 0
+    return times[None]

@@ -14,7 +14,7 @@ class WanT2V(WanPipeline):
         shift: float = 5.0,
         sample_solver: str = "unipc",
         sampling_steps: int = 50,
-        guide_scale: float = 5.0,
+        guide_scale: float | tuple[float, float] = 5.0,
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,
@@ -22,6 +22,7 @@ class WanT2V(WanPipeline):
         """Generates one video.
 
         size: (width, height), multiples of 16. frame_num: 4 n + 1. shift: of the noise levels towards noise.
+        guide_scale: of all steps, or of those of low and of high noise, where each has a transformer (Wan2.2).
         n_prompt: empty for the config's negative prompt. seed: negative for a random one. offload_model: keeps
         transformer and text encoder on the GPU only while they work.
 

@@ -311,7 +311,7 @@ class DiffusersModel(torch.nn.Module):
     def __init__(self, model: WanModel):
         super().__init__()
         config = model.config
-        image = config.model_type == "i2v"
+        image = config.model_type == "i2v" and config.clip_dim > 0
         self.transformer = diffusers.WanTransformer3DModel(
             num_attention_heads=config.num_heads,
             attention_head_dim=config.dim // config.num_heads,

@@ -165,10 +165,12 @@ def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict,
     given = f"--ckpt_dir {folder}"
     if not os.path.isdir(folder) and not os.path.isfile(folder):
         raise Refused(f"{given} is not a folder")
-    if other := checkpoint.other_content(folder, task):
-        raise Refused(f"{given} holds {other}: task {task.name} needs the folder of {task.repository} as it is")
-    found = []
-    for part in (folder / name for name in task.transformers):
+    parts, found = [folder / name for name in task.transformers], []
+    for place in parts if parts[0].is_dir() else [folder]:
+        if other := checkpoint.other_content(place, task):
+            needed = f"task {task.name} needs the folder of {task.repository} as it is"
+            raise Refused(f"--ckpt_dir {place} holds {other}: {needed}")
+    for part in parts:
         with to_be_replaced(checkpoint.Damaged):
             model = checkpoint.read_config(part)
             found.append((part, model, checkpoint.find_weights(part)))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from checkpoints_22 import KINDS, write_checkpoint_22
 from golden_data import write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,8 @@ DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 TASKS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "vace": "vace-1.3B"}
 DIT, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
-T5, VAE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
+T5, VAE, VAE_5B = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
+HIGH, LOW = "high_noise_model", "low_noise_model"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 NESTED, HUGE = "[" * 100_000 + "]" * 100_000, "1" + "0" * 400
@@ -36,6 +38,8 @@ SCRATCH = tempfile.TemporaryDirectory()  # until Python ends
 @functools.cache
 def original(kind: str) -> Path:
     folder = Path(SCRATCH.name) / kind
+    if kind in KINDS:
+        return write_checkpoint_22(kind, folder)
     write_checkpoint(kind, folder)
     tensors = load_file(folder / DIT)
     if kind == "i2v":  # in two shards
@@ -50,8 +54,10 @@ def original(kind: str) -> Path:
 
 
 def flags_of(kind: str, folder: Path) -> list:
-    flags = ["--task", TASKS[kind], "--size", "832*480", "--ckpt_dir", folder, "--sample_steps", 1, "--prompt", "a"]
-    pictures = {"i2v": ("--image",), "flf2v": ("--first_frame", "--last_frame")}.get(kind, ())
+    size = "1280*704" if kind == "ti2v-5B" else "832*480"
+    flags = ["--task", TASKS.get(kind, kind), "--size", size, "--ckpt_dir", folder, "--sample_steps", 1]
+    flags += ["--prompt", "a"]
+    pictures = {"i2v": ("--image",), "i2v-A14B": ("--image",), "flf2v": ("--first_frame", "--last_frame")}.get(kind, ())
     return flags + [part for flag in pictures for part in (flag, PICTURE)]
 
 
@@ -215,6 +221,20 @@ def with_two_experts(folder: Path) -> None:
     (folder / "low_noise_model").mkdir()
 
 
+def within_experts(folder: Path) -> list:
+    return flags_of("t2v-A14B", original("t2v-A14B") / "high_noise_model")
+
+
+def with_transformer_of(kind: str) -> Callable[[Path], object]:
+    """In place of that for low noise."""
+
+    def change(folder: Path) -> None:
+        for name in (DIT, "config.json"):
+            shutil.copy(original(kind) / name, folder / LOW / name)
+
+    return change
+
+
 def renamed(prefix: str, *more: str) -> Callable[[dict], object]:
     """With a prefix for every name, and more tensors."""
 
@@ -309,6 +329,30 @@ CHANGES = {
     "tokenizer list": (text(TOKENIZER, "[]"), "tokenizer in .*umt5-xxl, is it complete"),
     "tokenizer of a large model": (large_tokenizer, "has 1151 tokens, the text encoder knows 151"),
     "tokenizer a pipe": (replaced(TOKENIZER, os.mkfifo), f"lacks {TOKENIZER}"),
+}  # fmt: skip
+
+_LOW_DIT = f"{LOW}/{DIT}"
+CHANGES |= {  # of Wan2.2's models
+    "no expert": (emptied, f"/{HIGH} lacks config.json", "t2v-A14B"),
+    "an expert missing": (lambda f: shutil.rmtree(f / LOW), f"/{LOW} lacks config.json", "t2v-A14B"),
+    "an expert without weights": (lambda f: (f / _LOW_DIT).unlink(), f"lacks {_LOW_DIT}", "i2v-A14B"),
+    "an expert cut": (cut(_LOW_DIT, 0.9), f"cannot read .*{_LOW_DIT}, is it complete", "t2v-A14B"),
+    "an expert of another dim": (values(f"{LOW}/config.json", dim=40), f"{LOW}: tensor .* has the shape", "t2v-A14B"),
+    "an expert with a tensor less": (weights(lambda t: t.pop("head.modulation"), _LOW_DIT),
+                                     f"{LOW} lacks tensor head.modulation", "t2v-A14B"),
+    "an expert in fp8": (weights(renamed("", SCALED), _LOW_DIT), f"{LOW} holds fp8 weights with", "t2v-A14B"),
+    "an expert that sees pictures": (with_transformer_of("flf2v"), f"{LOW} holds a model of type flf2v", "i2v-A14B"),
+    "an expert of Wan2.1": (with_transformer_of("t2v"), f"{LOW} holds a model of type t2v, task i2v-A14B", "i2v-A14B"),
+    "the VAE of the 5B": (lambda f: shutil.copy(original("ti2v-5B") / VAE_5B, f / VAE),
+                          f"{VAE} has 48 latent channels, the transformer 16", "t2v-A14B"),
+    "the VAE of Wan2.1": (lambda f: shutil.copy(original("t2v") / VAE, f / VAE_5B),
+                          f"{VAE_5B} has 16 latent channels, the transformer 48", "ti2v-5B"),
+    "the 5B's VAE without a layer": (weights(lambda t: t.pop("decoder.upsamples.1.upsamples.3.time_conv.bias"), VAE_5B),
+                                     "Missing key.*upsampler.time_conv", "ti2v-5B"),
+    "the 5B's VAE missing": (lambda f: (f / VAE_5B).unlink(), f"lacks {VAE_5B}", "ti2v-5B"),
+    "the 5B with 16 channels": (values("config.json", in_dim=16), "in_dim must be 48 for a model of", "ti2v-5B"),
+    "speech of Wan2.2": (values("config.json", model_type="s2v"), "holds a model of Wan2.2: task ti2v-5B", "ti2v-5B"),
+    "a T5 of another width": (weights(zeros("token_embedding.weight", (9, 9)), T5), "has features 9 wide", "t2v-A14B"),
 }  # fmt: skip
 
 TABLE = ["--use_magcache", "--mag_ratios", "t.json"]
@@ -425,4 +469,5 @@ CASES = [
     *(Case(name, [*TINY, *flags], line) for name, (flags, line) in NAMES.items()),
     *PIPES,
     *LORAS,
+    Case("an expert's folder", within_experts, f"/{HIGH}/{HIGH} lacks config.json"),
 ]

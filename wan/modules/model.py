@@ -58,6 +58,12 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def by_token(u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Spreads u, one row a sample, [B, dim], to [B, 1, dim], or by rows, int64 [B, L], one of which is a token's, to
+    [B, L, dim]."""
+    return u[:, None] if rows is None else u[rows]
+
+
 class Attention(nn.Module):
     """Projections that self- and cross-attention share. q and k are RMS-normalised over all heads together."""
 
@@ -139,17 +145,27 @@ class WanAttentionBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: torch.Tensor, e: torch.Tensor, seq_lens: list[int], freqs: torch.Tensor, context: torch.Tensor
+        self,
+        x: torch.Tensor,
+        e: torch.Tensor,
+        seq_lens: list[int],
+        freqs: torch.Tensor,
+        context: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [B, L, dim], e float32 [B, 6, dim], seq_lens the tokens of every sample, freqs see `rope_apply`, context
-        [B, image tokens + text_len, dim]. Returns [B, L, dim]; the modulation keeps it in float32 under autocast.
+        [B, image tokens + text_len, dim]. rows: of e, one for every token, see `by_token`; None for one a sample.
+        Returns [B, L, dim]; the modulation keeps it in float32 under autocast.
 
         Where ranks share the tokens, L is this rank's part and seq_lens counts those of all."""
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).chunk(6, dim=1)
-        modulated = modulate(self.norm1(x.float()), shift_sa, scale_sa)
-        x = torch.addcmul(x, gate_sa, self.self_attn(modulated, seq_lens, freqs))
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).unbind(1)
+        modulated = modulate(self.norm1(x.float()), by_token(shift_sa, rows), by_token(scale_sa, rows))
+        attended = self.self_attn(modulated, seq_lens, freqs)
+        x = torch.addcmul(x, by_token(gate_sa, rows), attended)
+        del modulated, attended
         x = x + self.cross_attn(self.norm3(x), context)
-        return torch.addcmul(x, gate_ffn, self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn)))
+        modulated = modulate(self.norm2(x), by_token(shift_ffn, rows), by_token(scale_ffn, rows))
+        return torch.addcmul(x, by_token(gate_ffn, rows), self.ffn(modulated))
 
 
 class Head(nn.Module):
@@ -159,9 +175,10 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """x [B, L, dim], e float32 [B, dim] (the time embedding, not its projection). Computed in float32."""
-        shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
+    def forward(self, x: torch.Tensor, e: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, L, dim], e float32 [B, dim] (the time embedding, not its projection), rows as a block takes them.
+        Computed in float32."""
+        shift, scale = (by_token(u, rows) for u in (self.modulation + e[:, None]).unbind(1))
         with torch.autocast(x.device.type, enabled=False):
             return self.head(modulate(self.norm(x.float()), shift, scale))
 
@@ -263,13 +280,15 @@ class WanModel(ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path)
         declared = json.loads((folder / "config.json").read_text())
         shapes = tensor_shapes(folder)
+        widths = {"clip_dim": 0} if declared.get("model_type") == "i2v" else {}
         for name, tensor, axis in (
             ("text_dim", "text_embedding.0.weight", 1),
             ("clip_dim", "img_emb.proj.0.weight", 0),
             ("clip_positions", "img_emb.emb_pos", 1),
         ):
-            if name not in declared:
-                kwargs.setdefault(name, (*shapes.get(tensor, ()), 0, 0)[axis])
+            if tensor in shapes:
+                widths[name] = shapes[tensor][axis]
+        kwargs = {name: width for name, width in widths.items() if name not in declared} | kwargs
         model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise DamagedFile(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
@@ -286,10 +305,11 @@ class WanModel(ModelMixin, ConfigMixin):
     ) -> list[torch.Tensor]:
         """Predicts the velocity of every sample.
 
-        x: latents, one [in_dim, F, H, W] per sample (grids may differ). t: timesteps [B]. context: text features, one
-        [length <= text_len, text_dim] per sample. seq_len: tokens that each sample is padded to. clip_fea (i2v, flf2v):
-        image features [B or 2 B, 257, clip_dim]. y (i2v, flf2v): conditioning, one [channels, F, H, W] per sample,
-        stacked behind x. Returns float32 [out_dim, F, H, W] per sample (odd H, W are cropped to even).
+        x: latents, one [in_dim, F, H, W] per sample (grids may differ). t: timesteps [B], or of every token,
+        [B, seq_len]. context: text features, one [length <= text_len, text_dim] per sample. seq_len: tokens that each
+        sample is padded to. clip_fea (i2v, flf2v): image features [B or 2 B, 257, clip_dim]. y (i2v, flf2v):
+        conditioning, one [channels, F, H, W] per sample, stacked behind x. Returns float32 [out_dim, F, H, W] per
+        sample (odd H, W are cropped to even).
 
         Raises ValueError if a sample has more tokens than seq_len, or, where ranks share the tokens, if samples have
         different grids.
@@ -297,12 +317,16 @@ class WanModel(ModelMixin, ConfigMixin):
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
+        rows = None
+        if t.ndim == 2:  # only a few are different, and all that follows from them is of few rows, too
+            t, rows = t.unique(return_inverse=True)
+            rows = self.part(rows.to(tokens.device))
         e = self.embed_time(t.to(tokens.device, non_blocking=True))
-        kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
+        kwargs = {"e": self.project_time(e), "rows": rows, "seq_lens": seq_lens, "freqs": freqs}
         kwargs["context"] = self.embed_context(context, clip_fea)
         for block in self.blocks:
             tokens = block(tokens, **kwargs)
-        return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
+        return self.unpatchify(self.gathered(self.head(tokens, e, rows), seq_lens), grids)
 
     def embed_patches(self, x: list[torch.Tensor], seq_len: int):
         """Returns tokens [B, seq_len, dim] padded with zeros, their counts, the RoPE rotations
