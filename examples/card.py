@@ -28,7 +28,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 import magcache
-from magcache.app.architecture import CLIP_TOKENS, CONTROL, LATENT
+from magcache.app.architecture import CLIP_TOKENS, CONTROL
 from magcache.app.cost import call_flops, number_of_bytes, token_count
 from magcache.app.errors import first_line
 from magcache.app.progress import moment, seconds_between
@@ -57,8 +57,9 @@ class Subject:
         self.vace_layers = [i for i in range(0, shape.num_layers, 2 if "1.3B" in task else 5) if i < layers]
         hints = len(self.vace_layers) if shape.vace_blocks else 0
         self.shape = replace(shape, num_layers=layers, vace_blocks=hints)
-        self.tokens = token_count(frames, height, width)
-        self.latent_shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
+        self.tokens = token_count(frames, height, width, 0, TASKS[task].token_pixels)
+        stride = WAN_CONFIGS[task].vae_stride
+        self.latent_shape = (shape.out_dim, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
 
     def model(self, dtype: torch.dtype) -> WanModel:
         """Makes the model on the device, with random weights that are the same for every dtype."""
@@ -69,8 +70,8 @@ class Subject:
             if self.kind == "vace":
                 model = VaceWanModel(self.vace_layers, CONTROL, **sizes)
             else:
-                image = {name: getattr(shape, name) for name in ("in_dim", "clip_dim", "clip_positions")}
-                model = WanModel(self.kind, **sizes, **image)
+                sides = {name: getattr(shape, name) for name in ("in_dim", "out_dim", "clip_positions")}
+                model = WanModel(self.kind, **sizes, **sides, clip_dim=shape.clip_dim if shape.images else 0)
         generator = torch.Generator(DEVICE).manual_seed(0)
         for name, parameter in list(model.named_parameters()):
             values = torch.randn(parameter.shape, generator=generator, device=DEVICE)
@@ -92,8 +93,9 @@ class Subject:
         given["context"] = [noise(shape.text_len, shape.text_dim)]
         if self.kind == "vace":
             given["vace_context"] = [noise(CONTROL, *self.latent_shape[1:])]
-        elif shape.images:
-            given["y"] = [noise(shape.in_dim - LATENT, *self.latent_shape[1:])]
+        elif shape.in_dim > shape.out_dim:
+            given["y"] = [noise(shape.in_dim - shape.out_dim, *self.latent_shape[1:])]
+        if shape.images:
             given["clip_fea"] = noise(shape.images, CLIP_TOKENS, shape.clip_dim)
         return given
 
@@ -112,7 +114,8 @@ class Subject:
         with torch.device("meta"):
             sizes = {name: getattr(shape, name) for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers")}
             heads = {"num_attention_heads": config.num_heads, "attention_head_dim": shape.dim // config.num_heads}
-            peer = diffusers.WanTransformer3DModel(in_channels=shape.in_dim, **sizes, **heads, **image)
+            channels = {"in_channels": shape.in_dim, "out_channels": shape.out_dim}
+            peer = diffusers.WanTransformer3DModel(**channels, **sizes, **heads, **image)
         state = convert_wan_transformer_to_diffusers(dict(model.state_dict()))
         if "img_emb.emb_pos" in state:  # which the converter does not know
             state["condition_embedder.image_embedder.pos_embed"] = state.pop("img_emb.emb_pos")

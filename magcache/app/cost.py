@@ -83,9 +83,9 @@ def call_bytes(sizes: Architecture, tokens: int, autocast: bool, by_token: bool 
     """Most that a computed call holds beside the weights. autocast: to bfloat16. by_token: whether every token has a
     timestep of its own, and so a modulation."""
     width = 2 if autocast else 4  # bytes of what linear layers take and give
-    attention, feed_forward = 16.2 + 6 * width, 16.6 + 2 * width * sizes.ffn_dim / sizes.dim
+    attention, feed_forward = 16.2 + 6 * width, 12.6 + 4 * by_token + 2 * width * sizes.ffn_dim / sizes.dim
     hints = (sizes.vace_blocks + 1.5) * width if sizes.vace_blocks else 0
-    return tokens * sizes.dim * (max(attention, feed_forward) + hints + 8 * by_token)
+    return tokens * sizes.dim * (max(attention, feed_forward) + hints)
 
 
 def vae_bytes(frames: int, height: int, width: int, tiled: bool, latent: int = LATENT) -> float:
