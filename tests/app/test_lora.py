@@ -10,11 +10,13 @@ import diffusers
 import imageio.v3 as iio
 import pytest
 import torch
+from checkpoints_22 import write_checkpoint_22
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from faults import warm
 from golden_data import write_dit_folder
 from safetensors.torch import load_file, save_file
 
+import wan
 from magcache.app.architecture import tensor_shapes
 from magcache.app.checks import make_job
 from magcache.app.errors import Refused
@@ -22,6 +24,7 @@ from magcache.app.flags import make_parser
 from magcache.app.lora import Lora, check_lora, flat, merging, place_of, spellings
 from magcache.app.requests import decisive_settings
 from magcache.app.tasks import TASKS
+from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
@@ -192,14 +195,17 @@ def test_alpha_beside_the_tensors(tmp_path):
 
 def test_experts(tmp_path):
     """Without a name a file is for both."""
-    for name in ("high_noise_model", "low_noise_model"):
-        tensors = load_file(write_dit_folder("pipelines/t2v", tmp_path / name) / WEIGHTS)
-    changes = low_rank(changes_of(tensors))
+    folder = write_checkpoint_22("t2v-A14B", tmp_path / "model")
+    tensors = {name: load_file(folder / f"{name}_noise_model" / WEIGHTS) for name in ("high", "low")}
+    changes = low_rank(changes_of(tensors["low"]))
     path = write_lora(tmp_path / "a.safetensors", as_comfy(changes)).path
     loras = [Lora.from_flag(text) for text in (f"high={path}:0.5", f"low={path}:-1", f"{path}:2")]
     assert [str(lora) for lora in loras] == [f"high={path}:0.5", f"low={path}:-1.0", f"{path}:2.0"]
-    for name, strength in (("high_noise_model", 0.5), ("low_noise_model", -1)):
-        check_equal(loaded(WanModel, tmp_path / name, loras), changed(changed(tensors, changes, strength), changes, 2))
+    with merging(loras):
+        pipeline = wan.WanT2V(WAN_CONFIGS["t2v-A14B"], str(folder))
+    for name, strength in (("high", 0.5), ("low", -1)):
+        found = dict(getattr(pipeline, f"{name}_noise_model").named_parameters())
+        check_equal(found, changed(changed(tensors[name], changes, strength), changes, 2))
 
 
 def test_what_is_for_an_image_encoder(tmp_path, capsys):
