@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import sys
 import tempfile
 from datetime import datetime
@@ -59,16 +60,11 @@ def keep_pixels(video: torch.Tensor, path: Path) -> str | None:
     something random. Returns it, None if no folder took all of them."""
     pixels = torch.from_numpy(to_uint8(video))
     for folder in spare_folders():
-        try:
-            number, name = tempfile.mkstemp(".pt", f"{slug(path.stem)}_", folder)
-        except OSError:
-            continue
-        try:
-            with open(number, "wb") as file:
+        rescue = Path(folder) / f"{slug(path.stem)}_{secrets.token_hex(4)}.pt"
+        with contextlib.suppress(OSError, RuntimeError):
+            with written_whole(rescue) as part, open(part, "wb") as file:
                 torch.save(pixels, file)
-            return name
-        except (OSError, RuntimeError):
-            Path(name).unlink()
+            return str(rescue)
     return None
 
 
