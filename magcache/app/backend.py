@@ -176,7 +176,8 @@ def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict,
             found.append((part, model, checkpoint.find_weights(part)))
         kind, heads = model.get("model_type"), model["num_heads"]
         if kind != task.model_type:
-            raise Refused(f"--ckpt_dir {part} holds a model of type {kind}, task {task.name} needs {task.model_type}")
+            needs = f"task {task.name} needs {task.model_type}"
+            raise Refused(f"--ckpt_dir {part} holds a model of type {kind}, but {needs}")
         if heads % machine.ulysses_size:
             ulysses = f"--ulysses_size {machine.ulysses_size}"
             raise Refused(f"{ulysses} does not divide the {heads} attention heads of the model in {part}")
@@ -200,7 +201,7 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
     size = (model["dim"], model["num_layers"])
     alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
     if alike and task not in alike:
-        print(f"note: by its size the model in {folder} is that of {alike[0].name}, not of {task.name}")
+        print(f"note: by its size, the model in {folder} is that of {alike[0].name}, not of {task.name}")
 
 
 def start_processes(processes: Processes, job: Job) -> Group:
@@ -217,9 +218,9 @@ def start_processes(processes: Processes, job: Job) -> Group:
     group = backend().start_groups(processes, job.machine)
     if job.calibrates and group.count > 1:
         machine = job.machine
-        shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} are {group.count}"
+        shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} make {group.count} groups"
         one = "--magcache_calibration needs one group of processes"
-        raise Refused(f"{one}, and {processes.world} processes with {shared}")
+        raise Refused(f"{one}, but {processes.world} processes with {shared}")
     return group
 
 

@@ -91,7 +91,7 @@ def read_config(folder: Path) -> dict:
     try:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not a JSON object")
         config = {key: default for key, (default, _) in NUMBERS.items()} | {"eps": 1e-6} | config
         check_config(config)
     except FileNotFoundError:
@@ -104,17 +104,17 @@ def read_config(folder: Path) -> dict:
 def check_config(config: dict) -> None:
     for key, (_, most) in NUMBERS.items():
         if type(config[key]) is not int or not 1 <= config[key] <= most:
-            raise ValueError(f"{key} must be a whole number from 1 to {most}, it is {shortened(config[key])}")
+            raise ValueError(f"{key} must be a whole number from 1 to {most}, got {shortened(config[key])}")
     for key in ("text_dim", "clip_dim", "clip_positions"):
         if type(config.get(key, 0)) is not int:
-            raise ValueError(f"{key} must be a whole number, it is {shortened(config[key])}")
+            raise ValueError(f"{key} must be a whole number, got {shortened(config[key])}")
     for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
         if not isinstance(config.get(key, ""), str):
-            raise ValueError(f"{key} must be text, it is {shortened(config[key])}")
+            raise ValueError(f"{key} must be text, got {shortened(config[key])}")
     if config["dim"] % config["num_heads"] or config["dim"] // config["num_heads"] % 2 or config["freq_dim"] % 2:
         raise ValueError("freq_dim must be even, and dim an even multiple of num_heads")
     if type(config["eps"]) is not float or not 0 < config["eps"] < 1:
-        raise ValueError(f"eps must be a number between 0 and 1, it is {shortened(config['eps'])}")
+        raise ValueError(f"eps must be a number between 0 and 1, got {shortened(config['eps'])}")
     check_kind(config)
 
 
@@ -126,14 +126,14 @@ def check_kind(config: dict) -> None:
     channels |= {"vace_in_dim": CONTROL} if kind == "vace" else {}
     for key, expected in channels.items():
         if type(config.setdefault(key, LATENT)) is not int or config[key] != expected:
-            raise ValueError(f"{key} must be {expected} for a model of type {kind}, it is {shortened(config[key])}")
+            raise ValueError(f"{key} must be {expected} for a model of type {kind}, got {shortened(config[key])}")
     layers = config.get("vace_layers")
     if kind != "vace" or layers is None:
         return
     if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < number for layer in layers):
-        raise ValueError(f"vace_layers must be a list of layers below {number}, it is {shortened(layers)}")
+        raise ValueError(f"vace_layers must be a list of layers below {number}, got {shortened(layers)}")
     if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"vace_layers must be distinct, and one at least, they are {shortened(layers)}")
+        raise ValueError(f"vace_layers must be distinct and at least one, got {shortened(layers)}")
 
 
 def sizes_in(config: dict, images: int, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
@@ -188,11 +188,11 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
         held = read_header(folder / file)
         if names is not None and (wrong := names ^ held.keys()):
             name = min(wrong)
-            where = f"should be in {file} by {INDEX}, and is not" if name in names else f"is in {file}, not in {INDEX}"
+            where = f"should be in {file} by {INDEX}, but is not" if name in names else f"is in {file}, not in {INDEX}"
             raise ValueError(f"{folder}: tensor {name[:80]} {where}")
         shapes |= held
     if config["num_layers"] > len(shapes):
-        raise ValueError(f"{folder} has {len(shapes)} tensors, by its config.json it has {config['num_layers']} layers")
+        raise ValueError(f"{folder} has {len(shapes)} tensors, but {config['num_layers']} layers by its config.json")
     text_dim = (*shapes.get("text_embedding.0.weight", ()), 0, 0)[1]
     clip_dim = (*shapes.get("img_emb.proj.0.weight", ()), 0)[0]
     positions = (*shapes.get("img_emb.emb_pos", ()), 0, 0)[1]
@@ -211,7 +211,7 @@ def read_header(path: Path) -> Shapes:
                 tensor = file.get_slice(name)
                 shapes[name] = tuple(tensor.get_shape())
                 if tensor.get_dtype() not in FLOATS:
-                    raise ValueError(f"{path}: tensor {name[:80]} is of type {tensor.get_dtype()}, no floating point")
+                    raise ValueError(f"{path}: tensor {name[:80]} is of type {tensor.get_dtype()}, not floating point")
     except (SafetensorError, OSError, RuntimeError) as fault:
         raise Damaged(f"cannot read {path}, is it complete? ({first_line(fault)})") from None
     return shapes
@@ -219,11 +219,11 @@ def read_header(path: Path) -> Shapes:
 
 def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
     for name in sorted(found.keys() ^ expected.keys()):
-        verb, part = ("lacks", "a part") if name in expected else ("holds", "no part")
-        raise ValueError(f"{where} {verb} tensor {name[:80]}, which is {part} of the model of its config.json")
+        verb, does = ("lacks", "calls for") if name in expected else ("holds", "does not call for")
+        raise ValueError(f"{where} {verb} tensor {name[:80]}, which its config.json {does}")
     for name, shape in expected.items():
         if found[name] != shape:
-            sizes = f"has the shape {list(found[name])[:6]}, config.json makes it {list(shape)}"
+            sizes = f"has the shape {list(found[name])[:6]}, but config.json makes it {list(shape)}"
             raise ValueError(f"{where}: tensor {name} {sizes}")
 
 
@@ -235,14 +235,14 @@ def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes) -> None:
     latent = read_structure(folder / names.vae_checkpoint, VIDEO, LATENTS)[LATENTS][0]
     made = shapes["head.head.bias"][0] // prod(PATCH)
     if latent != made:
-        raise ValueError(f"{folder / names.vae_checkpoint} has {latent} latent channels, the transformer {made}")
+        raise ValueError(f"{folder / names.vae_checkpoint} has {latent} latent channels, but the transformer {made}")
     widths = [(names.t5_checkpoint, text[-1], shapes["text_embedding.0.weight"][1])]
     if features := shapes.get("img_emb.proj.0.weight"):
         pictures = read_structure(folder / names.clip_checkpoint, PICTURES)[PICTURES]
         widths.append((names.clip_checkpoint, pictures[0], features[0]))
     for name, width, needed in widths:
         if width != needed:
-            raise ValueError(f"{folder / name} has features {width} wide, the transformer takes {needed}")
+            raise ValueError(f"{folder / name} has features {width} wide, but the transformer takes {needed}")
     check_tokenizer(folder / names.t5_tokenizer, text[0])
 
 
@@ -258,11 +258,11 @@ def read_structure(path: Path, *needed: str) -> Shapes:
     except Exception as fault:  # damaged files raise anything
         raise Damaged(f"cannot read {path}, is it complete? ({reason_in(fault)})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"cannot use {path}: it is no dict of tensors")
+        raise ValueError(f"cannot use {path}: it is not a dict of tensors")
     shapes = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {str(name)[:80]} is of type {tensor.dtype}, no floating point")
+            raise ValueError(f"{path}: tensor {str(name)[:80]} is of type {tensor.dtype}, not floating point")
         shapes[name] = tuple(tensor.shape)
     if lacking := [name for name in needed if not shapes.get(name)]:
         raise ValueError(f"{path} lacks tensor {lacking[0]}: is it the file that its name says?")
@@ -279,4 +279,4 @@ def check_tokenizer(folder: Path, rows: int) -> None:
         reason = f"{type(fault).__name__}: {first_line(fault)[:200]}"
         raise Damaged(f"cannot read the tokenizer in {folder}, is it complete? ({reason})") from None
     if tokens > rows:
-        raise ValueError(f"the tokenizer in {folder} has {tokens} tokens, the text encoder knows {rows}")
+        raise ValueError(f"the tokenizer in {folder} has {tokens} tokens, but the text encoder knows {rows}")

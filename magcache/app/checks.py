@@ -73,7 +73,7 @@ def text_of(argument: str | None, flag: str) -> str | None:
     try:
         return os.fsencode(argument).decode()
     except ValueError as fault:
-        raise Refused(f"--{flag} is no valid UTF-8 text: {argument!r}") from fault
+        raise Refused(f"--{flag} is not valid UTF-8 text: {argument!r}") from fault
 
 
 def check_effects(args: Namespace) -> None:
@@ -103,7 +103,7 @@ def make_machine(args: Namespace) -> Machine:
     for flag in backend().lacks:
         if getattr(args, flag) not in (None, False):
             whose = f"this one is {backend().release}'s own"
-            raise Refused(f"--{flag} needs the wan package of magcache_generate.py, {whose}")
+            raise Refused(f"--{flag} needs the wan package of magcache_generate.py; {whose}")
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "convert_model_dtype")
     spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}
     if args.convert_model_dtype and "dit_dtype" not in backend().lacks:
@@ -114,7 +114,7 @@ def make_machine(args: Namespace) -> Machine:
     if args.magcache_plan:
         world = args.ulysses_size * args.ring_size
         if world == 1 and (args.dit_fsdp or args.t5_fsdp):
-            print("note: the weights are sharded over all processes, whose number is not known here; 2 are taken")
+            print("note: the weights are sharded over all processes, whose number is not known here; 2 are assumed")
             world = 2
     else:
         with refusing(ValueError):
@@ -136,7 +136,7 @@ def check_processes(args: Namespace, world: int) -> None:
         start = f"start them with torchrun --nproc_per_node {size}"
         raise Refused(f"{' and '.join(sizes)} need {size} processes: {start}")
     if world % size:
-        raise Refused(f"{world} processes are no multiple of {' times '.join(sizes)}")
+        raise Refused(f"{world} processes are not a multiple of {' times '.join(sizes)}")
     if args.offload_model and sharded:
         print("note: --offload_model True does not move what --dit_fsdp and --t5_fsdp have sharded")
     if not args.ckpt_dir:
@@ -171,7 +171,7 @@ def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[pro
         raise Refused(f"--prompt_file: {fault}") from fault
     file, takes_image = f"--prompt_file {args.prompt_file}", "image" in sampling.spec.inputs
     if not takes_image and any(line.image for line in lines):
-        raise Refused(f"{file} names images, task {args.task} takes none")
+        raise Refused(f"{file} names images, but task {args.task} takes none")
     given = {"image": args.image, "n_prompt": text_of(args.n_prompt, "n_prompt")}
     lines = tuple(replace(line, **{name: getattr(line, name) or given[name] for name in given}) for line in lines)
     for line in lines:

@@ -15,8 +15,8 @@ from magcache.app.tasks import Task
 from magcache.files import read_json
 
 HOW_TO_CALIBRATE = (
-    "measure one by the same command with --magcache_calibration in place of --use_magcache, "
-    "then give its file with --mag_ratios"
+    "measure one with the same command, but --magcache_calibration in place of --use_magcache, "
+    "then name its file with --mag_ratios"
 )
 
 
@@ -64,7 +64,7 @@ def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None
     by_size = f"{task.name}-{min(map(int, size.split('*')))}P"
     if by_size in task.tables:
         unclear = "fits several tables" if matches else "fits no table"
-        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is taken by the size"
+        return by_size, f"the name of the checkpoint folder {folder} {unclear}, so {by_size} is chosen by the size"
     known = f" (it has {', '.join(task.tables)})" if task.tables else ""
     unknown = f"no ratio table fits task {task.name} with the checkpoint folder {folder!r}{known}"
     raise magcache.UnknownTableError(unknown)

@@ -24,7 +24,7 @@ def choose_inputs(
     given = [flag for flag in spec.inputs if getattr(inputs, flag) is not None]
     lacking = [flag for flag in spec.images if flag not in given]
     if lacking and needed and spec.needs_images and (given or prompt is not None):
-        raise Refused(f"task {sampling.task} needs --{lacking[0]} (without it and --prompt an example runs)")
+        raise Refused(f"task {sampling.task} needs --{lacking[0]} (without it and without --prompt an example runs)")
     if prompt is not None:
         return prompt, inputs
     example = dict(backend().example(sampling, folder))
@@ -33,7 +33,7 @@ def choose_inputs(
         raise Refused(f"--prompt is needed: {none}")
     prompt = example.pop("prompt")
     if given:
-        print("note: there is no --prompt; the task's example is taken, which knows nothing of your files")
+        print("note: there is no --prompt, so that of the task's example is used, which knows nothing of your files")
         return prompt, inputs
     return prompt, replace(inputs, **example)
 
@@ -75,11 +75,11 @@ def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, in
 
                 frames, height, width = video_shape(sampling, [read_image(path)])
             except (ImportError, ValueError) as fault:
-                print(f"note: {fault}; here its shape is that of --size")
+                print(f"note: {fault}; the shape here is that of --size")
         elif path or sampling.spec.needs_images:
-            print(f"note: the image, {path or 'which is not given'}, decides on the shape; here it is that of --size")
+            print(f"note: the image ({path or 'not given'}) decides on the shape; here it is that of --size")
     if sampling.spec.sources and inputs.src_video:
-        print("note: the source video decides on shape and length; the largest that it may have is taken")
+        print("note: the source video decides on shape and length; the largest possible is assumed here")
     return frames, height, width, len(inputs.references)
 
 

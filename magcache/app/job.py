@@ -38,7 +38,7 @@ class Sampling:
         if 1 <= frames < self.spec.least_frames:
             raise Refused(f"task {self.task} needs --frame_num {self.spec.least_frames} or more, got {frames}")
         if frames > MOST_FRAMES:
-            most = f"--frame_num must be at most {MOST_FRAMES}, where the models' positions end"
+            most = f"--frame_num must be at most {MOST_FRAMES}, as far as the models' positions go"
             raise Refused(f"{most}, got {shortened(frames)}")
         if frames < 1 or frames % 4 != 1:
             raise Refused(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")

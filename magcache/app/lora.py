@@ -97,9 +97,9 @@ class Lora:
         try:
             strength = float(number)
         except ValueError:
-            raise Refused(f"--lora: there is no file {text}, and {shortened(number)} is no strength") from None
+            raise Refused(f"--lora: there is no file {text}, and {shortened(number)} is not a strength") from None
         if not math.isfinite(strength):
-            raise Refused(f"--lora {path}: the strength must be finite, it is {strength}")
+            raise Refused(f"--lora {path}: the strength must be finite, got {strength}")
         return cls(path, strength, expert)
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def find_changes(names: Shapes, shapes: Shapes) -> dict[str, Change]:
     for tensor in usable(names, shapes):
         parameter, kind = place_of(tensor, places, shapes)
         if (other := changes.setdefault(parameter, {}).setdefault(kind, tensor)) != tensor:
-            raise ValueError(f"tensors {other[:80]} and {tensor[:80]} stand for the same")
+            raise ValueError(f"tensors {other[:80]} and {tensor[:80]} stand for the same change")
     if not changes:
         raise ValueError("it holds no tensors")
     for parameter, change in changes.items():
@@ -179,17 +179,17 @@ def place_of(tensor: str, places: dict[str, str], shapes: Shapes) -> tuple[str, 
 def check_shapes(change: Shapes, parameter: str, shape: tuple[int, ...]) -> None:
     """change: the shapes of its tensors, by what they are."""
     if ("down" in change) != ("up" in change) or ("alpha" in change and "down" not in change):
-        raise ValueError(f"of the change of {parameter} there is only {' and '.join(change)}")
+        raise ValueError(f"the change of {parameter} is incomplete: it has only {' and '.join(change)}")
     if "down" in change:  # of a convolution with its kernel, or as a matrix
         down, up = change["down"], change["up"]
         paired = len(down) > 1 and len(up) > 1 and up[1] == down[0] and math.prod(up[2:]) == 1
         if not paired or (up[0], math.prod(down[1:])) != (shape[0], math.prod(shape[1:])):
             pair = f"{list(up)[:6]} times {list(down)[:6]}"
-            raise ValueError(f"the change of {parameter} is {pair}, and the model's is {list(shape)}")
+            raise ValueError(f"the change of {parameter} is {pair}, but the model's is {list(shape)}")
     if change.get("diff", shape) != shape:
-        raise ValueError(f"the change of {parameter} is {list(change['diff'])[:6]}, and the model's is {list(shape)}")
+        raise ValueError(f"the change of {parameter} is {list(change['diff'])[:6]}, but the model's is {list(shape)}")
     if math.prod(change.get("alpha", ())) != 1:
-        raise ValueError(f"alpha of {parameter} is no single number")
+        raise ValueError(f"alpha of {parameter} is not a single number")
 
 
 def spellings(shapes: Shapes) -> dict[str, str]:
@@ -225,10 +225,10 @@ def read_alpha(path: Path) -> float | None:
         raise ValueError(f"cannot read the configuration of {path}")
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if other := [key for key in ("use_dora", "use_rslora", "alpha_pattern") if config.get(key)]:
-        raise ValueError(f"{path} is a LoRA with {other[0]}, which is not known here")
+        raise ValueError(f"{path} is a LoRA with {other[0]}, which is not supported")
     alpha = config.get("lora_alpha")
     if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha)):
-        raise ValueError(f"lora_alpha of {path} must be a number, it is {shortened(alpha)}")
+        raise ValueError(f"lora_alpha of {path} must be a number, got {shortened(alpha)}")
     return alpha
 
 

@@ -34,24 +34,26 @@ def read_image(path: str) -> Image.Image:
             file.load()
             image = ImageOps.exif_transpose(file)
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read {path}: no image of a format that is known here, such as PNG or JPEG") from error
+        raise ValueError(f"cannot read {path}: not an image of a known format such as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"cannot use {path}: it has more than {most} million pixels, make it smaller") from error
+        raise ValueError(f"cannot use {path}: it has more than {most} million pixels; make it smaller") from error
     except Exception as error:  # decoders of damaged files raise anything
         reason = getattr(error, "strerror", None) or f"not a complete image ({error})"
         raise ValueError(f"cannot read {path}: {reason}") from error
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"cannot use {path}: {width}x{height} pixels, it needs at least {MIN_SIDE} on either side")
+        raise ValueError(f"cannot use {path}: {width}x{height} pixels; each side needs at least {MIN_SIDE}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"cannot use {path}: {width}x{height} pixels, one side may be {MAX_ASPECT:g} times the other")
+        raise ValueError(
+            f"cannot use {path}: {width}x{height} pixels; a side may be up to {MAX_ASPECT:g} times the other"
+        )
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"cannot use {path}: it has 32 bits a channel, convert it first")
+        raise ValueError(f"cannot use {path}: it has 32 bits per channel; convert it first")
     if image.convert("RGBA").getextrema()[3][0] < 255:
-        raise ValueError(f"cannot use {path}: parts of it are transparent (alpha channel), flatten it first")
+        raise ValueError(f"cannot use {path}: parts of it are transparent (alpha channel); flatten it first")
     return image.convert("RGB")
 
 
@@ -86,7 +88,7 @@ def frames_at_most(most: int, path: str) -> int:
     frames = subprocess.run(command, capture_output=True, text=True).stdout
     count = sum(not line.startswith("#") for line in frames.splitlines())
     if not count:
-        raise ValueError(f"cannot read {path}: it is no video")
+        raise ValueError(f"cannot read {path}: it is not a video")
     return count
 
 

@@ -82,7 +82,7 @@ def check_machine(machine: Machine) -> None:
     mixed = machine.dit_fsdp and machine.dit_dtype not in (None, "float32")  # with the float32 biases of a block
     if mixed and torch.__version__ < "2.9":
         flags = f"--dit_fsdp with --dit_dtype {machine.dit_dtype}"
-        raise Refused(f"{flags} needs torch 2.9 or newer, this is {torch.__version__}")
+        raise Refused(f"{flags} needs torch 2.9 or newer; this is {torch.__version__}")
     constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
     from wan.utils.attention import choose_attention
 

@@ -51,7 +51,7 @@ class Processes:
             raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
         for name in names:
             if not re.fullmatch("[0-9]{1,5}", os.environ[name]):
-                wrong = f"{name}={os.environ[name][:40]} is no whole number"
+                wrong = f"{name}={os.environ[name][:40]} is not a whole number"
                 raise ValueError(f"{wrong}: start the processes with torchrun")
         return cls(*(int(os.environ[name]) for name in names[:3]))
 
@@ -63,7 +63,7 @@ class Processes:
 
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
         if torch.cuda.is_available() and here > gpus:
-            raise ValueError(f"there are {here} processes on this machine, and {gpus} GPUs")
+            raise ValueError(f"there are {here} processes on this machine, but only {gpus} GPUs")
 
     def connect(self) -> None:
         """Sets up torch.distributed: NCCL with a GPU for each process, else gloo. Nothing for a single process. Raises

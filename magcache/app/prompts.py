@@ -53,7 +53,7 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
     for number, line in lines:
         try:
             if not is_json and holds(line, dict):
-                raise ValueError("this is JSON, and the first line is not: write all of them as JSON, or none")
+                raise ValueError("this is JSON, but the first line is not: write all lines as JSON, or none")
             values = read_object(line) if is_json else {"prompt": line}
             seed = values.pop("seed", base_seed + len(wanted))
             if not 0 <= seed <= MAX_SEED:
@@ -78,19 +78,19 @@ def read_object(line: str) -> dict:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as fault:
-        raise ValueError(f"no JSON ({fault})") from fault
+        raise ValueError(f"not JSON ({fault})") from fault
     if not isinstance(values, dict):
         raise ValueError(f'must be an object such as {{"prompt": "..."}}, got {line[:40]}')
     for key, value in values.items():
         if key not in types:
-            raise ValueError(f"{json.dumps(key[:80])} is none of {', '.join(types)}")
+            raise ValueError(f"{json.dumps(key[:80])} is not one of {', '.join(types)}")
         if type(value) is not types[key]:  # a bool is an int, too
             wanted = "a whole number" if types[key] is int else "text"
             raise ValueError(f'"{key}" must be {wanted}, got {shortened(value)}')
         if types[key] is str and not value.strip():
             raise ValueError(f'"{key}" is empty')
         if types[key] is str and (not is_text(value) or ("\0" in value and key in ("image", "save_file"))):
-            raise ValueError(f'"{key}" is no valid text: {shortened(value)}')
+            raise ValueError(f'"{key}" is not valid text: {shortened(value)}')
     if "prompt" not in values:
         raise ValueError('there is no "prompt"')
     return values

@@ -109,7 +109,7 @@ def check_targets(job: Job, requests: list[Request]) -> None:
     replaced = [file for file in files if file.exists()]
     for file in replaced:
         if file.suffix == ".json" and not is_record(file):
-            raise Refused(f"{file} exists and is no record of a video: move it, or choose another --save_file")
+            raise Refused(f"{file} exists and is not the record of a video: move it or choose another --save_file")
     if replaced:
         more = f" and {len(replaced) - 1} more files" if len(replaced) > 1 else ""
         print(f"note: {replaced[0]}{more} will be replaced")

@@ -120,7 +120,7 @@ class CalibrationFile:
             try:
                 magcache.save_table(path, table, replace=self.table is not None)
             except OSError as fault:
-                reason = f"{self.path.parent} takes no file any more ({first_line(fault)})"
+                reason = f"{self.path.parent} no longer takes files ({first_line(fault)})"
                 continue
             if path != self.path:
                 print(f"warning: {reason}; the calibration is in {folder}", file=sys.stderr)

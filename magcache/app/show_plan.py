@@ -62,7 +62,7 @@ def table_origin(table: RatioTable) -> str:
     date = table.measured_on.get("date")
     if isinstance(date, str):
         return f"measured on {date[:10]} with {table.steps} steps ({table.path})"
-    return f"{'published' if table.named else 'not told'}, {table.steps} steps ({table.path})"
+    return f"{'published' if table.named else 'origin unknown'}, {table.steps} steps ({table.path})"
 
 
 def run_lines(job: Job, video: str, pixels: tuple[int, int, int], references: int) -> list[str]:

@@ -41,7 +41,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
         print(f"          their ratios are measured and written to {job.output.table.parent}/")
         if speedups := job.output.trials:
             named = ", ".join(f"{speedup:g}" for speedup in speedups)
-            print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs a prompt")
+            print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs per prompt")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")
@@ -63,7 +63,7 @@ def tell_needs(job: Job, pixels: tuple[int, int, int]) -> None:
     print(f"needs     about {needs}")
     free, _ = torch.cuda.mem_get_info()
     if needs.card > free:
-        needed = f"{number_of_bytes(needs.card)} of the GPU's memory, {number_of_bytes(free)} are free"
+        needed = f"{number_of_bytes(needs.card)} of the GPU's memory, but {number_of_bytes(free)} are free"
         less = "--offload_blocks, --offload_model True, --vae_tiling or a smaller --size need less"
         print(f"warning: this run needs about {needed}; {less}", file=sys.stderr)
 
@@ -106,8 +106,8 @@ def tell_failures(failures: list[tuple[str, str]], count: int) -> None:
     """failures: of `magcache.app.generate.make_all`, of `count` requests."""
     remedies = {
         "videos": "a rerun tries them again",
-        "comparisons": "their videos are finished, --overwrite makes both again",
+        "comparisons": "their videos are finished; --overwrite makes both again",
     }
     for what, remedy in remedies.items():
         if lines := [line for failed, line in failures if failed == what]:
-            print(f"{len(lines)} of {count} {what} failed, {remedy}:", *lines, sep="\n", file=sys.stderr)
+            print(f"{len(lines)} of {count} {what} failed; {remedy}:", *lines, sep="\n", file=sys.stderr)

@@ -13,7 +13,7 @@ from magcache.app.tasks import TASKS
         ("t2v-1.3B", "./renamed", "832*480", "t2v-1.3B", None),
         ("i2v-14B", "x/Wan2.1-I2V-14B-480P/", "1280*720", "i2v-14B-480P", None),
         ("t2i-14B", "./Wan2.1-T2V-14B", "1280*720", "t2v-14B", "t2i-14B uses the table of t2v-14B"),
-        ("i2v-14B", "./renamed", "480*832", "i2v-14B-480P", "taken by the size"),
+        ("i2v-14B", "./renamed", "480*832", "i2v-14B-480P", "chosen by the size"),
         ("i2v-14B", "./480P-and-720P", "1280*720", "i2v-14B-720P", "fits several tables"),
     ],
 )

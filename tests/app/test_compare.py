@@ -138,7 +138,7 @@ def test_a_record_takes_no_other_files_place(tmp_path, capsys):
     """One that cannot be written stops nothing."""
     (tmp_path / "film.json").write_text('{"mine": 1}')
     job = make_job(make_parser(SCRIPT).parse_args(["--task", "t2v-tiny", "--ckpt_dir", str(DEMO)]))
-    with pytest.raises(Refused, match=r"film.json exists and is no record of a video"):
+    with pytest.raises(Refused, match=r"film.json exists and is not the record of a video"):
         check_targets(job, [Request("a", 1, tmp_path / "film.mp4")])
     save_record(tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
             break
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "1 of 3 comparisons failed, their videos are finished, --overwrite makes both again:\n" in err
+    assert "1 of 3 comparisons failed; their videos are finished; --overwrite makes both again:\n" in err
     assert re.search(rf"^{tmp_path}/first.mp4: \w+Error: ", err, re.MULTILINE)
     assert "videos failed" not in err
     assert (tmp_path / "second_compare.html").is_file()

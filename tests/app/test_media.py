@@ -100,13 +100,13 @@ def test_unusable_images(tmp_path):
         ("none.png", "No such file"),
         (".", "Is a directory"),
         ("cut.png", "not a complete image"),
-        ("text.png", "no image of a format that is known here"),
-        ("line.png", "1x400 pixels, it needs at least 16"),
-        ("wide.png", "one side may be 5 times the other"),
+        ("text.png", "not an image of a known format"),
+        ("line.png", "1x400 pixels; each side needs at least 16"),
+        ("wide.png", "a side may be up to 5 times the other"),
         ("alpha.png", "transparent"),
-        ("deep.tif", "32 bits a channel"),
-        ("photo.heic", "no image of a format that is known here, such as PNG or JPEG"),
-        ("huge.png", "it has more than 178 million pixels, make it smaller"),
+        ("deep.tif", "32 bits per channel"),
+        ("photo.heic", "not an image of a known format such as PNG or JPEG"),
+        ("huge.png", "it has more than 178 million pixels; make it smaller"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             read_image(tmp_path / name)

@@ -115,7 +115,7 @@ def test_input_files_decide_on_the_shape_where_they_are_there(plan, tmp_path):
     assert "i2v-14B, 432x880, 81 frames" in plan(*flags, tmp_path / "tall.png")[3]
     lines = plan(*flags, tmp_path / "missing.png")
     assert "i2v-14B, 832x480, 81 frames" in lines[3]
-    assert "missing.png, decides on the shape" in lines[-1]
+    assert "missing.png) decides on the shape" in lines[-1]
     two = plan("--task", "vace-14B", "--prompt", "a", "--src_ref_images", "a.png,b.png")
     assert two[3].endswith(f"; {75600 // 21 * 23} tokens a call")
 

@@ -186,8 +186,8 @@ def test_vace(checkout):
     [
         ({"src_mask": IMAGE}, "needs a source video"),
         ({"src_video": "no.mp4"}, "cannot read no.mp4: no such file"),
-        ({"src_video": REPO / "README.md"}, "cannot read .*README.md: it is no video"),
-        ({"src_video": FILM, "src_mask": REPO / "README.md"}, "cannot read .*README.md: it is no video"),
+        ({"src_video": REPO / "README.md"}, "cannot read .*README.md: it is not a video"),
+        ({"src_video": FILM, "src_mask": REPO / "README.md"}, "cannot read .*README.md: it is not a video"),
         ({"src_video": FILM, "src_mask": IMAGE}, "cannot use .*girl.png: the wan package here takes no picture as a m"),
         ({"src_ref_images": f"{IMAGE},no.png"}, "cannot read no.png"),
     ],

@@ -259,7 +259,7 @@ CASES = [
             "could not write gone/film.mp4; its pixels are kept in", {"TMPDIR": "tmp"},
             disturb=once("out", "loading", lambda folder: (folder / "gone").rmdir()), check=rescued),
     RunCase("the folder of a batch goes", folder_for(prompts(2, ["--save_file", "gone"])), 1,
-            r"2 of 2 videos failed, a rerun tries them again:\ngone/00001", {"TMPDIR": "tmp"},
+            r"2 of 2 videos failed; a rerun tries them again:\ngone/00001", {"TMPDIR": "tmp"},
             disturb=once("out", "1 of 2", lambda folder: (folder / "gone").rmdir()),
             check=lambda folder: len(list((folder / "tmp").glob("*.pt"))) == 2 or pytest.fail("a video is lost")),
     RunCase("standard output is full", SAVED, 0, "", arrange=partial(stream_to, 1, "/dev/full"),

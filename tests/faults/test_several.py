@@ -138,7 +138,7 @@ def test_a_decoder_that_fails_once(tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
-    assert "1 of 2 videos failed, a rerun tries them again" in result.stderr
+    assert "1 of 2 videos failed; a rerun tries them again" in result.stderr
     assert result.stdout.count("failed    films/00001") == 1 and "MemoryError: the decoder is full" in result.stdout
     (film,) = (tmp_path / "films").glob("*.mp4")
     assert film.name.startswith("00002_a_cat") and len(iio.imread(film)) == 5

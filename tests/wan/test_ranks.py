@@ -192,7 +192,7 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
                 break
         said, _ = second.communicate(timeout=120)
     assert second.returncode == 1
-    assert f"1 of {12 - len(before)} videos failed, a rerun tries them again:" in said
+    assert f"1 of {12 - len(before)} videos failed; a rerun tries them again:" in said
     assert f"{lines[11]['image']}: No such file" in said
     after = made()
     assert len(after) == 11

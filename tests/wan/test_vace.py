@@ -217,7 +217,7 @@ def test_an_hdr_video_is_refused_until_it_is_converted(transfer, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     colours = f"format=yuv420p10le,setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc"
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x48:r=16", "-frames:v", "5", "-vf", colours, "-c:v", "ffv1", "hdr.mkv")
-    with pytest.raises(ValueError, match=r"^cannot use hdr\.mkv: it is HDR, convert it first: ffmpeg (.*)$") as refused:
+    with pytest.raises(ValueError, match=r"^cannot use hdr\.mkv: it is HDR; convert it first: ffmpeg (.*)$") as refused:
         probe_video("hdr.mkv")
     ffmpeg(*str(refused.value).partition(": ffmpeg ")[2].split())
     assert probe_video("sdr.mp4") == even(5, 16, 48, 64)

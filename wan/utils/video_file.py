@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 
 TICKS = 360_000  # a second, for whole numbers of them between the frames of any usual rate
-TRANSPARENT = "parts of it are transparent (alpha channel), flatten it first"
+TRANSPARENT = "parts of it are transparent (alpha channel); flatten it first"
 HDR = r"^\[info] +Stream #.*: Video: .*/(?:arib-std-b67|smpte2084)\b"  # the transfer of HLG, and that of PQ
 TO_SDR = "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709,format=yuv420p"
 
@@ -49,7 +49,7 @@ def probe_video(path: str) -> VideoInfo:
     if re.search(r"^\[info] +alpha_mode +: 1$", result.stderr, re.MULTILINE):  # which the decoder leaves out
         raise ValueError(f"cannot use {path}: {TRANSPARENT}")
     if re.search(HDR, result.stderr, re.MULTILINE):
-        raise ValueError(f"cannot use {path}: it is HDR, convert it first: ffmpeg -i {path} -vf {TO_SDR} sdr.mp4")
+        raise ValueError(f"cannot use {path}: it is HDR; convert it first: ffmpeg -i {path} -vf {TO_SDR} sdr.mp4")
     lines = [line for line in result.stdout.splitlines() if not line.startswith("#")]
     if not lines:
         raise ValueError(f"cannot read {path}: no frame can be decoded")

@@ -25,7 +25,7 @@ def use_trials(
         return cache, None
     run = settings_of(sampling, machine) | {"sample_steps": sampling.sample_steps}
     for line in compare_settings(measured.table, run):
-        print(f"note: {line}; what its trials say holds for that")
+        print(f"note: {line}; its trials hold for that")
     if cache.quality is not None:
         speedup = measured.fastest(cache.quality, sampling.sample_steps)
         if speedup is None:

@@ -27,7 +27,7 @@ def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
     cost += sum(way.cost for way in candidates(sampling, speedups)[1:]) / 2  # at most half of the prompts try them
     runs = cost / (CALLS_PER_STEP * steps)
     if runs > TRIAL_BUDGET:
-        dear = f"{runs:.2f} uncached runs a prompt, more than {TRIAL_BUDGET}"
+        dear = f"{runs:.2f} uncached runs per prompt, more than {TRIAL_BUDGET}"
         raise Refused(f"--magcache_calibration {text} would cost {dear}: leave out the smallest speed-ups")
     return tuple(speedups)
 
