@@ -39,7 +39,8 @@ def run(args: Namespace) -> bool:
         print("all of them are finished; --overwrite makes them again")
         return True
     sees = bool(job.sampling.spec.images and inputs)
-    expander = make_expander(job.extension, sees) if job.extension and processes.rank == 0 else None
+    extends = job.extension and processes.rank == 0
+    expander = make_expander(job.sampling.task, job.extension, sees) if extends else None
     check_targets(job, requests)
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 

@@ -15,7 +15,7 @@ from magcache.app.errors import Refused, first_line, refusing
 from magcache.app.job import Inputs, Job, Machine, Sampling
 from magcache.app.lora import merging
 from magcache.app.processes import Group, Processes
-from magcache.app.tasks import TASKS
+from magcache.app.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 
 class Backend(abc.ABC):
-    """A `wan` package. release: whose it is. task: of a command that names none. lacks: flags that it does not take.
-    not_used: flags of its script for tasks that are not run here. sharing: what a pipeline calls it that processes
-    share the tokens. remedy: what to do where it cannot be imported. frees_models: whether a pipeline drops its models
-    once no other video comes. saves_uncond: whether it makes one call a step at a guidance of 1. without_card: what to
-    say where there is no CUDA device. damaged: what it raises for a file that it cannot read."""
+    """A `wan` package. release: whose it is, None for this repository's. task: of a command that names none. lacks:
+    flags that it does not take. not_used: flags of its script for tasks that are not run here. sharing: what a pipeline
+    calls it that processes share the tokens. remedy: what to do where it cannot be imported. frees_models: whether a
+    pipeline drops its models once no other video comes. saves_uncond: whether it makes one call a step at a guidance of
+    1. held: bytes for each channel of a token that a call holds, in every process and in all that share the tokens,
+    None where `magcache.app.cost` counts them. without_card: what to say where there is no CUDA device. damaged: what
+    it raises for a file that it cannot read."""
 
-    release: str
+    release: str | None = None
     task = "t2v-14B"
     lacks: tuple[str, ...] = ()
     not_used: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class Backend(abc.ABC):
     remedy = "run this beside one, in its environment"
     frees_models: bool
     saves_uncond: bool
+    held: tuple[float, float] | None = None
     without_card: str
     damaged: tuple[type[Exception], ...] = ()
 
@@ -50,6 +53,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
         """Returns the dtype of the linear layers in the transformer's blocks."""
+
+    def holds_both(self, machine: Machine, again: bool) -> bool:
+        """Whether two transformers are on the card together. again: whether the pipeline is kept for another video."""
+        return machine.dit_fsdp or (again and not machine.offload_model)
 
     @abc.abstractmethod
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
@@ -114,12 +121,15 @@ def backend() -> Backend:
     return StockWan()
 
 
+def check_release(task: Task) -> None:
+    """Refuses a task that is of another release than a stock package here."""
+    release = backend().release
+    if release not in (None, task.release) and wan_folder().is_dir():
+        raise Refused(f"task {task.name} is of {task.release}, the wan package here is {release}'s")
+
+
 def check_before_import(sampling: Sampling, machine: Machine) -> None:
     """Refuses what can be told at once: importing `wan` takes seconds."""
-    if backend().release == "Wan2.2":
-        raise Refused(
-            "the wan package here is Wan2.2's: run this beside that of Wan2.1, or of this script's repository"
-        )
     if sampling.size not in sampling.spec.sizes:
         raise Refused(f"task {sampling.task} supports {', '.join(sampling.spec.sizes)}, not {sampling.size}")
     check_folder(sampling, machine)

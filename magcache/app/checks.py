@@ -10,7 +10,7 @@ from pathlib import Path
 
 import magcache
 from magcache.app import prompts
-from magcache.app.backend import backend
+from magcache.app.backend import backend, check_release
 from magcache.app.checkpoint import architecture_of
 from magcache.app.choose_schedule import all_computed, choose_table, make_schedule
 from magcache.app.errors import Refused, need_package, refusing
@@ -24,6 +24,7 @@ from magcache.app.trials.quality import note_few_steps, use_trials
 
 def make_job(args: Namespace) -> Job:
     """args: of `magcache.app.flags.make_parser`. Raises Refused."""
+    check_release(TASKS[args.task])
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
     for lora in machine.lora:
@@ -101,7 +102,7 @@ def make_machine(args: Namespace) -> Machine:
     """Refuses flags that the `wan` here does not have, and those for several GPUs that the number of processes does not
     fit; a plan is for any machine."""
     for flag in backend().lacks:
-        if getattr(args, flag) not in (None, False):
+        if (value := getattr(args, flag)) is True or value not in (None, False, 1):
             whose = f"this one is {backend().release}'s own"
             raise Refused(f"--{flag} needs the wan package of magcache_generate.py; {whose}")
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "convert_model_dtype")
@@ -157,7 +158,7 @@ def make_sampling(args: Namespace) -> Sampling:
         args.sample_solver,
         task.steps if steps is None else steps,
         task.shifts.get(args.size, task.shift) if shift is None else shift,
-        args.sample_guide_scale if given or len(task.guidance) == 1 else task.guidance,
+        args.sample_guide_scale if given else task.guidance if task.boundary else task.guidance[0],
     )
 
 

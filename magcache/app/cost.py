@@ -79,13 +79,15 @@ def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
     return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
 
 
-def call_bytes(sizes: Architecture, tokens: int, autocast: bool, by_token: bool = False) -> float:
+def call_bytes(
+    sizes: Architecture, tokens: int, autocast: bool, by_token: bool = False, held: float | None = None
+) -> float:
     """Most that a computed call holds beside the weights. autocast: to bfloat16. by_token: whether every token has a
-    timestep of its own, and so a modulation."""
+    timestep of its own, and so a modulation. held: by a block, for each channel of a token; None for our `wan`."""
     width = 2 if autocast else 4  # bytes of what linear layers take and give
     attention, feed_forward = 16.2 + 6 * width, 12.6 + 4 * by_token + 2 * width * sizes.ffn_dim / sizes.dim
     hints = (sizes.vace_blocks + 1.5) * width if sizes.vace_blocks else 0
-    return tokens * sizes.dim * (max(attention, feed_forward) + hints)
+    return tokens * sizes.dim * ((held or max(attention, feed_forward)) + hints)
 
 
 def vae_bytes(frames: int, height: int, width: int, tiled: bool, latent: int = LATENT) -> float:
@@ -119,11 +121,11 @@ class Needs:
 def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
     """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights; in
     Wan2.1's own `wan` it is float32."""
-    machine, spec = job.machine, job.sampling.spec
+    machine, spec, chosen = job.machine, job.sampling.spec, backend()
     sizes, experts = architecture_of(spec, machine.ckpt_dir), len(spec.transformers)
     shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks
     tokens = token_count(*pixels, len(job.inputs.references), spec.token_pixels)
-    dtype = backend().weights_dtype(machine, cuda)
+    dtype = chosen.weights_dtype(machine, cuda)
     all_weights = weights = weight_bytes(sizes, dtype)
     if machine.dit_fsdp:  # the linear layers of blocks are; of two blocks, this one and the next, they are gathered
         large, _ = parameters(sizes, "blocks.0.")
@@ -132,7 +134,9 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     if machine.offload_blocks:  # all but one, and the next, which is copied meanwhile
         weights -= weight_bytes(sizes, dtype, "blocks.0.") * max(0, blocks - 2)
     by_token = bool(job.inputs.image) and not spec.needs_images
-    activations = call_bytes(sizes, tokens, cuda or dtype != "float32", by_token) / shards
+    whole, shared = chosen.held or (0.0, None)
+    activations = call_bytes(sizes, tokens, cuda or dtype != "float32", by_token, shared) / shards
+    activations += tokens * sizes.dim * whole
     cached = 0.0
     if job.cache and not job.cache.offload:
         cached = cached_bytes(job.schedule, sizes, tokens)
@@ -141,8 +145,8 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling, sizes.out_dim)
-    again = job.prompt_file or job.output.compare or job.output.trials or not backend().frees_models
-    if machine.dit_fsdp or (again and not machine.offload_model):  # else one of two experts is on the card at a time
+    again = job.prompt_file or job.output.compare or job.output.trials or not chosen.frees_models
+    if chosen.holds_both(machine, again):
         weights *= experts
     all_weights *= experts
     stays = weights if machine.dit_fsdp or (again and not machine.offload_model) else 0.0

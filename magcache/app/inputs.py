@@ -93,14 +93,15 @@ class Expander(Protocol):
         """An object with the `prompt`, whether it worked (`status`), and a `message`."""
 
 
-def make_expander(extension: Extension, is_vl: bool) -> Expander:
-    """Returns what extends the prompts. Reads no weights, unless the `wan` here does."""
+def make_expander(task: str, extension: Extension, is_vl: bool) -> Expander:
+    """Returns what extends the prompts. Reads no weights, unless the `wan` here does. task: which only Wan2.2's asks
+    for."""
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
     method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
     device = {"device": 0} if extension.method == "local_qwen" else {}
     with refusing(ValueError, OSError, ImportError):
-        return method(model_name=extension.model, is_vl=is_vl, **device)
+        return method(model_name=extension.model, task=task, is_vl=is_vl, **device)
 
 
 def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list | None) -> str:

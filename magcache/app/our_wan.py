@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OurWan(Backend):
-    release, frees_models, saves_uncond = "this repository", True, True
+    frees_models = saves_uncond = True
     without_card = "a full-size model takes hours for a video"
 
     @property

@@ -27,6 +27,7 @@ class StockWan(Backend):
     release = "Wan2.1"
     lacks = (*OF_OUR_WAN, "convert_model_dtype")
     frees_models = saves_uncond = False
+    held = (0.0, 42.5)  # measured on upstream's transformers of full size, by fake tensors
     without_card = "the wan package here is made for one"
 
     def __init__(self):
@@ -36,12 +37,10 @@ class StockWan(Backend):
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
         """That of upstream's script, which is read and not run."""
         root = wan_folder().parent
-        with contextlib.suppress(OSError, ValueError, SyntaxError, KeyError, TypeError):
-            for statement in ast.parse((root / "generate.py").read_text(encoding="utf-8")).body:
-                if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "EXAMPLE_PROMPT":
-                    example = ast.literal_eval(statement.value)[sampling.task]
-                    known = {name: example[name] for name in ("prompt", *sampling.spec.inputs) if name in example}
-                    return located(known, root)
+        with contextlib.suppress(KeyError, TypeError):
+            example = assigned(root / "generate.py")["EXAMPLE_PROMPT"][sampling.task]
+            known = {name: example[name] for name in ("prompt", *sampling.spec.inputs) if name in example}
+            return located(known, root)
         return {"prompt": ""}
 
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
@@ -56,9 +55,6 @@ class StockWan(Backend):
         if sampling.spec.architecture.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
             loads = f"{config.clip_tokenizer}/, which the wan package here loads"
             raise Refused(f"--ckpt_dir {machine.ckpt_dir} lacks {loads}")
-        self.check_attention()
-
-    def check_attention(self) -> None:
         attention = getattr(sys.modules.get("wan.modules.model"), "flash_attention", None)  # imported with the configs
         known = [getattr(attention, "__globals__", {}).get(f"FLASH_ATTN_{number}_AVAILABLE") for number in (2, 3)]
         if False in known and True not in known:
@@ -120,6 +116,18 @@ class StockWan(Backend):
         if runner.calls_per_step == 2:
             return super().attach(pipeline, runner, on_call)
         super().attach(pipeline, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))
+
+
+def assigned(path: Path) -> dict[str, Any]:
+    """The literal values that a Python file, which is not run, assigns to names and to attributes, by their names."""
+    values = {}
+    with contextlib.suppress(OSError, ValueError, SyntaxError):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            with contextlib.suppress(ValueError, TypeError, AttributeError):  # AttributeError: no plain assignment
+                target = statement.targets[0]
+                name = target.attr if isinstance(target, ast.Attribute) else target.id
+                values[name] = ast.literal_eval(statement.value)
+    return values
 
 
 class CondForBoth:

@@ -30,12 +30,12 @@ STEPS, LAYERS = 8, 2
 CACHE = ("--use_magcache", "--magcache_thresh", "0.3", "--magcache_K", "2")
 
 
-def make_checkout(folder: Path, packages=("magcache",)) -> Path:
+def make_checkout(folder: Path, packages=("magcache",), kinds=("t2v", "i2v", "flf2v", "vace")) -> Path:
     shutil.copytree(REPO / "tests" / "stock_checkout", folder)
     shutil.copy(REPO / "magcache_generate.py", folder)
     for name in packages:
         shutil.copytree(REPO / name, folder / name)
-    for kind in ("t2v", "i2v", "flf2v", "vace"):
+    for kind in kinds:
         (write_checkpoint(kind, folder / kind) / "xlm-roberta-large").mkdir()
     return folder
 
@@ -45,12 +45,12 @@ def checkout(tmp_path_factory):
     return make_checkout(tmp_path_factory.mktemp("stock") / "Wan2.1")
 
 
-def run(checkout, *flags, processes=1, env=None):
-    """Runs the copied script in its folder; a single process starts warm. Returns what came of it, and what the
-    pipelines recorded, by rank."""
+def run(checkout, *flags, processes=1, env=None, plain=None):
+    """Runs the copied script in its folder; a single process starts warm. plain: all flags, where the usual ones are
+    not wanted. Returns what came of it, and what the pipelines recorded, by rank."""
     for record in checkout.glob("record.*.pt"):
         record.unlink()
-    flags = ["--sample_steps", STEPS, "--size", "832*480", "--base_seed", 1, *flags]
+    flags = plain or ["--sample_steps", STEPS, "--size", "832*480", "--base_seed", 1, *flags]
     if processes == 1 and env is None:
         arrange, script = functools.partial(warm.only_from, checkout), checkout / "magcache_generate.py"
         result = warm.finished(flags, checkout, arrange, script)

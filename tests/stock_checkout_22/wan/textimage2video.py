@@ -1,4 +1,4 @@
-"""Upstream's pipelines without text encoder and VAE."""
+"""Upstream's pipelines, as in tests/stock_checkout."""
 
 from pathlib import Path
 
