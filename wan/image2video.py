@@ -75,7 +75,7 @@ class ImagePipeline(WanPipeline):
         shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
-        contexts = self.encode_text(prompt, n_prompt, how.offload_model)
+        contexts = self.encode_text(prompt, n_prompt, how.offload_model, how.guide_scale)
         pixels = [
             torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
             for image in images

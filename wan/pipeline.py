@@ -137,17 +137,20 @@ class WanPipeline:
             return "meta"
         return "cpu" if offload_model else None
 
-    def encode_text(self, prompt: str, n_prompt: str, offload_model: bool) -> tuple[list, list]:
+    def encode_text(
+        self, prompt: str, n_prompt: str, offload_model: bool, guide_scale: float | tuple[float, float] = 5.0
+    ) -> tuple[list, list]:
         """Returns features of prompt and negative prompt, each a list of one [tokens, text_dim], on the device. An
-        empty n_prompt stands for the config's."""
-        texts = [prompt, n_prompt or self.sample_neg_prompt]
+        empty n_prompt stands for the config's. Where no step is guided (a guide_scale of 1) the negative prompt is not
+        needed: the prompt's features take its place."""
+        texts = [prompt] if guide_scale in (1, (1, 1)) else [prompt, n_prompt or self.sample_neg_prompt]
         device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
         visits = None if self.t5_fsdp or self.offload_blocks else device
         with on_device(self.text_encoder.model, visits, self.afterwards(offload_model)):
             features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
         if not self.keeps_models:
             self.text_encoder = None
-        return features[0], features[1]
+        return features[0], features[-1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
         """(z_dim, f, h, w) of the latent of a video of size (width, height). Raises ValueError for sizes that the model

@@ -30,6 +30,6 @@ class WanT2V(WanPipeline):
         solver.
         """
         shape = self.latent_shape(size, frame_num)
-        contexts = self.encode_text(input_prompt, n_prompt, offload_model)
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, {"seq_len": self.token_count(shape)}, how))

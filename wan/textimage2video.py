@@ -56,7 +56,7 @@ class WanTI2V(WanPipeline):
             rows, columns = (s * p for s, p in zip(self.config.vae_stride[1:], self.config.patch_size[1:], strict=True))
             size = covered_size(img.size, max_area, (columns, rows))
         shape = self.latent_shape(size, frame_num)
-        contexts = self.encode_text(input_prompt, n_prompt, offload_model)
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         first = None
         if img is not None:
             pixels = torch.from_numpy(np.array(covering(img.convert("RGB"), size))).to(self.device)

@@ -94,7 +94,7 @@ class WanVace(WanPipeline):
             frames = torch.zeros(3, frame_num, size[1], size[0])
         mask = torch.ones_like(frames[:1]) if mask is None else mask
         self.check_shapes(frames, mask, refs)
-        contexts = self.encode_text(input_prompt, n_prompt, offload_model)
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         frames, mask, *refs = (u.to(self.device) for u in (frames, mask, *refs))
         z = self.vace_encode_frames([frames], [refs], [mask])
         vace_context = self.vace_latent(z, self.vace_encode_masks([mask], [refs]))

@@ -20,14 +20,16 @@ def test_every_stage(pipeline, name):
 
 
 def test_at_a_guidance_of_1_only_cond_is_computed(pipeline):
-    """The other call would have no weight."""
+    """The other call would have no weight, and the negative prompt no use."""
     videos, calls = [], []
-    hook = pipeline.model.register_forward_hook(lambda *_: calls.append(1))
-    for guide_scale, expected in ((1, 3), (1.000001, 6)):
+    models = (pipeline.text_encoder.model, pipeline.model)
+    hooks = [model.register_forward_hook(lambda model, *_: calls.append(model)) for model in models]
+    for guide_scale, expected in ((1, [1, 3]), (1.000001, [2, 6])):
         calls.clear()
         videos.append(pipeline.generate("a", (32, 32), 5, sampling_steps=3, guide_scale=guide_scale, seed=1))
-        assert len(calls) == expected
-    hook.remove()
+        assert [calls.count(model) for model in models] == expected
+    for hook in hooks:
+        hook.remove()
     torch.testing.assert_close(*videos, rtol=1e-4, atol=1e-4)
 
 
