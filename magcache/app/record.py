@@ -49,7 +49,9 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
         "device": device(),
         "steps_by": job.made_by,
         "table": describe_table(job.table),
-        "lora": [asdict(lora) | {"sha256": lora.sha256} for lora in job.machine.lora],
+        "lora": [
+            asdict(lora) | {"path": os.path.abspath(lora.path), "sha256": lora.sha256} for lora in job.machine.lora
+        ],
         "schedule": describe_schedule(job.schedule) if job.cache else None,
         "expected": describe_expectation(job),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
