@@ -12,7 +12,7 @@ import pytest
 import test_stock_checkout as of_21
 import torch
 from golden_data import GOLDEN, read_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import magcache
 from magcache.app.architecture import Architecture, tensor_shapes
@@ -205,6 +205,25 @@ def test_prompt_extension(image, kind, checkout):
     result, (record,) = run(checkout, "ti2v-5B", *image, *extension)
     assert result.returncode == 0, result.stderr
     assert record["prompt"] == f"a fox in en, at length, for ti2v-5B, of {kind}"
+
+
+def test_lora_of_an_expert(checkout):
+    name, weights = "blocks.0.self_attn.v", "diffusion_pytorch_model.safetensors"
+    down, up = torch.linspace(-1, 1, 80).view(2, 40), torch.linspace(-1, 1, 80).view(40, 2)
+    halves = {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+    save_file(halves, checkout / "a.safetensors")
+    by_hand = shutil.copytree(checkout / "t2v-A14B", checkout / "by_hand") / "low_noise_model" / weights
+    tensors = load_file(by_hand)
+    tensors[f"{name}.weight"] += up @ down
+    save_file(tensors, by_hand)
+    latents = []
+    for flags in (("--ckpt_dir", "by_hand"), ("--lora", "low=a.safetensors"), ("--lora", "high=a.safetensors")):
+        result, (record,) = run(checkout, "t2v-A14B", *flags)
+        assert result.returncode == 0, result.stderr
+        latents.append(record["latent"])
+    expected, low, high = latents
+    torch.testing.assert_close(low, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(high, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_plan(checkout):
