@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Generates videos with Wan2.1; with --use_magcache, in a part of its transformer calls only.
+"""Generates videos with Wan2.1 or Wan2.2; with --use_magcache only a part of the transformer calls is computed.
 
-Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it: this repository's or Wan2.1's own.
+Accepts every flag of Wan2.1's generate.py. Runs with the `wan` package beside it: of this repository, Wan2.1 or Wan2.2.
 """
 
 import os

@@ -10,7 +10,7 @@ from magcache.app.tasks import TASKS, all_sizes
 
 
 class Explicit(argparse.Action):
-    """Stores a value, and that it was given although it may be the default."""
+    """Stores a value, and also that it was given, even if it is the default."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
@@ -24,14 +24,14 @@ def is_first(rank: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, once a machine where several processes find it."""
+    """Says what is wrong in one line, once per machine where several processes find it."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n" if is_first("LOCAL_RANK") else None)
 
 
 def truth_value(text: str) -> bool:
-    """Yes, true, t, y, 1 or no, false, f, n, 0, in any case, as upstream's flags take it."""
+    """Reads yes, true, t, y, 1 or no, false, f, n, 0, in upper or lower case, as upstream's flags do."""
     if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
         raise argparse.ArgumentTypeError(f"expected a truth value (True or False), got {text!r}")
     return text.lower() in ("yes", "true", "t", "y", "1")
@@ -44,7 +44,7 @@ def supported(task: str) -> str:
 
 
 def make_parser(script: str | Path, description: str | None = None) -> Parser:
-    """script: path of the command, whose folder holds the examples; args.script is where it is."""
+    """Makes the parser. script: path of the command, whose folder holds the examples; it becomes args.script."""
     usage = "%(prog)s --task TASK --ckpt_dir DIR --prompt TEXT --use_magcache --magcache_speedup X [any flag below]"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(usage=usage, description=description, formatter_class=formatter, allow_abbrev=False)
@@ -61,7 +61,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
 
 
 def add_first(add: Callable) -> None:
-    what = "what to make, of what, with which model"
+    what = "what to generate, from what, with which model"
     add("--task", default=backend().task, type=supported, choices=tuple(TASKS), help=what)
     add("--ckpt_dir", metavar="DIR", help="checkpoint folder in the official layout")
     add("--prompt", metavar="TEXT", help="what to show (default: an example)")
@@ -71,14 +71,22 @@ def add_first(add: Callable) -> None:
 
 
 def add_contents(add: Callable) -> None:
-    size = "width*height, or widthxheight; the area where an input file has the shape"
+    size = "width*height or widthxheight; only its area counts where an input file decides on the shape"
     add("--size", default="1280*720", type=lambda text: text.lower().replace("x", "*"), choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
     add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
     add("--prompt_file", metavar="FILE", help="make a video of each line: a prompt, or JSON")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
-    add("--base_seed", type=int, default=-1, help="of the noise; negative (default): random, with a prompt file 0")
-    add("--save_file", help="file of the result (with --prompt_file: folder; default: a name of settings or file)")
+    add(
+        "--base_seed",
+        type=int,
+        default=-1,
+        help="seed of the noise; negative (default): random, or 0 with --prompt_file",
+    )
+    add(
+        "--save_file",
+        help="file of the result, or with --prompt_file its folder (default: named after settings or prompt file)",
+    )
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -98,8 +106,8 @@ def add_sampling(add: Callable) -> None:
 
 
 def add_machine(add: Callable) -> None:
-    lora = "merge a LoRA into the weights, one for each time: of diffusers, peft, kohya or ComfyUI (strength: 1)"
-    lora += "; of Wan2.2's two transformers into both, or with high= or low= in front into one"
+    lora = "merge a LoRA of diffusers, peft, kohya or ComfyUI into the weights (strength: 1); may be repeated; "
+    lora += "of Wan2.2's two transformers both are changed, or only one by high=FILE or low=FILE"
     add("--lora", action="append", metavar="FILE[:STRENGTH]", help=lora)
     offload = "keep models on the GPU only while they work (default: True; False on several GPUs)"
     add("--offload_model", type=truth_value, help=offload)
@@ -108,17 +116,22 @@ def add_machine(add: Callable) -> None:
     add("--dit_fsdp", action="store_true", help="shard the DiT over GPUs")
     add("--ulysses_size", type=int, default=1, help="GPUs that share the attention heads")
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
-    convert = "Wan2.2's: hold the DiT in bfloat16, as by --dit_dtype bfloat16"
+    convert = "hold the DiT in bfloat16, like --dit_dtype bfloat16 (Wan2.2's flag)"
     add("--convert_model_dtype", action="store_true", help=convert)
     dtype = (
-        "of the DiT's large weights (default: bfloat16 on CUDA, bit-identical; float32 on the CPU and with --dit_fsdp)"
+        "dtype of the DiT's large weights (default: bfloat16 on CUDA, which changes no bit of the result; float32 on "
+        "the CPU and with --dit_fsdp)"
     )
     add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
     blocks = "one block of the DiT, and one layer of the text encoder, on the GPU at a time; the rest in pinned memory"
     add("--offload_blocks", action="store_true", help=blocks)
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
-    add("--attn_backend", metavar="NAME", help="attention by diffusers' name: flash, sage, ... (default: torch's own)")
-    add("--vae_tiling", action="store_true", help="decode in tiles, for large videos on small cards")
+    add(
+        "--attn_backend",
+        metavar="NAME",
+        help="attention backend as diffusers calls it: flash, sage, ... (default: torch's own)",
+    )
+    add("--vae_tiling", action="store_true", help="decode in tiles, for large videos on small GPUs")
 
 
 def add_extension(add: Callable) -> None:
@@ -126,7 +139,7 @@ def add_extension(add: Callable) -> None:
     methods = "a model on this machine (default), or Alibaba's service with the key in DASH_API_KEY"
     known = {"choices": ("dashscope", "local_qwen"), "action": Explicit, "help": methods}
     add("--prompt_extend_method", default="local_qwen", **known)
-    model = "folder or cached hub name of a Qwen2.5 (VL) model; or the service's"
+    model = "folder or cached hub name of a Qwen2.5 (VL) model, or the name of a model of the service"
     add("--prompt_extend_model", action=Explicit, help=model)
     known = {"choices": ("zh", "en"), "action": Explicit, "help": "language of the prompt (default: zh)"}
     add("--prompt_extend_target_lang", default="zh", **known)
@@ -135,17 +148,23 @@ def add_extension(add: Callable) -> None:
 def add_magcache(add: Callable) -> None:
     thresh = "MagCache as published: bound on the error over reused steps in a row (default: 0.12)"
     add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
-    add("--magcache_K", type=int, default=2, action=Explicit, help="the same: most steps reused in a row (default: 2)")
-    retention = "the same: share of the steps at the start that always compute (default: 0.2)"
+    add(
+        "--magcache_K",
+        type=int,
+        default=2,
+        action=Explicit,
+        help="MagCache as published: most steps reused in a row (default: 2)",
+    )
+    retention = "MagCache as published: share of the steps, at the start, that always compute (default: 0.2)"
     add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
-    quality = "the largest speed-up that trials of the model promise this latent PSNR for"
+    quality = "choose the largest speed-up for which trials of the model promise this latent PSNR"
     add("--magcache_quality", type=float, metavar="DB", help=quality)
     calibration = "measure the model's ratio table in a run that computes every call, and write it into calibration/ "
     calibration += "or where --save_file says; with speed-ups, also try these on every prompt"
     add("--magcache_calibration", nargs="?", const=True, default=False, metavar="X,X,...", help=calibration)
-    add("--mag_ratios", metavar="NAME_OR_PATH", help="the same: ratio table (default: by task and checkpoint folder)")
+    add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: chosen by task and checkpoint folder)")
     add("--magcache_offload", action="store_true", help="keep what is cached in CPU memory")
-    plan = "only say, and draw, what the run would do; needs no weights and no GPU"
+    plan = "only print, or also draw, what the run would do; needs no weights and no GPU"
     add("--magcache_plan", nargs="?", const=True, metavar="PNG", help=plan)
-    compare = "also generate without the cache, and show both and their difference as a video and a page, with scores"
+    compare = "also generate without the cache, and show both, their difference and scores as a video and a page"
     add("--compare", action="store_true", help=compare)
