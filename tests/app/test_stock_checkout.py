@@ -314,7 +314,6 @@ NO_CUDA = "raise AssertionError('Torch not compiled with CUDA enabled')\n"
     ("file", "content", "flags", "message"),
     [
         ("__init__.py", NO_CUDA, ("--ckpt_dir", "none"), "--ckpt_dir none is not a folder"),
-        ("textimage2video.py", "", (), r"the wan package here is Wan2\.2's: run this beside that of Wan2\.1"),
         ("__init__.py", "import no_such\n", (), r"be imported \(No module named 'no_such'\): run this beside one"),
         ("__init__.py", NO_CUDA, (), r"needs a CUDA device and a torch that sees it \(Torch not compiled with CUDA"),
         ("modules/model.py", WITHOUT_FLASH, (), "needs the package flash_attn: pip install flash-attn"),
