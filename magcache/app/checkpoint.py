@@ -201,7 +201,8 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
 
 
 def read_header(path: Path) -> Shapes:
-    """Shapes of the tensors of a safetensors file, which must all be of floating point and lie within the file."""
+    """Shapes of the tensors of a safetensors file, which must all lie within the file and be of floating point, but for
+    the alpha of a LoRA."""
     from safetensors import SafetensorError, safe_open
 
     shapes = {}
@@ -210,7 +211,7 @@ def read_header(path: Path) -> Shapes:
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 tensor = file.get_slice(name)
                 shapes[name] = tuple(tensor.get_shape())
-                if tensor.get_dtype() not in FLOATS:
+                if tensor.get_dtype() not in FLOATS and not name.endswith(".alpha"):
                     raise ValueError(f"{path}: tensor {name[:80]} is of type {tensor.get_dtype()}, not floating point")
     except (SafetensorError, OSError, RuntimeError) as fault:
         raise Damaged(f"cannot read {path}, is it complete? ({first_line(fault)})") from None

@@ -93,7 +93,7 @@ def as_kohya(changes):
     for name, (down, up) in changes.items():
         module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         file |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up / 2}
-        file[f"{module}.alpha"] = torch.tensor(4.0)
+        file[f"{module}.alpha"] = torch.tensor(4)  # as musubi-tuner converts it
     return file
 
 

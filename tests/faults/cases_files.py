@@ -407,11 +407,12 @@ PIPES = [
 Q = "blocks.0.self_attn.q"
 
 
-def lora(tensors: dict[str, tuple[int, ...]], *strength: str, **metadata: str) -> Callable[[Path], list]:
+def lora(shapes: dict[str, tuple[int, ...]], *strength: str, dtype=torch.float32, **metadata: str) -> Callable:
     """A file of zeros of these shapes."""
 
     def prepare(folder: Path) -> list:
-        save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / "a.safetensors", metadata)
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+        save_file(tensors, folder / "a.safetensors", metadata)
         return [*TINY, "--lora", ":".join(("a.safetensors", *strength))]
 
     return prepare
@@ -451,6 +452,8 @@ LORAS = [
     Case("LoRA down without up", lora(pair(Q, halves="A")), f"{Q}.weight is incomplete: it has only down$"),
     Case("LoRA up without down", lora(pair(Q, halves="B")), f"the change of {Q}.weight is incomplete: it has only up$"),
     Case("LoRA alpha alone", lora({f"{Q}.alpha": ()}), "it has only alpha"),
+    Case("LoRA of whole numbers",
+         lora(pair(Q), dtype=torch.int8), "q.lora_A.weight is of type I8, not floating point"),
     Case("LoRA alpha a list", lora(pair(Q) | {f"{Q}.alpha": (2,)}), "alpha .* is not a single number"),
     Case("LoRA difference of another shape", lora({f"{Q}.diff_b": (193,)}), r"bias is \[193\], but .* \[192\]"),
     Case("LoRA halves apart", lora({**pair(Q, halves="A"), f"{Q}.lora_B.weight": (192, 5)}), r"\[192, 5\] times"),
