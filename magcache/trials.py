@@ -103,6 +103,11 @@ def by_ratios(ratios: Sequence[float], steps: int, rule: Settings) -> Trial:
     return trial("thresh", plan_threshold(ratios, steps, *astuple(rule)), *astuple(rule))
 
 
+def candidates(speedups: Sequence[float], sigmas: Sequence[float]) -> list[Trial]:
+    """Returns what constants are chosen by: all of `CANDIDATES`, at the middle one of the speed-ups."""
+    return [forecast(speedups[len(speedups) // 2], sigmas, constants) for constants in CANDIDATES]
+
+
 def closeness(latent, truth) -> tuple[float, float]:
     """(PSNR in dB, relative error) of a latent against the uncached one, tensors of any equal shape: see `MEASURE`.
     Equal ones have `EQUAL`. Raises ValueError where a number is not finite."""

@@ -19,7 +19,7 @@ from magcache.app.job import OF_OUR_WAN, CacheSettings, Extension, Inputs, Job, 
 from magcache.app.lora import Lora, check_lora
 from magcache.app.processes import Processes
 from magcache.app.tasks import TASKS
-from magcache.app.trials.quality import note_few_steps, use_trials
+from magcache.app.trials.quality import note_few_steps, read_speedups, use_trials
 
 
 def make_job(args: Namespace) -> Job:
@@ -219,8 +219,6 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         raise Refused(f"--magcache_calibration measures both calls of a step, and {one}")
     trials = ()
     if args.magcache_calibration is not True:
-        from magcache.app.trials.ways import read_speedups  # with numpy
-
         trials = read_speedups(args.magcache_calibration, sampling)
     folder = Path("calibration")
     if args.save_file:

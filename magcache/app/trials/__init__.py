@@ -1,2 +1,2 @@
-"""Trials of a model: which a calibration makes (`ways`), how it makes them (`run`), what they say of another run
-(`quality`). What they mean is in `magcache.trials`."""
+"""Trials of a model: how a calibration makes them (`run`), what they say of another run (`quality`). What they mean is
+in `magcache.trials`."""

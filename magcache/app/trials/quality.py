@@ -1,15 +1,42 @@
-"""What the trials of a model's table say of a run: which speed-up a quality takes, and what to expect of it."""
+"""Which trials a calibration is asked for, and what those of a model's table say of a run: which speed-up a quality
+takes, and what to expect of it."""
 
 from dataclasses import asdict, replace
 
 import magcache
+from magcache import trials
 from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import CacheSettings, Job, Machine, Sampling
-from magcache.speedup import FEWEST
+from magcache.app.job import TRIAL_BUDGET, CacheSettings, Job, Machine, Sampling
+from magcache.schedule import CALLS_PER_STEP
+from magcache.speedup import DEFAULT, FEWEST, computed_steps
 from magcache.trials import ANOTHER
 
 HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration 2,2.5,3,4")
+
+
+def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
+    """Reads the value of --magcache_calibration: speed-ups, in rising order. Raises Refused."""
+    steps = sampling.sample_steps
+    try:
+        speedups = sorted(float(part) for part in text.split(","))
+    except ValueError as fault:
+        raise Refused(f"--magcache_calibration takes speed-ups such as 2,2.5,3,4, got {text!r}") from fault
+    for speedup in speedups:
+        if not 1 < speedup <= steps:
+            raise Refused(f"--magcache_calibration takes speed-ups above 1 and at most {steps}, got {speedup:g}")
+    counts = [computed_steps(steps, speedup) for speedup in speedups]
+    if len(set(counts)) < len(counts):
+        same = f"speed-ups that compute the same number of {steps} steps: {counts}"
+        raise Refused(f"--magcache_calibration {text} names {same}")
+    cost = sum(trials.forecast(speedup, sampling.noise_levels, DEFAULT).cost for speedup in speedups)
+    others = trials.candidates(speedups, sampling.noise_levels)[1:]
+    cost += sum(way.cost for way in others) / 2  # at most half of the prompts try them
+    runs = cost / (CALLS_PER_STEP * steps)
+    if runs > TRIAL_BUDGET:
+        dear = f"{runs:.2f} uncached runs per prompt, more than {TRIAL_BUDGET}"
+        raise Refused(f"--magcache_calibration {text} would cost {dear}: leave out the smallest speed-ups")
+    return tuple(speedups)
 
 
 def use_trials(

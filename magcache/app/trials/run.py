@@ -19,9 +19,8 @@ from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.processes import Crew, gathered
 from magcache.app.progress import LOG_SECONDS, bars_replaced
-from magcache.app.trials.ways import candidates, forecasts, others
 from magcache.schedule import CALLS_PER_STEP
-from magcache.speedup import DEFAULT
+from magcache.speedup import DEFAULT, Constants, computed_steps
 
 
 @dataclass
@@ -93,15 +92,26 @@ class TrialRuns:
         self.sampling, self.speedups = job.sampling, job.output.trials
         self.pipeline, self.generate, self.crew, self.count = pipeline, generate, crew, count
         self.choosing = trials.choosing_prompts(count)
-        self.candidates = candidates(self.sampling, self.speedups)
+        self.candidates = trials.candidates(self.speedups, self.sampling.noise_levels)
         self.constants = None if self.choosing else DEFAULT
-        self.forecasts = [] if self.choosing else forecasts(self.sampling, self.speedups, DEFAULT)
+        self.forecasts = [] if self.choosing else self.forecasts_by(DEFAULT)
         self.others: list[trials.Trial] = []
         self.waiting: list[Recorded] = []
         self.recorded = self.allowed = self.spent = self.turn = 0
-        possible = (way for one in trials.CANDIDATES for way in forecasts(self.sampling, self.speedups, one))
+        possible = (way for constants in trials.CANDIDATES for way in self.forecasts_by(constants))
         first_free = Settings().first_free_step(job.sampling.sample_steps)
         self.wanted = max(CALLS_PER_STEP * first_free, *(len(way.known) for way in possible))  # outputs of a run
+
+    def forecasts_by(self, constants: Constants) -> list[trials.Trial]:
+        return [trials.forecast(speedup, self.sampling.noise_levels, constants) for speedup in self.speedups]
+
+    def compared(self, ratios: Sequence[float]) -> list[trials.Trial]:
+        """What forecasts are compared with: fewer sampler steps at equal calls, and the task's published settings by
+        the ratios of this model, where they reuse anything."""
+        steps = self.sampling.sample_steps
+        fewer = [trials.fewer_steps(computed_steps(steps, speedup)) for speedup in self.speedups]
+        rows = [trials.by_ratios(ratios, steps, rule) for rule in self.sampling.spec.published]
+        return fewer + [row for row in rows if any(row.schedule.reuse)]
 
     @contextmanager
     def recording(self, request: Request) -> Iterator[None]:
@@ -126,14 +136,14 @@ class TrialRuns:
         The ratios of the first prompt make the schedules of the published settings, whose tables are of one, too."""
         self.waiting[-1].latent = latent
         if not self.others:
-            self.others = others(self.sampling, self.speedups, ratios)
+            self.others = self.compared(ratios)
         if self.constants is None:
             self.try_ways(self.waiting[-1], self.candidates)
             if len(self.waiting) < self.choosing:
                 return
             self.constants = trials.choose(self.candidates)
             tried = {tuple(way.settings.values()): way for way in self.candidates}
-            chosen = forecasts(self.sampling, self.speedups, self.constants)
+            chosen = self.forecasts_by(self.constants)
             self.forecasts = [tried.get(tuple(way.settings.values()), way) for way in chosen]
         for recorded in self.waiting:
             self.allowed += round(TRIAL_BUDGET * CALLS_PER_STEP * self.sampling.sample_steps)
