@@ -1,13 +1,13 @@
-"""Runs a schedule on one transformer instance, and takes itself off again without a trace.
+"""Makes one transformer instance follow a schedule, and restores it exactly afterwards.
 
-The instance gets a class of its own that hands every call to what is attached (`Attachment`) before anything of the
-model runs, hooks and FSDP's gathering included. Nothing of a forward is copied, so it may be any: this repo's,
+The instance gets a class of its own, which hands every call to what is attached (`Attachment`) before anything of the
+model runs, hooks and FSDP's gathering included. No code of a forward is copied, so any will do: this repository's,
 upstream's, diffusers', a sequence-parallel one that the instance carries, one under FSDP.
 
-Outputs: a call that does not compute returns a combination of what the model returned before; the model is not run.
+Outputs: a call that does not compute returns a combination of earlier outputs, and the model does not run.
 Residuals: a Wan forward embeds its inputs, loops over `self.blocks`, and applies the head. While it runs, the
-instance's own attribute `blocks` hides the block list behind a first step that either calls all blocks or adds the
-cached residual, and others that only watch that the loop does nothing else. On reuse no block is called at all, so no
+instance's own attribute `blocks` hides the block list: a first step either calls all blocks or adds the cached
+residual, and the other steps only check that the loop does nothing else. On reuse no block is called at all, so no
 weights are gathered for it.
 """
 
@@ -31,7 +31,7 @@ OnCall = Callable[[int, bool], None]
 
 
 class Runner(Protocol):
-    """What the calls of a model are handed to; see `Cache`, `magcache.calibrate.Calibration`."""
+    """Executes the calls of a model; see `Cache` and `magcache.calibrate.Calibration`."""
 
     calls: int  # of a run
     calls_per_step: int
@@ -39,21 +39,21 @@ class Runner(Protocol):
     switch: int | None  # first step of a second transformer, None where any may be called
 
     def reset(self) -> None:
-        """Forgets everything of the current run: a run begins, or has failed."""
+        """Forgets everything about the current run, because a run begins or has failed."""
 
     def skips(self, call: int) -> bool:
         """Whether the call does not compute."""
 
     def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
-        """What the call returns; `forward()` runs the model as it is, `forward.args[1:]` are the arguments of the call
-        by position."""
+        """Returns what the call returns. `forward()` runs the model as it is; `forward.args[1:]` are the positional
+        arguments of the call."""
 
 
 class Cache:
     """Executes a `Schedule`: keeps at most `schedule.history` residuals or outputs per branch, none outside a run.
 
-    dtype: of what is cached; None keeps it as computed (float32 in Wan).
-    device: where it waits, such as "cpu" to spare GPU memory; None leaves it where it is.
+    dtype: of what is cached; None keeps that of the computation (float32 in Wan).
+    device: where it is kept, such as "cpu" to save GPU memory; None leaves it where it is.
     """
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
@@ -78,15 +78,15 @@ class Cache:
         return self.kept[call % self.calls_per_step]
 
     def make_room(self, call: int) -> bool:
-        """Frees, before a call computes, what no later call needs. Returns whether one needs what this call leaves."""
+        """Frees, before a call computes, what no later call needs. Returns whether a later call needs its result."""
         wanted = call < self.calls and self.schedule.used_later[call]
         # what is older serves only along with this one
         del self.branch(call)[self.schedule.history - 1 if wanted else 0 :]
         return wanted
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it waits."""
-        small = tensor.detach().to(self.dtype or tensor.dtype)  # before it moves, as it would be moved whole otherwise
+        """Returns the tensor in the form in which it is kept."""
+        small = tensor.detach().to(self.dtype or tensor.dtype)  # before the move, so that less is moved
         return small.to(self.device or tensor.device)
 
 
@@ -97,7 +97,7 @@ class ResidualCache(Cache):
 
     def answer(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         dit = find_dit(model)
-        hints = self.skips(call) and hasattr(dit, "forward_vace")  # which only the blocks take
+        hints = self.skips(call) and hasattr(dit, "forward_vace")  # which only the blocks use
         with (
             shadowed(dit, {"forward_vace": lambda *args, **kwargs: None} if hints else {}),
             blocks_hidden(dit, functools.partial(self.step, call)),
@@ -138,7 +138,7 @@ class OutputCache(Cache):
         self.structure = self.like = None  # of what the model returns
 
     def combined(self, call: int) -> Any:
-        """What the call returns without the model: sums in float32 (or wider), in the dtype that the model returned."""
+        """Combines earlier outputs, summed in float32 (or wider) and returned in the model's output dtype."""
         tensors = []
         for (device, dtype), *sources in zip(self.like, *self.branch(call), strict=True):
             wide = torch.promote_types(dtype, torch.float32)
@@ -151,8 +151,8 @@ CACHES = {"residual": ResidualCache, "output": OutputCache}  # by the target of 
 
 
 class CallCounter:
-    """Numbers the calls of a run. What does not fit the plan is noticed in the first call that shows it: `fits` is
-    False from that call to the end of the run, and `notice` says it then.
+    """Numbers the calls of a run. The first call that shows that the run does not fit the plan sets `fits` to False, up
+    to the end of the run, and `notice` to the reason.
 
     A run starts when the timestep rises, when the latents have other shapes than before, when another thread calls, or
     when all calls are done and the timestep is back at the first one. The rest of a run that another thread's call has
@@ -161,8 +161,8 @@ class CallCounter:
     the next, and every timestep has to be that of its level, on a scale of 1000 or of 1. With `switch`, the steps
     from that one on are the second transformer's, and those before the first's.
 
-    `doubtful`: the run began at the timestep of the call before. That one ended in its first step, or it goes on, with
-    more calls a step than planned.
+    `doubtful`: the run began at the timestep of the call before it. Either the run before ended in its first step, or
+    it goes on with more calls per step than planned.
     """
 
     def __init__(
@@ -181,9 +181,9 @@ class CallCounter:
         self.thread, self.interrupted = threading.get_ident(), False
 
     def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = (), expert: int = 0) -> int:
-        """The number of the call. resolution: neighbouring steps share a timestep only where they are less apart than
-        this, and those before them then are, too, as the steps of a run grow. shapes: of the latents. expert: 0 for the
-        first transformer, 1 for the second."""
+        """Returns the number of the call. resolution: neighbouring steps can share a timestep only if they are less
+        than this apart; then so are the steps before them, since the steps of a run grow. shapes: those of the latents.
+        expert: 0 for the first transformer, 1 for the second."""
         self.notice = None
         if self.call is None or self.starts(timestep, resolution, shapes, expert):
             self.start(timestep, shapes)
@@ -221,7 +221,7 @@ class CallCounter:
             )
 
     def misfit(self, timestep: float, fall: float, resolution: float, expert: int) -> str | None:
-        """What of this call does not fit."""
+        """Says what does not fit in this call, or None."""
         if self.interrupted:
             return "another thread has called the model within this run"
         step, branch = divmod(self.call, self.calls_per_step)
@@ -239,7 +239,7 @@ class CallCounter:
         return f"{found} (plan for the noise levels of the run: its steps, shift and solver, see noise_levels_of)"
 
     def other_expert(self, step: int, expert: int) -> str | None:
-        """That another one is planned for the step."""
+        """Says that the other transformer is planned for the step, or None."""
         if self.switch is None or expert == (step >= self.switch):
             return None
         called, planned = ("second", "first") if expert else ("first", "second")
@@ -260,7 +260,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Returns a call's argument `t` or `timestep`, or its second one. Raises TypeError where there is none."""
+    """Returns a call's argument `t` or `timestep`, or its second one. Raises TypeError if there is none."""
     found = [*(kwargs[name] for name in ("t", "timestep") if name in kwargs), *args[1:2]]
     if not found:
         raise TypeError("the call has no timestep: pass it as `t`, as `timestep` or as second argument")
@@ -268,7 +268,7 @@ def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """Raises RuntimeError if what comes out has not the shape of x [B, L, C]: there is no residual then."""
+    """Runs x [B, L, C] through all blocks. Raises RuntimeError if the result has another shape: it has no residual."""
     out = x
     for block in blocks:
         out = block(out, *args, **kwargs)
@@ -278,8 +278,8 @@ def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> tor
 
 
 def find_dit(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that owns `blocks`, below wrappers such as FSDP1 or DDP. Raises TypeError if there is none, or if it
-    is compiled: it would be again for every call of a run."""
+    """Finds the module that owns `blocks`, below wrappers such as FSDP1 or DDP. Raises TypeError if there is none, or
+    if it is compiled, as it would be compiled anew for every call of a run."""
     module = model
     while isinstance(module, torch.nn.Module):
         if "blocks" in module._modules and module._compiled_call_impl is None:
@@ -290,7 +290,7 @@ def find_dit(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def shadowed(obj: object, attributes: dict) -> Iterator[None]:
-    """Instance attributes for the time of the block. They hide modules and methods of the same name, which stay."""
+    """Sets instance attributes within this block. They hide modules and methods of the same name."""
     before = {name: obj.__dict__[name] for name in attributes if name in obj.__dict__}
     obj.__dict__.update(attributes)
     try:
@@ -327,7 +327,7 @@ def blocks_hidden(dit: torch.nn.Module, step: Callable) -> AbstractContextManage
 
 
 class Attachment:
-    """Ties a runner to one instance, or to two that share a run; lives in them, so that a deep copy has its own."""
+    """Ties a runner to one instance, or to two that share a run. It is stored in them, so a deep copy has its own."""
 
     def __init__(self, runner: Runner, on_call: OnCall | None):
         self.runner, self.on_call = runner, on_call
@@ -360,7 +360,7 @@ class Attachment:
         return out
 
     def count(self, args: Sequence, kwargs: dict, expert: int) -> int:
-        """The number of the call."""
+        """Counts the call and returns its number."""
         timestep = timestep_of(args, kwargs).max()
         value = float(timestep)  # waits for the device, unless the timestep is on the CPU
         rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
@@ -370,7 +370,7 @@ class Attachment:
 
     def other_conditions(self, call: int, args: Sequence, kwargs: dict) -> bool:
         """Whether a call of the second step that would be skipped has other tensors, beside latents and timestep, than
-        that of its branch in the first step; then they are not of the same video, or it cannot be told."""
+        its branch had in the first step. If so, the two may belong to different videos."""
         step, branch = divmod(call, self.counter.calls_per_step)
         _, *others = (*args, *kwargs.values())
         timestep = timestep_of(args, kwargs)
@@ -385,8 +385,8 @@ ATTACHED = weakref.WeakSet()  # instances
 
 @functools.cache
 def attached_class(own_class: type, expert: int) -> type:
-    """The class of a model of `own_class` to which something is attached; it differs in its calls only, and refuses to
-    be pickled, as there is no such class elsewhere. expert: see `CallCounter.next`."""
+    """Makes the class of a model of `own_class` with something attached. It differs in its calls only, and refuses to
+    be pickled, since no other process has such a class. expert: see `CallCounter.next`."""
 
     def __call__(self, *args, **kwargs):
         with self._magcache.lock:
@@ -407,7 +407,7 @@ class NotPickled:
         return self
 
     def __reduce_ex__(self, protocol: int):
-        raise TypeError("a model with a cache cannot be pickled: take it off first, by magcache.remove_magcache(model)")
+        raise TypeError("a model with a cache cannot be pickled: remove it first, by magcache.remove_magcache(model)")
 
 
 def made_again(guard: NotPickled, make: Callable, arguments: tuple) -> Any:
@@ -420,7 +420,7 @@ Models = torch.nn.Module | Sequence[torch.nn.Module]  # one, or two experts that
 
 
 def instances(models: Models) -> list[torch.nn.Module]:
-    """Raises ValueError for more than two, or twice the same."""
+    """Returns the models as a list. Raises ValueError for more than two, or for the same one twice."""
     found = list(models) if isinstance(models, list | tuple) else [models]
     if not 1 <= len({*map(id, found)}) == len(found) <= 2:
         raise ValueError(f"a cache is for one transformer, or for two instances that share a run, not for {len(found)}")
@@ -428,7 +428,7 @@ def instances(models: Models) -> list[torch.nn.Module]:
 
 
 def attach(models: Models, runner: Runner, on_call: OnCall | None = None) -> None:
-    """Hands the calls of these instances to `runner`, in place of any runner attached before. on_call: see
+    """Hands the calls of these instances to `runner`, which replaces any that is attached. on_call: see
     `apply_magcache`."""
     remove_magcache(models)
     attachment = Attachment(runner, on_call)
@@ -448,22 +448,23 @@ def apply_magcache(
 ) -> Cache:
     """Makes this instance (not its class) follow the schedule from its next call on, which starts a run.
 
-    model: what the pipeline calls once a branch and step: a Wan transformer, this repo's, upstream's or diffusers',
-    bare or wrapped in FSDP; with the target "output" any module that is called so, with a timestep as `t`, as
-    `timestep` or as second argument. Or a list of the two that share a run, of high and of low noise (Wan2.2), for a
-    schedule with their `boundary`.
-    dtype, device: of what is cached, see `Cache`, which is returned.
-    on_call: is told of every call that has returned: its number in the run, and whether it was reused. A GPU may still
-    be at work on it then: nothing here waits for the device but for the timestep's value, where that is not on the CPU.
+    model: what the pipeline calls once per branch and step: a Wan transformer, this repository's, upstream's or
+    diffusers', bare or wrapped in FSDP. With the target "output" it may be any module that is called that way, with a
+    timestep as `t`, as `timestep` or as second argument. Or a list of the two transformers that share a run, for high
+    and for low noise (Wan2.2); the schedule then needs their `boundary`.
+    dtype, device: those of what is cached, see `Cache`. The cache is returned.
+    on_call: is called after every call with its number in the run and whether it was reused. A GPU may still be at work
+    on the call then: the only thing that waits for the device here is reading the timestep, if that is not on the CPU.
 
     Applying again replaces the schedule and starts afresh. A run that does not fit the schedule is computed in full
-    from the first call that shows it, with a warning. With a schedule that knows no noise levels, do apply again after
-    a run that was stopped in its first step from outside the model: no later call can tell.
+    from the first call that shows it, with a warning. With a schedule without noise levels, apply it again after a run
+    that was stopped in its first step from outside the model: no later call can tell. Several threads may call the
+    model: one waits for the other, and runs that take turns are computed.
 
-    Raises TypeError if the model has no `blocks` and the target is "residual", ValueError for two models and a schedule
-    without a boundary, or for one and a schedule with one, RuntimeError if its class was changed since the last time
-    (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the
-    model does not simply hand x [B, L, C] from block to block.
+    Raises TypeError if the model has no `blocks` and the target is "residual"; ValueError for two models and a schedule
+    without a boundary, or one model and a schedule with one; RuntimeError if its class was changed since the last time
+    (see `remove_magcache`). The first call raises RuntimeError if the target is "residual" and the model does not
+    simply hand x [B, L, C] from block to block.
 
     >>> class Velocity(torch.nn.Module):
     ...     def forward(self, x, t):
@@ -486,14 +487,14 @@ def apply_magcache(
 
 
 def remove_magcache(model: Models) -> None:
-    """Restores the instance exactly as it was, and one that shares its cache; does nothing where nothing is attached.
+    """Restores the instance, and one that shares its cache, exactly as it was; does nothing if nothing is attached.
 
     Raises RuntimeError if its class was changed since: shard a model (`fully_shard`) before `apply_magcache`.
     """
     caches = [one.__dict__["_magcache"] for one in instances(model) if "_magcache" in one.__dict__]
     attached = [one for one in ATTACHED if one.__dict__.get("_magcache") in caches]
     if not all("_own_class" in vars(type(one)) for one in attached):
-        raise RuntimeError("the model's class was changed after apply_magcache: take the cache off before that")
+        raise RuntimeError("the model's class was changed after apply_magcache: remove the cache before changing it")
     for one in attached:
         one.__class__ = type(one)._own_class
         del one.__dict__["_magcache"]

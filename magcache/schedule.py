@@ -1,4 +1,4 @@
-"""A schedule: what every transformer call of a run does, decided before any model is loaded. Pure Python.
+"""A schedule says what every transformer call of a run does, before any model is loaded. Pure Python.
 
 Two rules make schedules: `magcache.threshold` (MagCache as published) and `magcache.speedup`.
 """
@@ -19,22 +19,22 @@ Weights = tuple[float, ...] | None  # of one call
 class Schedule:
     """What every transformer call of one generation does.
 
-    `weights[call]` is None where the call computes, else the weights of what the last computed calls of its branch
-    left behind, newest first, whose sum stands in for it. Calls are in call order: cond, uncond, cond, uncond, ... with
-    `calls_per_step` 2 (classifier-free guidance), one a step with `calls_per_step` 1. Each branch (cond, uncond) has
-    its own.
+    `weights[call]` is None if the call computes. Otherwise the call is replaced by a weighted sum of what the last
+    computed calls of its branch left behind, and these are the weights, newest first. Calls are in call order: cond,
+    uncond, cond, uncond, ... with `calls_per_step` 2 (classifier-free guidance), one per step with `calls_per_step` 1.
 
-    `target` is what stands in. "residual": what the blocks add to their input; the last one as it is, so the weights
-    are (1.0,). "output": what the model returned, the velocity, of the last computed call or of the last two.
+    `target` is what computed calls leave behind. "residual": what the blocks add to their input; only the last one is
+    used, unchanged, so the weights are (1.0,). "output": what the model returned, the velocity; the last one or two.
 
-    `sigmas` are the noise levels of the steps, falling, if it was made for any; a run at others is computed in full.
+    `sigmas` are the noise levels of the steps, falling, if the schedule was made for any; a run at other levels is
+    computed in full.
 
-    `boundary` is a noise level, for two transformers that share a run (Wan2.2): the first has the steps at this level
-    and above, the second those below. What one left behind never stands in for the other.
+    `boundary` is a noise level, for two transformers that share a run (Wan2.2): the first makes the steps at this level
+    and above, the second those below. What one left behind is never used for the other.
 
-    Raises ValueError for another target, for a length that is no multiple of `calls_per_step`, for weights of what no
-    earlier call of the branch and transformer has computed or more of it than is kept, for sigmas that are not one a
-    step, falling, above 0 and at most 1, and for a boundary without sigmas, or that is not between 0 and 1.
+    Raises ValueError for another target, for a length that is not a multiple of `calls_per_step`, for weights of more
+    than is kept or than earlier calls of the branch and transformer have computed, for sigmas that are not one per
+    step, falling, above 0 and at most 1, and for a boundary without sigmas or not between 0 and 1.
     """
 
     weights: tuple[Weights, ...]
@@ -62,9 +62,11 @@ class Schedule:
             if weights is None:
                 computed[branch] += 1
             elif not 0 < len(weights) <= computed[branch]:
-                raise ValueError(f"call {call} combines {len(weights)} {self.target}s, {computed[branch]} are computed")
+                raise ValueError(
+                    f"call {call} combines {len(weights)} {self.target}s, but {computed[branch]} are computed"
+                )
             elif len(weights) > MOST_KEPT[self.target] or (self.target == "residual" and weights != (1.0,)):
-                raise ValueError(f"call {call} must combine {self.target}s otherwise than by {weights}")
+                raise ValueError(f"call {call} must not combine {self.target}s by {weights}")
 
     @property
     def steps(self) -> int:
@@ -77,27 +79,27 @@ class Schedule:
 
     @property
     def reuse(self) -> tuple[bool, ...]:
-        """Tells of every call, in call order, whether it does not compute."""
+        """Says for every call, in call order, whether it reuses, that is, does not compute."""
         return tuple(weights is not None for weights in self.weights)
 
     @property
     def computed(self) -> int:
-        """Number of calls that compute."""
+        """The number of calls that compute."""
         return sum(weights is None for weights in self.weights)
 
     @property
     def speedup_bound(self) -> float:
-        """All calls over computed calls: the speed-up if the others cost nothing."""
+        """All calls over computed calls, which is the speed-up if the other calls cost nothing."""
         return len(self.weights) / self.computed
 
     @cached_property
     def history(self) -> int:
-        """Largest number of residuals or outputs per branch that a call combines; 0 if every call computes."""
+        """The largest number of residuals or outputs that a call combines; 0 if every call computes."""
         return max(len(weights or ()) for weights in self.weights)
 
     @cached_property
     def used_later(self) -> tuple[bool, ...]:
-        """Tells of every call whether it computes something that a later one combines. The others need no cache."""
+        """Says for every call whether a later one uses what it computes. The others need no cache."""
         used = [False] * len(self.weights)
         newest_first = [[] for _ in range(self.calls_per_step)]
         for call, weights in enumerate(self.weights):
@@ -110,5 +112,5 @@ class Schedule:
 
 
 def join_branches(branches: Iterable[Sequence]) -> tuple:
-    """One entry per call, in call order, from one sequence a branch with an entry per step."""
+    """Returns one entry per call, in call order, from a sequence per branch with one entry per step."""
     return tuple(entry for step in zip(*branches, strict=True) for entry in step)

@@ -1,10 +1,10 @@
-"""The speed-up rule: which steps compute for a given speed-up, and a forecast of the model's output in the others.
+"""The speed-up rule: which steps compute for a given speed-up, and how the model's output is forecast in the others.
 Pure Python.
 
-It needs no calibration, but can take its constants from one that has tried others (`magcache.trials`). It rests on two
+It needs no calibration, but can take its constants from one with trials (`magcache.trials`). It rests on two
 measurements. The output of Wan's transformer, the velocity, changes about evenly along the log-SNR: on small trained
-models for any steps and shift, on the full-size model in the middle of the run. And an error counts the more the
-earlier it is made: on the full-size model, final over local error falls to a sixth from the first step to the last
+models for any steps and shift, on the full-size model in the middle of the run. And the earlier an error is made, the
+more it counts: on the full-size model, final over local error falls to a sixth from the first step to the last
 (RA-CFGCache, arXiv 2609.36433).
 """
 
@@ -18,20 +18,20 @@ from magcache.schedule import CALLS_PER_STEP, Schedule, Weights, join_branches
 
 FORECASTS = ("linear", "reuse")
 MOST_STEPS = 1000  # Wan's timesteps
-FEWEST = 8  # computed steps that a cache is worth it from, see `plan_speedup`
+FEWEST = 8  # computed steps from which on a cache is worth it, see `plan_speedup`
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What the rule does not know by itself.
+    """The constants of the rule.
 
-    floor: is added to the signal-to-noise ratio where steps are chosen, since long before it little is decided.
-    early: how much more an early error counts there, as the power of the noise-to-signal ratio; 0 counts all alike.
-    decay: of the slope of a forecast, per unit of log-SNR, see `forecast_weights`.
+    floor: is added to the signal-to-noise ratio when steps are chosen, since little is decided far below it.
+    early: how much more an early error counts then, as a power of the noise-to-signal ratio; 0 counts all alike.
+    decay: how fast the slope of a forecast decays, per unit of log-SNR, see `forecast_weights`.
 
     The defaults keep the steps near those that others chose by their effect on full-size models
-    (tests/magcache/full_size_schedules.json), and were chosen among such constants on two small ones (see
-    examples/README.md). Raises ValueError unless floor is a positive number, and the others are 0 or more.
+    (tests/magcache/full_size_schedules.json); among such constants they were chosen on two small models (see
+    examples/README.md). Raises ValueError unless floor is a positive number and the others are 0 or more.
     """
 
     floor: float = 0.001
@@ -51,15 +51,15 @@ DEFAULT = Constants()
 def choose_steps(
     sigmas: Sequence[float], count: int, constants: Constants = DEFAULT, boundary: float | None = None
 ) -> tuple[int, ...]:
-    """The `count` steps to compute, the first one of every transformer among them.
+    """Chooses `count` steps to compute, among them the first one of every transformer.
 
     sigmas: noise levels of the steps, falling, without the final 0. boundary: between two transformers, see `Schedule`.
 
-    Along u = log(SNR + floor) the error of a forecast is taken to grow as the square of the way from the last computed
-    step. It counts with the way that the sampler goes by it, times exp(-early u). The steps are those for which the sum
-    of these errors is least, found by dynamic programming.
+    Along u = log(SNR + floor) the error of a forecast is assumed to grow with the square of the distance from the last
+    computed step. It is weighted by the distance that the sampler goes with the forecast, times exp(-early u). The
+    chosen steps have the least sum of these errors, found by dynamic programming.
 
-    Raises ValueError unless the count is one a transformer or more, up to all steps, and for more than `MOST_STEPS`.
+    Raises ValueError unless count is at least one per transformer and at most all steps, or for too many steps.
     """
     steps = len(sigmas)
     if steps > MOST_STEPS:
@@ -97,7 +97,7 @@ def choose_steps(
 
 
 def first_steps(sigmas: Sequence[float], boundary: float | None) -> tuple[int, ...]:
-    """The first step of every transformer that has any."""
+    """Returns the first step of every transformer that makes any."""
     switch = 0 if boundary is None else first_below(sigmas, boundary)
     return (0, switch) if 0 < switch < len(sigmas) else (0,)
 
@@ -109,15 +109,16 @@ def forecast_weights(
     decay: float = DEFAULT.decay,
     boundary: float | None = None,
 ) -> tuple[Weights, ...]:
-    """Weights of a branch's last outputs for every step, newest first; None where it computes.
+    """Returns for every step the weights of its branch's last outputs, newest first; None where it computes.
 
     "linear" continues the line through the last two computed outputs b and a along the log-SNR lambda,
 
         v_j = v_a + s (v_a - v_b),
         s = exp(-decay (lambda_j - lambda_b)) (lambda_j - lambda_a) / (lambda_a - lambda_b),
 
-    ever flatter the longer the way: the velocity turns, so its slope here and there have less and less to do with one
-    another. "reuse" takes the last one as it is; so does "linear" while there is no other of the same transformer.
+    which flattens with the distance: the velocity turns, so its slopes at two places have less to do with each other
+    the further apart these are. "reuse" takes the last output unchanged; so does "linear" while there is only one
+    of the same transformer.
     """
     snr, weights, last = [log_snr(sigma) for sigma in sigmas], [], []
     starts = first_steps(sigmas, boundary)
@@ -150,13 +151,13 @@ def plan_steps(
     calls_per_step: int = CALLS_PER_STEP,
     decay: float = DEFAULT.decay,
 ) -> Schedule:
-    """The schedule that computes the given steps, in all branches, and forecasts the others.
+    """Makes the schedule that computes the given steps in all branches and forecasts the others.
 
-    forecast, decay: see `forecast_weights`; for the target "residual" it is "reuse". shift, solver: of the run, see
-    `noise_levels`; or sigmas: its noise levels themselves, one a step, falling, see `noise_levels_of`. boundary: the
+    forecast, decay: see `forecast_weights`; the target "residual" needs "reuse". shift, solver: those of the run, see
+    `noise_levels`; or sigmas: its noise levels themselves, one per step, falling, see `noise_levels_of`. boundary: the
     noise level at which a second transformer takes over, see `Schedule`.
 
-    Raises ValueError for steps outside 0 ... steps - 1, or without the first one of a transformer, and for settings
+    Raises ValueError for steps outside 0 ... steps - 1, if the first step of a transformer is missing, and for settings
     that make no sense.
 
     >>> magcache.plan_steps([0, 2], steps=4, forecast="reuse", calls_per_step=1).weights
@@ -185,18 +186,18 @@ def plan_speedup(
     boundary: float | None = None,
     constants: Constants = DEFAULT,
 ) -> Schedule:
-    """The schedule for a speed-up of at least `speedup`, as far as the transformer decides on it.
+    """Makes the schedule for a speed-up of the transformer of at least `speedup`.
 
-    steps, shift, solver, sigmas, boundary: of the run, see `plan_steps`; steps / speedup of the steps compute, rounded
+    steps, shift, solver, sigmas, boundary: those of the run, see `plan_steps`. steps / speedup steps compute, rounded
     down.
-    constants: of the rule, such as those that the trials of a calibration have chosen.
+    constants: those of the rule, such as the trials of a calibration have chosen.
 
-    The first steps decide what comes and leave hardly anything to forecast, so a run needs some `FEWEST` computed steps
-    before a cache is worth it: with less, as many sampler steps without one came closer on the demo models
+    The first steps decide what comes and leave hardly anything to forecast, so a cache is worth it only from about
+    `FEWEST` computed steps on: below that, as many sampler steps without a cache came closer on the demo models
     (examples/README.md).
 
-    Raises ValueError unless 1 <= speedup <= steps, half of them for two transformers, and for settings that make no
-    sense.
+    Raises ValueError unless 1 <= speedup <= steps (half of the steps for two transformers), and for settings that make
+    no sense.
 
     >>> magcache.plan_speedup(steps=50, speedup=2.5, shift=5.0).computed
     40
@@ -212,5 +213,5 @@ def plan_speedup(
 
 
 def computed_steps(steps: int, speedup: float) -> int:
-    """How many of the steps a speed-up leaves to compute."""
+    """Returns how many of the steps compute at a speed-up."""
     return int(steps / speedup + 1e-9)

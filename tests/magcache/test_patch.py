@@ -407,7 +407,7 @@ def test_a_model_with_a_cache_is_not_pickled(model, target):
     magcache.apply_magcache(model, make_schedules()[target])
     for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
         with pytest.raises(
-            TypeError, match=r"cannot be pickled: take it off first, by magcache.remove_magcache\(model\)"
+            TypeError, match=r"cannot be pickled: remove it first, by magcache.remove_magcache\(model\)"
         ):
             save(model)
     torch.save(model.state_dict(), io.BytesIO())

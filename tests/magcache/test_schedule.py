@@ -96,14 +96,14 @@ def test_bad_tables(table):
 @pytest.mark.parametrize(
     ("weights", "target", "message"),
     [
-        ((None, (1.0,)), "residual", "call 1 combines 1 residuals, 0 are computed"),  # uncond has none of its own
-        ((None, None, (2.0, -1.0), None), "output", "call 2 combines 2 outputs, 1 are computed"),
+        ((None, (1.0,)), "residual", "call 1 combines 1 residuals, but 0 are computed"),  # uncond has none of its own
+        ((None, None, (2.0, -1.0), None), "output", "call 2 combines 2 outputs, but 1 are computed"),
         ((None, None, (), None), "output", "call 2 combines 0"),
         ((None, None, None), "residual", "whole steps"),
         ((), "residual", "whole steps"),
-        ((None, None, (0.9,), (0.9,)), "residual", "call 2 must combine"),
-        ((None,) * 4 + ((2.0, -1.0),) * 2, "residual", "call 4 must combine"),
-        ((None,) * 6 + ((3.0, -3.0, 1.0),) * 2, "output", "call 6 must combine"),
+        ((None, None, (0.9,), (0.9,)), "residual", "call 2 must not combine"),
+        ((None,) * 4 + ((2.0, -1.0),) * 2, "residual", "call 4 must not combine"),
+        ((None,) * 6 + ((3.0, -3.0, 1.0),) * 2, "output", "call 6 must not combine"),
         ((None, None), "velocity", "target must be one of residual, output, got 'velocity'"),
     ],
 )

@@ -131,7 +131,7 @@ def test_the_slope_decays_with_the_way():
         ({"shift": 0.0}, "shift must be a positive number"),
         ({"shift": math.nan}, "shift must be a positive number"),
         ({"steps": 0}, "steps must be a whole number"),
-        ({"target": "residual"}, "must combine residuals otherwise"),
+        ({"target": "residual"}, "must not combine residuals"),
     ],
 )
 def test_what_cannot_be_planned(settings, message):
