@@ -47,8 +47,8 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
-        """What a request without prompt and files is about, by flag; the prompt is empty where there is none. folder:
-        of the script."""
+        """Returns what a request without prompt and files is about, by flag; the prompt is empty if there is no
+        example. folder: that of the script."""
 
     @abc.abstractmethod
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
@@ -68,15 +68,15 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> list | None:
-        """The source video, its mask and the references of vace, lists of one each; None where only the pipeline can
-        read them. Raises ValueError for what cannot be used."""
+        """Reads the source video, its mask and the references of vace, as lists of one each; returns None if only the
+        pipeline can read them. Raises ValueError for what cannot be used."""
 
     def placement(self, machine: Machine) -> dict[str, Any]:
         """Arguments of a pipeline beside those that upstream's has."""
         return {}
 
     def transformers(self, pipeline: "Pipeline") -> list["torch.nn.Module"]:
-        """The pipeline's, in the order in which a run calls them."""
+        """Returns the pipeline's transformers in the order in which a run calls them."""
         return [pipeline.model]
 
     def apart(self, group: Group) -> AbstractContextManager:
@@ -158,8 +158,8 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict
 
 @contextmanager
 def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
-    """Errors of the block, which checks files of a checkpoint, become `Refused`: that another download would help where
-    they are of these types."""
+    """Turns errors of the block, which checks files of a checkpoint, into `Refused`; for errors of these types it
+    advises another download."""
     try:
         yield
     except errors as fault:
@@ -195,7 +195,7 @@ def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict,
 
 
 def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -> None:
-    """config: the task's, which has the names of the files."""
+    """Checks the files of a checkpoint. config: the task's, which has their names."""
     parts, task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
     images = task.architecture.images
     files = [part / name for part, _, weights in parts for name in weights]

@@ -55,7 +55,7 @@ class Damaged(ValueError):
 
 
 def other_content(path: Path, task: Task) -> str | None:
-    """What a path leads to that is no model of the task in the official layout, in words; None where no sign tells."""
+    """Says what a path leads to if it is not a model of the task in the official layout; None if nothing shows that."""
     if path.is_file():
         return other_weights(path)
     if not (path / "config.json").exists():
@@ -87,7 +87,7 @@ def other_tensors(names: Iterable[str]) -> str | None:
 
 
 def read_config(folder: Path) -> dict:
-    """The transformer's config.json, checked, with all NUMBERS filled in."""
+    """Reads the transformer's config.json, checks it, and fills in all NUMBERS."""
     try:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
@@ -119,7 +119,7 @@ def check_config(config: dict) -> None:
 
 
 def check_kind(config: dict) -> None:
-    """What depends on the model's type, and the channels that its pipeline gives it."""
+    """Checks what depends on the model's type, and the channels that its pipeline gives it."""
     kind, number = str(config.get("model_type")), config["num_layers"]
     latent, given = CHANNELS.get(kind, (LATENT, LATENT))
     channels = {"in_dim": given, "out_dim": latent}
@@ -137,8 +137,8 @@ def check_kind(config: dict) -> None:
 
 
 def sizes_in(config: dict, images: int, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
-    """Those of a checked config. images: of the task. The widths of text and image features, which official configs do
-    not hold, are the given ones unless it does."""
+    """Returns the sizes in a checked config. images: those of the task. The widths of text and image features, which
+    official configs do not hold, are the given ones unless the config has them."""
     kind, layers, hints = str(config.get("model_type")), config["num_layers"], config.get("vace_layers")
     widths = {"text_dim": text_dim, "clip_dim": clip_dim, "clip_positions": clip_positions}
     blocks = (layers + 1) // 2 if hints is None else len(hints)
@@ -152,7 +152,8 @@ def sizes_in(config: dict, images: int, text_dim: int, clip_dim: int, clip_posit
 
 
 def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
-    """That of the folder's config.json, or the task's where there is none that can be used: a run refuses it."""
+    """Returns the architecture in the folder's config.json, or the task's if that cannot be used, which a run
+    refuses."""
     usual = task.architecture
     try:
         config = read_config(Path(ckpt_dir) / task.transformers[0])
@@ -162,7 +163,8 @@ def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
 
 
 def find_weights(folder: Path) -> dict[str, set[str] | None]:
-    """The transformer's files, and the names of the tensors that the index file says are in each, None without one."""
+    """Returns the transformer's files and for each the names of its tensors by the index file; None without an
+    index."""
     if not (folder / INDEX).exists():
         return {INDEX if any(folder.glob("diffusion_pytorch_model-*.safetensors")) else SINGLE: None}
     try:

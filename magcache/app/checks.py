@@ -23,7 +23,7 @@ from magcache.app.trials.quality import note_few_steps, read_speedups, use_trial
 
 
 def make_job(args: Namespace) -> Job:
-    """args: of `magcache.app.flags.make_parser`. Raises Refused."""
+    """Makes the job. args: those of `magcache.app.flags.make_parser`. Raises Refused."""
     check_release(TASKS[args.task])
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
@@ -78,8 +78,8 @@ def text_of(argument: str | None, flag: str) -> str | None:
 
 
 def check_effects(args: Namespace) -> None:
-    """A flag that would do nothing is refused if it is ours, and said if it is of Wan2.1's script or of the released
-    MagCache one, whose command lines run as they are."""
+    """Refuses a flag of ours that would do nothing, and prints a note for one of Wan2.1's script or of the released
+    MagCache one, whose command lines run unchanged."""
     given, cached = getattr(args, "explicit", ()), args.use_magcache or args.magcache_plan
     for name, value in vars(args).items():
         if value == "" and name != "prompt":
@@ -163,7 +163,7 @@ def make_sampling(args: Namespace) -> Sampling:
 
 
 def read_lines(args: Namespace, sampling: Sampling, base_seed: int) -> tuple[prompts.Line, ...]:
-    """The lines of --prompt_file, each with its own image and negative prompt, or those of the flags."""
+    """Returns the lines of --prompt_file, each with its own image and negative prompt, or those of the flags."""
     if args.prompt is not None:
         raise Refused("--prompt and --prompt_file exclude each other")
     try:

@@ -21,7 +21,7 @@ HOW_TO_CALIBRATE = (
 
 
 def settings_of(sampling: Sampling, machine: Machine) -> dict:
-    """What decides on a model's ratios, by the keys of a calibration's `measured_on`."""
+    """Returns what a model's ratios depend on, by the keys of a calibration's `measured_on`."""
     settings = asdict(sampling) | {"checkpoint": Path(machine.ckpt_dir).resolve().name}
     if machine.lora:
         settings["lora"] = ", ".join(str(replace(lora, path=Path(lora.path).name)) for lora in machine.lora)
@@ -35,7 +35,7 @@ def settings_of(sampling: Sampling, machine: Machine) -> dict:
 
 
 def compare_settings(table: RatioTable, run: dict) -> list[str]:
-    """Notices on what a table was measured on, where a run (the same keys as `measured_on`) differs from it."""
+    """Returns notices about what a table was measured on, where a run (with the same keys as `measured_on`) differs."""
     measured = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
     different = {key: (measured[key], run[key]) for key in run if measured.get(key, run[key]) != run[key]}
     measured_with, with_ = (settings.get("lora", "none") for settings in (measured, run))
@@ -52,8 +52,9 @@ def compare_settings(table: RatioTable, run: dict) -> list[str]:
 
 
 def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None]:
-    """The name of the task's ratio table and a notice for the user, or None. Of several tables that one is taken whose
-    name the checkpoint folder holds, else that of the size. Raises magcache.UnknownTableError where none fits."""
+    """Returns the name of the task's ratio table, and a notice for the user or None. Of several tables it takes the one
+    whose name is part of the checkpoint folder's name, else that of the size. Raises magcache.UnknownTableError if none
+    fits."""
     if len(task.tables) == 1:
         (name,) = task.tables
         return name, f"{task.name} uses the table of {name}" if name != task.name else None
@@ -71,8 +72,8 @@ def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None
 
 
 def find_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable, str | None]:
-    """The table that the flags name, or else that of the model; a notice on how it was chosen. Raises ValueError, of
-    `fitting_table` and `magcache.load_table`."""
+    """Returns the table that the flags name, or that of the model, and a notice on how it was chosen. Raises the
+    ValueErrors of `fitting_table` and `magcache.load_table`."""
     name, notice = cache.table, None
     if not name:
         name, notice = fitting_table(sampling.spec, ckpt_dir, sampling.size)
@@ -100,7 +101,7 @@ def choose_table(sampling: Sampling, cache: CacheSettings, machine: Machine) -> 
 
 
 def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioTable | None) -> Schedule:
-    """cache: None computes every call. table: None for a speed-up."""
+    """Makes the schedule of a run. cache: None computes every call. table: None for a speed-up."""
     steps, per_step = sampling.sample_steps, sampling.calls_per_step
     if cache is None:
         return all_computed(steps, per_step)
@@ -115,11 +116,11 @@ def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioT
 
 
 def all_computed(steps: int, calls_per_step: int = 2) -> Schedule:
-    """The schedule without the cache."""
+    """Makes the schedule without the cache."""
     return Schedule((None,) * calls_per_step * steps, calls_per_step)
 
 
 def predict(job: Job) -> dict[str, tuple[float, ...]] | None:
-    """The error to expect of every step, a row a branch, by the ratio table that made the schedule; None where none
-    did. Thresh is what no error reaches."""
+    """Returns the expected error of every step, by branch, according to the ratio table that made the schedule; None if
+    none did. No error reaches thresh."""
     return job.table and predict_by_ratios(job.schedule, job.table.ratios)

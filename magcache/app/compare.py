@@ -59,8 +59,8 @@ def psnr(error: float) -> float | None:
 
 
 def difference(frames: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, int]:
-    """|frames - reference| times a power of two that leaves all but 0.1 % of it below white, 32 at most; and that
-    factor."""
+    """Returns |frames - reference| times a power of two, at most 32, that leaves all but 0.1 % of it below white; and
+    that factor."""
     apart = np.maximum(frames, reference) - np.minimum(frames, reference)
     # frame by frame, as it takes eight bytes a pixel
     counts = sum(np.bincount(frame.ravel(), minlength=256) for frame in apart)
@@ -70,7 +70,7 @@ def difference(frames: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, i
 
 
 def strip(label: str, width: int) -> np.ndarray:
-    """Goes above a frame and says what it is, uint8 [height, width, 3]."""
+    """Draws the label that goes above a frame, uint8 [height, width, 3]."""
     size = max(8, min(32, width // 12))
     picture = Image.new("RGB", (width, 2 * size), "black")
     ImageDraw.Draw(picture).text((2, size // 3), label, "white", ImageFont.load_default(size))
@@ -78,7 +78,7 @@ def strip(label: str, width: int) -> np.ndarray:
 
 
 def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """Frames of all parts beside each other, each under its label."""
+    """Yields frames of all parts beside each other, each under its label."""
     header = np.concatenate([strip(label, part.shape[2]) for label, part in parts.items()], axis=1)
     for row in zip(*parts.values(), strict=True):
         yield np.concatenate([header, np.concatenate(row, axis=1)])
@@ -104,8 +104,8 @@ def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncach
 def make_page(
     job: Job, request: Request, scores: dict, parts: dict[str, np.ndarray], fps: int, both: str, seconds: tuple
 ) -> str:
-    """parts: videos uint8 [F, H, W, 3] by label. both: name of the video of all of them, which is linked to. seconds:
-    by phase, those with the cache and those without."""
+    """Makes the page. parts: videos uint8 [F, H, W, 3] by label. both: name of the video of all of them, to link to.
+    seconds: by phase, with the cache and without."""
     escape, count, schedule = html.escape, len(parts["MagCache"]), job.schedule
     media = (f"<figure><figcaption>{label}</figcaption>{embedded(part, fps)}</figure>" for label, part in parts.items())
     video = job.describe_video(parts["MagCache"].shape[:3], request.seed)
@@ -151,7 +151,7 @@ def tiles(schedule: Schedule, scores: dict, *seconds: dict[str, float]) -> str:
 
 
 def embedded(frames: np.ndarray, fps: int) -> str:
-    """A video element, or an image element for a single frame, with all its data."""
+    """Returns a video element, or an image element for a single frame, with all its data."""
     pixelated = ' class="small"' if frames.shape[2] < 256 else ""
     single = len(frames) == 1
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +171,7 @@ def data_url(kind: str, data: bytes) -> str:
 
 
 def curves(job: Job, scores: dict) -> str:
-    """What decided on the steps; the scores of all frames, with a playhead."""
+    """Draws what decided on the steps, and the scores of all frames with a playhead."""
     import matplotlib as mpl
 
     from magcache.app.plot import plan_figure, score_figure
@@ -186,7 +186,7 @@ def curves(job: Job, scores: dict) -> str:
 
 
 def drawing(name: str, figure, playhead: bool = False) -> str:
-    """A matplotlib figure as an image, with a line that the page moves over its axes."""
+    """Turns a matplotlib figure into an image, with a line that the page moves over its axes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True)
     box = figure.axes[0].get_position()
@@ -195,7 +195,7 @@ def drawing(name: str, figure, playhead: bool = False) -> str:
 
 
 def times_rows(cached: dict[str, float], uncached: dict[str, float], schedule: Schedule) -> str:
-    """Seconds by phase, as rows of a table."""
+    """Lays out the seconds by phase as rows of a table."""
     calls = {"computed": (schedule.computed, len(schedule.weights)), "reused": (sum(schedule.reuse), 0)}
     rows = []
     for phase, name in PHASES.items():

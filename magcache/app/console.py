@@ -23,8 +23,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopping_cleanly() -> Iterator[None]:
-    """In this block SIGTERM and SIGHUP do what Ctrl-C does: they raise `Stopped`, so that what cleans up and keeps
-    results does so. A signal that is ignored, as by nohup, stays so."""
+    """Makes SIGTERM and SIGHUP do in this block what Ctrl-C does: they raise `Stopped`, so that files are cleaned up
+    and results kept. A signal that is ignored, as under nohup, stays ignored."""
     latest = -GRACE
 
     def stop(number, frame):
@@ -75,8 +75,8 @@ class Speaker:
 
 @contextmanager
 def speaking_safely() -> Iterator[None]:
-    """In this block standard output and error are a `Speaker` each; one that was closed goes nowhere. Warnings are one
-    line, without their place in the code."""
+    """Makes standard output and error a `Speaker` each in this block; one that was closed goes nowhere. Warnings take
+    one line, without their place in the code."""
     before_warnings, warnings.formatwarning = warnings.formatwarning, lambda message, *place: f"warning: {message}\n"
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     for name, stream in before.items():

@@ -25,7 +25,7 @@ class NotFinite(Failed):
 
 @contextmanager
 def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Errors of the block whose first line says what is wrong with the request become `Refused`."""
+    """Turns errors of the block, whose first line says what is wrong with the request, into `Refused`."""
     try:
         yield
     except errors as fault:
@@ -38,13 +38,13 @@ def first_line(fault: Exception) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as a part of a line, whatever it is."""
+    """Returns any value as a part of a line."""
     text = reprlib.repr(value)
     return text if len(text) < 80 else f"{text[:60]}..."
 
 
 def reason_in(fault: Exception) -> str:
-    """What torch says is wrong with a file of weights, in a line: without its headings, and without its advice to load
+    """Returns in one line what torch says is wrong with a file of weights, without its headings and its advice to load
     the file unsafely."""
     lines = (line.strip().removeprefix("WeightsUnpickler error: ") for line in str(fault).splitlines())
     headings = re.compile(r"weights.only|error\(s\) in loading", re.IGNORECASE)

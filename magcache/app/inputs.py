@@ -53,7 +53,7 @@ def read_inputs(job: Job) -> list | None:
 
 
 def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]:
-    """(frames, height, width) of the result. inputs: of `read_inputs`."""
+    """Returns (frames, height, width) of the result. inputs: those of `read_inputs`."""
     if sampling.spec.sources and inputs:
         return tuple(inputs[0][0].shape[1:])
     width, height = sampling.pixels
@@ -65,7 +65,8 @@ def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]
 
 
 def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
-    """(frames, height, width, reference images) of a run with these flags, as far as they tell without its files."""
+    """Returns (frames, height, width, reference images) of a run with these flags, as far as they show without its
+    files."""
     frames, height, width = video_shape(sampling, None)
     if sampling.spec.images:
         path = getattr(inputs, sampling.spec.images[0])
@@ -90,7 +91,7 @@ class Expander(Protocol):
     is_vl: bool
 
     def __call__(self, prompt: str, **settings: Any) -> Any:
-        """An object with the `prompt`, whether it worked (`status`), and a `message`."""
+        """Returns an object with the `prompt`, whether it worked (`status`), and a `message`."""
 
 
 def make_expander(task: str, extension: Extension, is_vl: bool) -> Expander:
@@ -105,7 +106,7 @@ def make_expander(task: str, extension: Extension, is_vl: bool) -> Expander:
 
 
 def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list | None) -> str:
-    """The extension of a request's prompt, or the prompt itself if that fails."""
+    """Returns the extension of a request's prompt, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
     images = inputs_of(request, inputs) if job.sampling.spec.images else []
     image = None if not images else images[0] if len(images) == 1 else images
@@ -120,7 +121,7 @@ def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list |
 
 
 def inputs_of(request: Request, inputs: list | None) -> list:
-    """The images of a request: its own, or those that the flags name (`inputs`)."""
+    """Returns the images of a request: its own, or those that the flags name (`inputs`)."""
     if not request.image:
         return inputs
     from magcache.app.media import read_image

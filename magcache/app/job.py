@@ -65,7 +65,7 @@ class Sampling:
 
     @property
     def calls_per_step(self) -> int:
-        """How often a step calls the transformer: at a guidance of 1 only cond has a weight."""
+        """How often a step calls the transformer; without guidance (a scale of 1) only for cond."""
         return 1 if {*self.guidance} == {1} else 2
 
     @property
@@ -215,7 +215,7 @@ class Job:
         return self.flags | asdict(self.sampling) | asdict(self.inputs) | asdict(self.machine)
 
     def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
-        """shape: (frames, height, width)."""
+        """Describes the video in a line. shape: (frames, height, width)."""
         (frames, height, width), how = shape, self.sampling
         guidance = " and ".join(f"{scale:g}" for scale in how.guidance)
         guidance += " (low and high noise)" if len(how.guidance) == 2 else ""

@@ -86,8 +86,8 @@ class Lora:
 
     @classmethod
     def from_flag(cls, text: str) -> "Lora":
-        """FILE or FILE:STRENGTH, "high=" or "low=" in front if it is for one of two transformers. Raises Refused for
-        a strength that is no finite number."""
+        """Reads FILE or FILE:STRENGTH, with "high=" or "low=" in front if it is for one of two transformers. Raises
+        Refused if the strength is not a finite number."""
         if os.path.isfile(text):
             return cls(text)
         expert, text = re.fullmatch("(?:(high|low)=)?(.*)", text, re.DOTALL).groups()
@@ -107,7 +107,7 @@ class Lora:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, as it is when this is first asked for."""
+        """The checksum of the file, as it is when this is first asked for."""
         checksum = hashlib.sha256()
         with open(self.path, "rb") as file:
             while part := file.read(2**24):
@@ -159,14 +159,14 @@ def find_changes(names: Shapes, shapes: Shapes) -> dict[str, Change]:
 
 
 def usable(names: Shapes, shapes: Shapes) -> Shapes:
-    """Without what is for an image encoder, where a model sees images without one; files for it come with that."""
+    """Leaves out tensors for an image encoder if the model sees images without one; some files come with these."""
     if shapes["patch_embedding.weight"][1] != IMAGE or "img_emb.proj.0.weight" in shapes:
         return names
     return {name: shape for name, shape in names.items() if not OF_IMAGE_ENCODER.search(flat(name))}
 
 
 def place_of(tensor: str, places: dict[str, str], shapes: Shapes) -> tuple[str, str]:
-    """The parameter that a tensor is about, and what it is of its change. places: of `spellings`."""
+    """Returns the parameter that a tensor changes, and its part in the change. places: those of `spellings`."""
     ending = next((ending for ending in ENDINGS if tensor.endswith(f".{ending}")), "")
     module, kind = places.get(flat(tensor.removesuffix(f".{ending}"))), ENDINGS.get(ending)
     whole = kind in ("bias", "modulation")
@@ -177,7 +177,7 @@ def place_of(tensor: str, places: dict[str, str], shapes: Shapes) -> tuple[str, 
 
 
 def check_shapes(change: Shapes, parameter: str, shape: tuple[int, ...]) -> None:
-    """change: the shapes of its tensors, by what they are."""
+    """Checks the change of one parameter. change: the shapes of its tensors, by their part in it."""
     if ("down" in change) != ("up" in change) or ("alpha" in change and "down" not in change):
         raise ValueError(f"the change of {parameter} is incomplete: it has only {' and '.join(change)}")
     if "down" in change:  # of a convolution with its kernel, or as a matrix
@@ -193,7 +193,7 @@ def check_shapes(change: Shapes, parameter: str, shape: tuple[int, ...]) -> None
 
 
 def spellings(shapes: Shapes) -> dict[str, str]:
-    """Modules, and parameters that are named like one, by all their names as `flat` makes them."""
+    """Returns modules, and parameters named like one, by all their names as `flat` writes them."""
     places = {}
     for name in [*shapes, *(name.rpartition(".")[0] for name in shapes)]:
         theirs = f".{name}."
@@ -204,13 +204,13 @@ def spellings(shapes: Shapes) -> dict[str, str]:
 
 
 def flat(name: str) -> str:
-    """A name as kohya writes it, with underscores for dots, and without a prefix."""
+    """Writes a name as kohya does, with underscores for dots and without a prefix."""
     return PREFIXES.sub("", name, count=1).replace(".", "_")
 
 
 def read_alpha(path: Path) -> float | None:
-    """What diffusers and peft scale all changes of a file by, over the rank; None where the file says it itself, or
-    nothing does. Raises ValueError for a kind of LoRA that is not merged by one product."""
+    """Returns the number that diffusers and peft scale all changes of a file by (over the rank); None if the tensors
+    hold it or nothing does. Raises ValueError for a kind of LoRA that cannot be merged as one product."""
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
@@ -234,8 +234,8 @@ def read_alpha(path: Path) -> float | None:
 
 @contextlib.contextmanager
 def merging(loras: Sequence[Lora]) -> Iterator[None]:
-    """Merges them into every transformer that a `wan` package, whichever, loads in this block: into its weights as they
-    come from their files, before anything else is done with them."""
+    """Merges the LoRAs into every transformer that any `wan` package loads in this block, as soon as its weights have
+    been read."""
     if not loras:
         yield
         return
@@ -287,7 +287,7 @@ def merge(model: "torch.nn.Module", folder: Path, loras: Sequence[Lora]) -> None
 
 
 def add(weight: "torch.Tensor", change: Change, tensors, alpha: float | None, strength: float) -> None:
-    """tensors: the open file. alpha: where there is none in it."""
+    """Adds one change to a weight. tensors: the open file. alpha: used if the file holds none."""
     if "down" in change:
         down, up = (tensors.get_tensor(change[kind]).float().flatten(1) for kind in ("down", "up"))
         if "alpha" in change:

@@ -44,7 +44,7 @@ def make_videos(
 
 
 def told(job: Job, crew: Crew, requests: list[Request]) -> Iterator[tuple[int, Request]]:
-    """The requests with their numbers, each of which is said before it is made."""
+    """Yields the requests with their numbers, and announces each before it is made."""
     hidden = not (job.goes_on and crew.speaks)
     for number, request in enumerate(tqdm(requests, "videos", unit="video", disable=hidden or None), 1):
         if job.prompt_file:
@@ -64,7 +64,7 @@ def make_video(
     seconds: dict[str, float],
     watches: list[Watch],
 ) -> dict[str, str]:
-    """Renders, saves and compares one. Returns what failed, and why. more: whether another one comes."""
+    """Renders, saves and compares one video. Returns what failed, and why. more: whether another one follows."""
     compare = job.output.compare
     render = functools.partial(renderer.render, request, job.schedule, cache, more or compare)
     rendered, fault = tried(job.goes_on, render, crew.own)

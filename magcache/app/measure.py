@@ -54,7 +54,7 @@ def calibrate(
 
 
 def reached(renderer: Renderer, trials: TrialRuns | None, number: int, count: int, runs: list[dict]) -> str:
-    """How far the number-th of so many prompts came, and what there is of all of them."""
+    """Says how far the number-th of so many prompts came, and what there is of all of them."""
     if trials and trials.recorded == len(runs) > 0:
         return f" in the trials of prompt {number} of {count}; what was measured until then is written"
     kept = "only the earlier prompts count" if runs else "nothing is written"

@@ -58,7 +58,7 @@ def read_image(path: str) -> Image.Image:
 
 
 def video_size(image_size: tuple[int, int], max_area: int, task: Task) -> tuple[int, int]:
-    """(width, height) of the video that any `wan` package makes of an image of that size, for a readable one."""
+    """Returns (width, height) of the video that any `wan` package makes from a readable image of that size."""
     token = task.token_pixels
 
     def whole(pixels: float) -> int:
@@ -77,7 +77,7 @@ def video_size(image_size: tuple[int, int], max_area: int, task: Task) -> tuple[
 
 
 def frames_at_most(most: int, path: str) -> int:
-    """The number of frames in a video, counted up to this one. Raises ValueError if it is missing or no video."""
+    """Counts the frames of a video, up to this many. Raises ValueError if it is missing or not a video."""
     import imageio_ffmpeg
 
     if not os.path.isfile(path):  # a pipe might never end
@@ -100,7 +100,7 @@ def to_uint8(tensor) -> np.ndarray:
 
 
 def to_frames(video) -> np.ndarray:
-    """Tensor [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
+    """Turns a tensor [3, F, H, W] in [-1, 1] into uint8 [F, H, W, 3]."""
     return to_uint8(video).transpose(1, 2, 3, 0)
 
 

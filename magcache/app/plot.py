@@ -24,7 +24,7 @@ def new_figure(rows: int, title: str | None, heights: Sequence[float] | None = N
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """Whole or not at all."""
+    """Writes a figure whole or not at all."""
     with written_whole(path) as part:
         figure.savefig(part, dpi=110, format="png")
 
@@ -70,8 +70,8 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
 
 
 def draw_trials(axes, measured: Measured) -> None:
-    """Latent PSNR over the speed-up: every prompt, their mean and what is promised; fewer steps and thresh, which not
-    all prompts have tried."""
+    """Draws latent PSNR over the speed-up: every prompt, their mean and what is promised; also fewer steps and thresh,
+    which not all prompts have tried."""
     at = measured.speedups
     for number, prompt in enumerate(measured.prompts):
         psnrs = [row.psnr[prompt] for row in measured.forecasts]
@@ -93,8 +93,8 @@ def draw_trials(axes, measured: Measured) -> None:
 
 
 def plan_figure(job: Job, title: str):
-    """What decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted error, or,
-    where no table made the schedule, the noise levels (as log-SNR)."""
+    """Draws what decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted
+    error, or, if no table made the schedule, the noise levels (as log-SNR)."""
     schedule, steps, prediction = job.schedule, job.schedule.steps, predict(job)
     branches = reuse_by_branch(schedule)
     if prediction is None:
@@ -123,7 +123,7 @@ def plan_figure(job: Job, title: str):
 
 
 def score_figure(rows: dict[str, Sequence[float | None]]):
-    """Scores of every frame, a row of the figure for each name, with gaps where one is None."""
+    """Draws the scores of every frame, one row of the figure per name, with gaps where a score is None."""
     figure, all_axes = new_figure(len(rows), None)
     for axes, (name, values) in zip(all_axes, rows.items(), strict=True):
         axes.plot([float("nan") if value is None else value for value in values], marker=".")

@@ -43,7 +43,8 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """As torchrun says; a single one without torchrun. Raises ValueError if its variables are incomplete."""
+        """Reads torchrun's variables; without torchrun there is a single process. Raises ValueError if they are
+        incomplete."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
@@ -89,7 +90,7 @@ class Processes:
             raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
     def gathered(self, value) -> list:
-        """The value (anything that can be pickled) of every process, in order; all must call it."""
+        """Returns the value (anything that can be pickled) of every process, in order; all must call it."""
         if self.world == 1:
             return [value]
         import torch
@@ -97,7 +98,7 @@ class Processes:
         return gathered(value, torch.distributed.group.WORLD)
 
     def from_first(self, value):
-        """The value that the first process calls this with; all must call it."""
+        """Returns the value that the first process calls this with; all must call it."""
         return self.gathered(value)[0]
 
     def differences(self, values: dict) -> dict[int, list[str]]:
@@ -108,7 +109,8 @@ class Processes:
         return {rank: different for rank, different in names.items() if different}
 
     def patient_group(self, size: int):
-        """This process and its neighbours, `size` in all, for `gathered`; None for one alone. All must call it."""
+        """Makes a group of this process and its neighbours, `size` in all, for `gathered`; None for one alone. All must
+        call it."""
         if size == 1:
             return None
         import torch
@@ -132,13 +134,13 @@ class Crew:
 
     @property
     def speaks(self) -> bool:
-        """Whether this one speaks for all."""
+        """Whether this process prints for all."""
         return self.processes.rank == 0
 
 
 def gathered(value, group) -> list:
-    """The value (anything that can be pickled) of every process of a `Processes.patient_group`, in order; waits as long
-    as one of them takes."""
+    """Returns the value (anything that can be pickled) of every process of a `Processes.patient_group`, in order,
+    however long one of them takes."""
     if group is None:
         return [value]
     import torch
@@ -149,9 +151,9 @@ def gathered(value, group) -> list:
 
 
 def agreed(fault: tuple[str, str] | None, group) -> str | None:
-    """In a line what went wrong with a video, in the words of its first process; None if nothing did. fault: kind, and
-    line. Raises RuntimeError if the processes disagree on the kind: then they are no longer at the same point, and
-    could not go on together. The first may fail alone, where the others are done, since it decodes."""
+    """Returns in one line what went wrong with a video, in the words of its first process; None if nothing did. fault:
+    kind and line. Raises RuntimeError if the processes disagree on the kind: then they are no longer at the same point
+    and could not go on together. Only the first may fail alone where the others are done, since it decodes."""
     everyone = gathered(fault, group)
     kinds = [theirs and theirs[0] for theirs in everyone]
     if len(set(kinds)) > 1 and any(kinds[1:]):
@@ -161,8 +163,8 @@ def agreed(fault: tuple[str, str] | None, group) -> str | None:
 
 
 def tried(goes_on: bool, function: Callable, group=None) -> tuple:
-    """What the function returns, and None; or None, and what went wrong, if its failure stops nothing else (`goes_on`).
-    group: processes, of `Processes.patient_group`, that call it together."""
+    """Returns the function's result and None; or None and what went wrong, if its failure stops nothing else
+    (`goes_on`). group: the processes, of `Processes.patient_group`, that call it together."""
     result = fault = None
     try:
         result = function()
@@ -178,8 +180,8 @@ def tried(goes_on: bool, function: Callable, group=None) -> tuple:
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """One of several processes ends with this block: with the messages and the exit code that Python would give it, but
-    without torch's clean-up, in which gloo now and then hangs or aborts when processes leave together."""
+    """Ends one of several processes with this block: with the messages and the exit code that Python would give it, but
+    without torch's clean-up, in which gloo sometimes hangs or aborts when processes leave together."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return

@@ -26,7 +26,7 @@ LOG_SECONDS = 30  # between two lines where a bar would flood a log
 
 
 def moment() -> "float | torch.cuda.Event":
-    """Now: an event in the GPU's queue, or where there is none, a time in seconds."""
+    """Marks now: an event in the GPU's queue, or without a GPU a time in seconds."""
     if not torch.cuda.is_initialized():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -35,7 +35,7 @@ def moment() -> "float | torch.cuda.Event":
 
 
 def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    """The GPU has come to both."""
+    """Returns the seconds between two moments, both of which the GPU has reached."""
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
 
@@ -47,7 +47,7 @@ class Watch:
     the CPU; None where this process decodes nothing. `latent_psnr`: of it against the uncached one, if compared."""
 
     def __init__(self, schedule: Schedule, show: bool, decoding: float | None = None):
-        """decoding: the seconds that it will take, None where they are not known."""
+        """decoding: the expected seconds of decoding, None if unknown."""
         self.schedule, self.show, self.expected = schedule, show, decoding
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.reused: list[bool] = []
@@ -59,7 +59,7 @@ class Watch:
         self.logged = -LOG_SECONDS
 
     def lap(self, phase: str) -> None:
-        """The time since what came before belongs to this phase."""
+        """Counts the time since the last lap to this phase."""
         now = moment()
         if not isinstance(now, float):
             now.synchronize()
@@ -71,7 +71,7 @@ class Watch:
         self.noted.clear()
 
     def called(self, call: int, reused: bool) -> None:
-        """The model has been called: what `magcache.apply_magcache` takes as `on_call`."""
+        """Notes a call of the model; `magcache.apply_magcache` takes this as `on_call`."""
         self.reused.append(reused)
         self.noted.append(("reused" if reused else "computed", moment()))
 
@@ -83,7 +83,7 @@ class Watch:
         self.after_step()
 
     def after_step(self) -> None:
-        """Or before the first one."""
+        """Is called after every step, and before the first one."""
         self.lap("sampler" if self.reused else "inputs")
         if self.show and self.reused:
             self.tell()
@@ -92,7 +92,7 @@ class Watch:
         self.lap("text")
 
     def before_call(self, _, args: tuple) -> None:
-        """A hook of the model. args: of its call, the first of them the latents of its step."""
+        """A hook of the model. args: those of its call, the first of which are the latents of the step."""
         if self.reused and len(self.reused) % self.schedule.calls_per_step == 0:
             self.check(args[0])
 
@@ -111,7 +111,7 @@ class Watch:
         raise NotFinite(f"the latent became NaN or infinite in {step}; nothing is saved; {causes}")
 
     def encoding(self, encode: Callable) -> Callable:
-        """The method of the VAE, whose time is that of the inputs."""
+        """Wraps the VAE's encode, whose time counts to the inputs."""
 
         def run(*args, **kwargs):
             out = encode(*args, **kwargs)
@@ -121,7 +121,7 @@ class Watch:
         return run
 
     def decoding(self, vae) -> Callable:
-        """The method of the VAE, with what is checked, kept, timed and said of it."""
+        """Wraps the VAE's decode, to check and keep the latent and to show the progress."""
         decode, model = vae.decode, getattr(vae, "model", None)
 
         def run(latents, *args, **kwargs):
@@ -144,7 +144,8 @@ class Watch:
         return run
 
     def decoded(self, frames: int) -> Callable:
-        """What says that one more of so many latent frames is decoded; none is when it is first called."""
+        """Returns a function that says that one more of so many latent frames is decoded; its first call counts
+        none."""
         start, numbers = moment(), itertools.count()
 
         def say(*_) -> None:
@@ -156,7 +157,7 @@ class Watch:
         return say
 
     def tell(self) -> None:
-        """One more step is done: moves the bar, or writes a line to a log if it is time for one."""
+        """Shows that one more step is done: moves the bar, or writes a line to a log if it is time for one."""
         per_step, steps = self.schedule.calls_per_step, self.schedule.steps
         done = len(self.calls) // per_step
         kinds = {reused for reused, _ in self.calls[-per_step:]}
@@ -177,13 +178,13 @@ class Watch:
             self.close()
 
     def terminal(self) -> tqdm | None:
-        """The bar, where stderr is a terminal."""
+        """Returns the bar, if stderr is a terminal."""
         if self.bar is None and sys.stderr.isatty():
             self.bar = tqdm(bar_format="{desc}", disable=False, dynamic_ncols=True, leave=None)
         return self.bar
 
     def say(self, line: str, always: bool) -> None:
-        """On a terminal in the place of the line before; in a log where it is time for one, or `always`."""
+        """Replaces the line on a terminal; writes it to a log if it is time for a line there, or `always`."""
         if (bar := self.terminal()) is not None:
             bar.set_description_str(line)
         elif always or time.perf_counter() - self.logged >= LOG_SECONDS:

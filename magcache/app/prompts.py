@@ -73,7 +73,7 @@ def holds(text: str, kind: type) -> bool:
 
 
 def read_object(line: str) -> dict:
-    """One line of JSON Lines, checked. Raises ValueError."""
+    """Reads and checks one line of JSON Lines. Raises ValueError."""
     types = {"prompt": str, "seed": int, "image": str, "save_file": str, "n_prompt": str}
     try:
         values = json.loads(line)
@@ -97,13 +97,13 @@ def read_object(line: str) -> dict:
 
 
 def is_text(value: str) -> bool:
-    """Whether there are only whole characters: JSON may hold halves of one, and bytes of a command line that are no
-    UTF-8 arrive as such."""
+    """Whether the text holds only whole characters: JSON may hold halves of one, and bytes of a command line that are
+    not UTF-8 arrive as such."""
     return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def slug(prompt: str) -> str:
-    """The beginning of a prompt in characters that are safe in any file name, at most 120 bytes."""
+    """Returns the beginning of a prompt in characters that are safe in any file name, at most 120 bytes."""
     encoding = sys.getfilesystemencoding()
     known = (c.isalnum() and c.encode(encoding, "ignore") for c in prompt[:50])
     safe = "".join(c if is_known or c == "-" else "_" for c, is_known in zip(prompt, known, strict=False))
@@ -111,8 +111,8 @@ def slug(prompt: str) -> str:
 
 
 def result_name(line: Line, settings: dict, ending: str) -> str:
-    """A file name that changes with whatever decides on the video: prompts, seed, image and the settings (anything that
-    JSON can hold). A rerun thus finds what it would make again, and nothing else."""
+    """Makes a file name that changes with everything the video depends on: prompts, seed, image and the settings
+    (anything that JSON can hold). A rerun thus finds what it would make again, and nothing else."""
     more = [line.n_prompt] if line.n_prompt else []  # without one names are as ever
     decisive = json.dumps([line.prompt, line.seed, line.image, settings, *more], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]

@@ -29,8 +29,8 @@ OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_mode
 
 
 def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int], seconds: dict, calls: list) -> dict:
-    """All that it takes to make a video again. group: the processes that made it. pixels: (frames, height, width).
-    seconds: by phase. calls: those of the model, as they were watched."""
+    """Collects all that it takes to make a video again. group: the processes that made it. pixels: (frames, height,
+    width). seconds: by phase. calls: those of the model, as they were watched."""
     import wan
 
     frames, height, width = pixels
@@ -61,7 +61,7 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
 
 
 def replayed_values(job: Job, request: Request) -> dict:
-    """The values of all flags that make the request again, from any folder."""
+    """Returns the values of all flags that make the request again, from any folder."""
     values = job.values | ({"image": request.image} if request.image else {})
     values |= {name: absolute(name, values[name]) for name in PATHS}
     if table := job.table or (job.measured and job.measured.table):
@@ -102,7 +102,7 @@ def is_record(path: Path) -> bool:
 
 
 def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
-    """The flags that stand for these values of a parser's arguments, but for those that are left out. What is None, a
+    """Returns the flags that stand for these values of a parser's arguments, except those left out. What is None, a
     tuple, a switch that is off, or unknown to the parser has no flag."""
     command = []
     for action in parser._actions:
@@ -118,7 +118,7 @@ def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) 
 
 
 def absolute(name: str, value: str | None) -> str | None:
-    """A path that means the same from any folder."""
+    """Makes a path mean the same from any folder."""
     if not value or name not in PATHS:
         return value
     if name != PATHS[-1]:
@@ -148,7 +148,8 @@ def device() -> dict:
 
 
 def peak_memory() -> dict | None:
-    """Since the process started, in bytes, and of what; None where the system does not tell."""
+    """Returns the peak memory since the process started, in bytes, and which memory that is; None if the system does
+    not say."""
     import torch
 
     if torch.cuda.is_available():
@@ -162,7 +163,7 @@ def peak_memory() -> dict | None:
 
 
 def describe_table(table: magcache.RatioTable | None) -> dict | None:
-    """A ratio table and its origin."""
+    """Describes a ratio table and its origin."""
     return table and {
         "name": table.name,
         "file": str(table.path.resolve()),
@@ -186,7 +187,7 @@ def describe_schedule(schedule: magcache.Schedule) -> dict:
 
 
 def layout(value, indent: int = 0) -> str:
-    """JSON with a line for every key and lists on one line, as far as they hold no objects."""
+    """Writes JSON with one line per key, and lists on one line unless they hold objects."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False, default=str)
     pad = " " * (indent + 1)

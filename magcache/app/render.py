@@ -40,8 +40,8 @@ class Renderer:
     def render(
         self, request: Request, schedule: Schedule, runner: patch.Runner | None = None, more: bool = True
     ) -> Rendered:
-        """runner: of the model's calls, None to compute all of them; it starts afresh, whatever was before. more:
-        whether another video will come, for which the models are kept."""
+        """Renders one video. runner: for the model's calls, None to compute all of them; it starts afresh. more:
+        whether another video follows, for which the models are kept."""
         self.watch, self.pipeline.keeps_models = None, more
         with watched(self.pipeline, schedule, self.crew.speaks, self.decoding) as watch:
             self.watch = watch
@@ -51,7 +51,7 @@ class Renderer:
         return Rendered(video, watch)
 
     def generate(self, request: Request, steps: int) -> torch.Tensor | None:
-        """What the pipeline makes of the request."""
+        """Lets the pipeline generate the request."""
         sampling, inputs = self.job.sampling, inputs_of(request, self.inputs)
         shape = {"size": sampling.pixels}
         if sampling.spec.images and inputs:
@@ -72,6 +72,6 @@ class Renderer:
             )
 
     def reached(self, number: int, count: int) -> str:
-        """How far the latest video came, of the number-th of so many requests."""
+        """Says how far the latest video came, the number-th of so many requests."""
         calls = f"after {len(self.watch.reused) if self.watch else 0} of {len(self.job.schedule.weights)} calls"
         return f" in prompt {number} of {count}, {calls}"

@@ -24,7 +24,7 @@ def endings_of(job: Job) -> tuple[str, ...]:
 
 
 def results_folder(job: Job) -> Path:
-    """Where the videos of a prompt file go that name no file."""
+    """Returns the folder for videos of a prompt file that name no file."""
     return Path(job.output.save_file or Path(job.prompt_file).stem)
 
 
@@ -61,7 +61,7 @@ def check_apart(job: Job, requests: list[Request]) -> None:
 
 
 def decisive_settings(job: Job) -> dict:
-    """What, beside its line, decides on a video of a prompt file."""
+    """Returns what a video of a prompt file depends on beside its line."""
     schedule = job.schedule
     settings = settings_of(job.sampling, job.machine) | {
         "steps": job.sampling.sample_steps,
@@ -78,7 +78,7 @@ def decisive_settings(job: Job) -> dict:
 
 
 def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
-    """Those that are not finished. Checks their images."""
+    """Returns the requests that are not finished, and checks their images."""
     if not job.prompt_file:
         return requests
     missing = requests
@@ -95,7 +95,7 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
 
 
 def check_targets(job: Job, requests: list[Request]) -> None:
-    """Refuses, by trying, what cannot be written, and says what will be replaced. Makes the folders that are ours."""
+    """Refuses, by trying, what cannot be written, says what will be replaced, and makes the folders that are ours."""
     files = [file for request in requests for file in files_of(job, request.path)]
     tables = [job.output.table] if job.calibrates else []
     own = results_folder(job) if job.prompt_file else None  # those that name a file say where there is one
@@ -128,12 +128,12 @@ def check_target(path: Path) -> None:
 
 
 def files_of(job: Job, path: Path) -> list[Path]:
-    """All that is written of a video: itself, its record, its comparison."""
+    """Lists all files that are written for a video: itself, its record, its comparison."""
     return [path, record_path(path), *(comparison_paths(job, path) if job.output.compare else ())]
 
 
 def comparison_paths(job: Job, path: Path) -> tuple[Path, Path, Path]:
-    """Files of a comparison beside the video: the uncached one, both of them as one, the page."""
+    """Returns the files of a comparison beside the video: the uncached one, both as one, the page."""
     both = path.with_name(f"{path.stem}_compare{'.png' if job.sampling.frame_num == 1 else '.mp4'}")
     return path.with_stem(f"{path.stem}_uncached"), both, both.with_suffix(".html")
 

@@ -51,7 +51,7 @@ def save_result(video: torch.Tensor, path: Path, fps: int) -> None:
 
 
 def spare_folders() -> tuple[str, ...]:
-    """Where a result goes whose own folder takes it not."""
+    """Returns the folders for results that cannot be written to their own."""
     return tempfile.gettempdir(), ".", os.path.expanduser("~")
 
 

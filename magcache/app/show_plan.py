@@ -58,7 +58,7 @@ def chosen_by(job: Job) -> str:
 
 
 def table_origin(table: RatioTable) -> str:
-    """Where a table comes from, in words."""
+    """Says where a table comes from."""
     date = table.measured_on.get("date")
     if isinstance(date, str):
         return f"measured on {date[:10]} with {table.steps} steps ({table.path})"
@@ -66,7 +66,7 @@ def table_origin(table: RatioTable) -> str:
 
 
 def run_lines(job: Job, video: str, pixels: tuple[int, int, int], references: int) -> list[str]:
-    """video: in words. pixels: (frames, height, width). references: images of vace."""
+    """Describes the run. video: in words. pixels: (frames, height, width). references: images of vace."""
     tokens = token_count(*pixels, references, job.sampling.spec.token_pixels)
     schedule, sizes = job.schedule, architecture_of(job.sampling.spec, job.machine.ckpt_dir)
     cached, full = run_flops(schedule, sizes, tokens)
@@ -85,7 +85,7 @@ def run_lines(job: Job, video: str, pixels: tuple[int, int, int], references: in
 
 
 def memory(job: Job, size: float) -> str:
-    """size: of all that is cached, in bytes."""
+    """Says what is cached and where. size: of all that is cached, in bytes."""
     schedule, shards = job.schedule, job.machine.shards
     kept = schedule.history * schedule.calls_per_step
     if not kept:
@@ -97,7 +97,7 @@ def memory(job: Job, size: float) -> str:
 
 
 def map_lines(job: Job) -> list[str]:
-    """The steps of every branch, and below them the predicted errors."""
+    """Draws the steps of every branch, and below them the predicted errors."""
     steps, branches, prediction = job.schedule.steps, reuse_by_branch(job.schedule), predict(job)
     lines = [f"step      {ruler(steps)}"]
     for name, reuse in branches.items():

@@ -12,8 +12,8 @@ BRANCHES = ("cond", "uncond")
 
 
 def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, ...]:
-    """The accumulated error of the MagCache rule along one branch, for any choice of steps: over every stretch of
-    reused steps the sum of the distances from 1 of the product of its ratios; 0 where a step computes."""
+    """Returns the accumulated error of the MagCache rule along one branch, for any choice of steps: over every stretch
+    of reused steps the sum of the distances from 1 of the product of its ratios; 0 where a step computes."""
     errors, product, error = [], 1.0, 0.0
     for ratio, reused in zip(ratios, reuse, strict=True):
         product = product * ratio if reused else 1.0
@@ -23,15 +23,15 @@ def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, 
 
 
 def predict_by_ratios(schedule: Schedule, ratios: Sequence[float]) -> dict[str, tuple[float, ...]]:
-    """The `rule_errors` of every branch, by a ratio table in call order; one of another number of steps is resampled by
-    nearest index, as by `plan`."""
+    """Returns the `rule_errors` of every branch for a ratio table in call order. A table of another number of steps is
+    resampled by nearest index, as by `plan`."""
     branches = zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False)
     return {name: rule_errors(resample_nearest(values, schedule.steps), reuse) for values, (name, reuse) in branches}
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
-    """One character a step: # computed, . reused, blank for None. A smaller width puts neighbouring steps together,
-    as + where they differ."""
+    """Draws one character per step: # computed, . reused, blank for None. A smaller width merges neighbouring steps,
+    into + where they differ."""
     marks = [" " if r is None else "." if r else "#" for r in reuse]
     if width is None or width >= len(marks):
         return "".join(marks)
@@ -45,7 +45,7 @@ def ruler(steps: int) -> str:
 
 
 def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
-    """Errors as tenths of `unit`, one character a step, blank where it computes."""
+    """Writes errors as tenths of `unit`, one character per step, blank where it computes."""
     tenths = (min(9, int(10 * error / unit)) if unit else 0 for error in errors)
     return "".join(str(tenth) if reused else " " for tenth, reused in zip(tenths, reuse, strict=True)).rstrip()
 

@@ -35,7 +35,7 @@ class StockWan(Backend):
         warnings.filterwarnings("ignore", module=r"torch\.")
 
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
-        """That of upstream's script, which is read and not run."""
+        """Returns the example in upstream's script, which is read but not run."""
         root = wan_folder().parent
         with contextlib.suppress(KeyError, TypeError):
             example = assigned(root / "generate.py")["EXAMPLE_PROMPT"][sampling.task]
@@ -61,7 +61,7 @@ class StockWan(Backend):
             raise Refused("the wan package here needs the package flash_attn: pip install flash-attn")
 
     def start_groups(self, processes: Processes, machine: Machine) -> Group:
-        """All processes are one group, but where they share neither tokens nor weights: then each makes videos of its
+        """Makes all processes one group, unless they share neither tokens nor weights: then each makes videos of its
         own."""
         if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
             return Group(index=processes.rank, count=processes.world)
@@ -77,7 +77,7 @@ class StockWan(Backend):
         return Group(processes.rank, processes.world, sharing=torch.distributed.group.WORLD)
 
     def start_sharing(self, processes: Processes, machine: Machine) -> None:
-        """It wants xfuser's groups to be there before the pipeline is made."""
+        """Starts xfuser's groups, which must be there before the pipeline is made."""
         try:
             from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
         except ImportError as fault:
@@ -88,7 +88,7 @@ class StockWan(Backend):
         initialize_model_parallel(sequence_parallel_degree=processes.world, **degrees)
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> None:
-        """The pipeline reads them; what can be told without it is checked."""
+        """Checks the sources as far as possible; the pipeline itself reads them."""
         from magcache.app.media import frames_at_most, read_image
 
         frames = {path: frames_at_most(2, path) for path in (inputs.src_video, inputs.src_mask) if path}
@@ -103,7 +103,8 @@ class StockWan(Backend):
             print("note: this wan package reads the source video after loading; its size and length are the video's")
 
     def apart(self, group: Group) -> AbstractContextManager:
-        """Its pipelines have barriers of all processes, of which each makes its own number of videos."""
+        """Removes the barriers of the pipelines, which wait for all processes although each makes its own number of
+        videos."""
         if group.count == 1:
             return nullcontext()
         import torch
@@ -119,7 +120,8 @@ class StockWan(Backend):
 
 
 def assigned(path: Path) -> dict[str, Any]:
-    """The literal values that a Python file, which is not run, assigns to names and to attributes, by their names."""
+    """Returns the literal values that a Python file assigns to names and attributes, by their names. The file is not
+    run."""
     values = {}
     with contextlib.suppress(OSError, ValueError, SyntaxError):
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -54,7 +54,7 @@ class StockWan22(StockWan):
 
 
 def configured(task: Task) -> Task:
-    """With the settings of the checkout's configs, which are read and not run."""
+    """Returns the task with the settings of the checkout's configs, which are read but not run."""
     found = {}
     for name in ("shared_config", f"wan_{task.name.replace('-', '_')}"):
         found |= assigned(wan_folder() / "configs" / f"{name}.py")

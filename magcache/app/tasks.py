@@ -52,18 +52,18 @@ class Task:
 
     @property
     def repository(self) -> str:
-        """Where the Hugging Face hub has the official checkpoint."""
+        """The official checkpoint's name on the Hugging Face hub."""
         only = "-720P" if self.architecture.images else ""
         return f"Wan-AI/{self.release}-{self.model_type.upper()}-{self.name.split('-')[1]}{only}"
 
     @property
     def transformers(self) -> tuple[str, ...]:
-        """Their folders within that of the checkpoint, the first one's first."""
+        """The folders of the transformers within that of the checkpoint, in the order of a run."""
         return ("",) if self.boundary is None else ("high_noise_model", "low_noise_model")
 
     @property
     def least_frames(self) -> int:
-        """There is a latent frame for every given one."""
+        """The least number of frames, which has a latent frame for every given one."""
         return max(1, 4 * len(self.images) - 3)
 
 
@@ -204,6 +204,6 @@ def all_sizes() -> tuple[str, ...]:
 
 
 def located(example: dict[str, str], folder: Path) -> dict[str, str]:
-    """An example with its files, which are separated by commas, in this folder."""
+    """Returns an example with its files, which are separated by commas, in this folder."""
     files = {flag: names.split(",") for flag, names in example.items() if flag != "prompt"}
     return example | {flag: ",".join(str(folder / name) for name in names) for flag, names in files.items()}

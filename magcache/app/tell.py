@@ -52,7 +52,7 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
 
 
 def tell_needs(job: Job, pixels: tuple[int, int, int]) -> None:
-    """What the run takes of the card's memory, with a warning if that is more than is free there."""
+    """Says how much of the GPU's memory the run takes, with a warning if that is more than is free there."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -103,7 +103,7 @@ def tell_calls(job: Job, watches: list) -> None:
 
 
 def tell_failures(failures: list[tuple[str, str]], count: int) -> None:
-    """failures: of `magcache.app.generate.make_all`, of `count` requests."""
+    """Lists what failed. failures: those of `magcache.app.generate.make_all`, for `count` requests."""
     remedies = {
         "videos": "a rerun tries them again",
         "comparisons": "their videos are finished; --overwrite makes both again",
