@@ -1,6 +1,6 @@
 """Measures what this machine does with a Wan2.1 model before you download it: real sizes, random weights.
 
-python -m examples.card --task t2v-14B --size 1280*720
+python -m examples.card --task t2v-14B --size 1280x720
 
 Prints a table, and the same as JSON in the last line. `--layers` and `--frame_num` make it small enough for a CPU.
 `--only` picks some of these parts:
@@ -51,7 +51,7 @@ class Subject:
     """The task's model and its inputs. layers: how many blocks it has; None for all."""
 
     def __init__(self, task: str, size: str, frames: int, layers: int | None):
-        width, height = map(int, size.split("*"))
+        width, height = map(int, size.replace("x", "*").split("*"))
         self.task, self.kind, shape = task, TASKS[task].model_type, TASKS[task].architecture
         layers = layers or shape.num_layers
         self.vace_layers = [i for i in range(0, shape.num_layers, 2 if "1.3B" in task else 5) if i < layers]
@@ -312,7 +312,7 @@ def shown(name: str, value) -> str:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-1.3B", choices=tuple(TASKS))
-    parser.add_argument("--size", default="832*480", help="width*height, multiples of 16")
+    parser.add_argument("--size", default="832x480", help="widthxheight, multiples of 16")
     parser.add_argument("--frame_num", type=int, default=81, help="4n+1")
     parser.add_argument("--layers", type=int, help="number of transformer blocks (default: all)")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps of the loops")

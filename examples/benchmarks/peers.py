@@ -131,7 +131,7 @@ def relative_change(now: torch.Tensor, before: torch.Tensor) -> float:
 
 # Relative change of the residual from that of the time modulation, highest power first: `fit_teacache` on four pairs
 TEACACHE_POLYNOMIALS = {
-    "t2v-tiny": (-4277.29, 267.052, 21.8186, 0.424452, 0.019458),
+    "t2v-tiny": (124044.0, -15403.7, 663.575, -9.79179, 0.0734726),
     "i2v-tiny": (259.944, -277.443, 39.3398, -0.169949, 0.0185018),
 }
 TEACACHE_WARMUP = 5  # steps; that of the released TeaCache for Wan2.1 in its careful mode
@@ -194,10 +194,9 @@ class Changes(TeaCache):
         branch = call % 2
         modulation, residual = self.before[branch], self.residuals[branch]
         out = super().step(call, blocks, x, **kwargs)
-        if residual is not None:
-            self.points.append(
-                (relative_change(kwargs["e"], modulation), relative_change(self.residuals[branch], residual))
-            )
+        new = self.residuals[branch]
+        if residual is not None and new is not None:  # none is kept of the last step
+            self.points.append((relative_change(kwargs["e"], modulation), relative_change(new, residual)))
         return out
 
 

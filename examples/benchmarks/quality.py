@@ -113,9 +113,12 @@ def methods(task: str) -> dict[tuple, Run]:
 
 
 def adaptive(task: str) -> dict[tuple, Run]:
-    """Returns the runs of the peers that decide by what they see."""
-    found = {name: peer for name, peer in peers.all_peers().items() if name != TAYLOR}
-    return {(name, budget): follow_peer(task, peer, budget) for name, peer in found.items() for budget in BUDGETS}
+    """Returns the runs of the peers that decide by what they see, after those of `TRIED`."""
+    runs = {key: run for key, run in methods(task).items() if key[0] == TRIED}
+    for name, peer in peers.all_peers().items():
+        if name != TAYLOR:
+            runs |= {(name, budget): follow_peer(task, peer, budget) for budget in BUDGETS}
+    return runs
 
 
 def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
@@ -207,18 +210,15 @@ def print_methods(kind: str, found: Found) -> None:
 
 
 def print_settings(kind: str, everything: dict[tuple, Found]) -> None:
-    """Prints a table. A cell holds the number of computed steps; pooled PSNR and share of other videos of the rule and
-    of fewer steps; the lead."""
+    """Prints a table. A cell holds the computed steps, and by how much the rule is ahead of as many sampler steps."""
     pairs = len(next(iter(next(iter(everything.values())).values())))
-    print(f"\n| {kind}, {pairs} pairs: steps, shift | {' | '.join(f'{share:.0%} computed' for share in SHARES)} |")
+    heads = " | ".join(f"{share:.0%} of the steps" for share in SHARES)
+    print(f"\n| {kind}, {pairs} pairs: ahead of {PLAIN}, pooled; steps, shift | {heads} |")
     print("|---|" + "---|" * len(SHARES))
     for (steps, shift), found in everything.items():
-        cells = []
-        for count in dict.fromkeys(count for _, count in found):
-            both = ours, plain = psnrs(found[OURS, count]), psnrs(found[PLAIN, count])
-            closeness = " / ".join(f"{pooled(values):.1f}, {share_of_others(values):.0%}" for values in both)
-            cells.append(f"{count}: {closeness}; {lead(ours, plain)}")
-        print(f"| {steps}, {shift:g} | {' | '.join(cells)} |")
+        counts = dict.fromkeys(count for _, count in found)
+        leads = (f"{count}: {lead(psnrs(found[OURS, count]), psnrs(found[PLAIN, count]))}" for count in counts)
+        print(f"| {steps}, {shift:g} | {' | '.join(leads)} |")
 
 
 def draw(everything: dict[str, Found], path: str) -> None:

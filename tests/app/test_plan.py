@@ -26,7 +26,6 @@ from wan.modules.vace_model import VaceWanModel
 
 REPO = Path(__file__).parents[2]
 DEMO = ("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(REPO / "examples" / "Wan2.1-T2V-tiny"))
-README = (REPO / "README.md").read_text()
 CALIBRATION = (REPO / "calibration" / "README.md").read_text()
 # task, folder, size, steps, thresh, K; calls computed
 PUBLISHED = [
@@ -66,20 +65,6 @@ def test_documentation_has_the_plans_of_the_published_settings():
         for task, folder, _, steps, thresh, K, computed in PUBLISHED
     ]
     assert rows == expected
-
-
-def test_documentation_has_the_plans_around_them():
-    rows = re.findall(r"^\| ([\w.-]+), (\d+) \| ([\d.]+) \| (.*) \|$", CALIBRATION, re.MULTILINE)
-    assert len(rows) == 15
-    for table, steps, thresh, cells in rows:
-        schedules = [magcache.plan(magcache.load_ratios(table), int(steps), float(thresh), K) for K in range(1, 7)]
-        assert cells == " | ".join(f"{s.computed}, {s.speedup_bound:.2f}x" for s in schedules)
-
-
-def test_readme_example_is_the_real_one(plan):
-    command = re.search(r"^python magcache_generate\.py (--task t2v-1.3B .* --magcache_plan)$", README, re.MULTILINE)
-    shown = README[command.end() :].split("```")[2].strip("\n").splitlines()
-    assert shown == plan(*command[1].removesuffix(" --magcache_plan").split())
 
 
 def test_plan_is_quick_and_needs_no_torch(tmp_path):

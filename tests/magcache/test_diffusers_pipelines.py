@@ -339,7 +339,7 @@ def test_calibration(demo):
 
 def test_the_lines_of_the_readme(t2v, tmp_path):
     """On the demo model, saved as a pipeline of diffusers, with fewer and smaller steps."""
-    section = (REPO / "README.md").read_text().split("## In diffusers")[1].split("\n## ")[0]
+    section = (REPO / "README.md").read_text().split("**In diffusers**")[1]
     (code,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
     parts = t2v.pipe.components | {
         "tokenizer": t2v.own.text_encoder.tokenizer,
@@ -358,5 +358,5 @@ def test_the_lines_of_the_readme(t2v, tmp_path):
         code = code.replace(text, other)
     names = {}
     exec(code, names)
-    assert names["schedule"].computed == 2 * 3
+    assert names["schedule"].computed == 2 * 4
     assert names["video"].shape == (5, 64, 64, 3)
