@@ -66,11 +66,12 @@ def noise_levels_of(scheduler, steps: int) -> tuple[float, ...]:
 
 
 def first_below(sigmas: Sequence[float], boundary: float) -> int:
-    """The first step at a noise level below the boundary, by their timesteps: whole numbers on a scale of 1000, as the
-    samplers of Wan have them. It is `len(sigmas)` where there is none."""
+    """Returns the first step whose noise level is below the boundary, or `len(sigmas)` if there is none. Both are
+    compared as timesteps: whole numbers on a scale of 1000, as in Wan's samplers."""
     return sum(int(1000 * sigma) >= 1000 * boundary for sigma in sigmas)
 
 
 def log_snr(sigma: float) -> float:
-    """lambda = log((1 - sigma) / sigma), the logarithm of the signal-to-noise ratio; minus infinity at pure noise."""
+    """Returns lambda = log((1 - sigma) / sigma), the logarithm of the signal-to-noise ratio; minus infinity at pure
+    noise."""
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf

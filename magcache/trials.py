@@ -54,9 +54,9 @@ class Trial:
 
     @property
     def known(self) -> tuple[bool, ...]:
-        """For every call at the start that the uncached run has, too: whether its output there is all that is wanted,
-        so that it need not compute. Fewer steps share the noise of the first; thresh has its retained steps, whose
-        last one has to leave a residual."""
+        """Says for every call at the start, which the uncached run makes as well, whether its output there is all that
+        is needed, so that the call need not compute. Fewer steps share only the noise of the first step; thresh shares
+        its retained steps, but the last of these has to leave a residual."""
         schedule = self.schedule
         if self.method == "forecast":
             return tuple(True for _ in takewhile(lambda reused: not reused, schedule.reuse))
@@ -85,12 +85,12 @@ class Trial:
 
 
 def trial(method: str, schedule: Schedule, *settings: float) -> Trial:
-    """settings: in the order of `SETTINGS`."""
+    """Makes a trial. settings: in the order of `SETTINGS`."""
     return Trial(method, dict(zip(SETTINGS[method], settings, strict=True)), schedule.computed, schedule=schedule)
 
 
 def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Trial:
-    """sigmas: noise levels of the steps, see `magcache.noise_levels`."""
+    """Makes a trial of the speed-up rule. sigmas: noise levels of the steps, see `magcache.noise_levels`."""
     schedule = plan_speedup(len(sigmas), speedup, sigmas=sigmas, constants=constants)
     return trial("forecast", schedule, speedup, *astuple(constants))
 
@@ -109,8 +109,8 @@ def candidates(speedups: Sequence[float], sigmas: Sequence[float]) -> list[Trial
 
 
 def closeness(latent, truth) -> tuple[float, float]:
-    """(PSNR in dB, relative error) of a latent against the uncached one, tensors of any equal shape: see `MEASURE`.
-    Equal ones have `EQUAL`. Raises ValueError where a number is not finite."""
+    """Returns (PSNR in dB, relative error) of a latent against the uncached one, tensors of equal shape: see `MEASURE`.
+    Equal latents have `EQUAL`. Raises ValueError if a number is not finite."""
     latent, truth = latent.double(), truth.double()
     error, power = float((latent - truth).square().mean()), float(truth.square().mean())
     if not math.isfinite(error + power):
@@ -121,31 +121,30 @@ def closeness(latent, truth) -> tuple[float, float]:
 
 
 def relative_power(psnr: float) -> float:
-    """The mean squared error over the squared peak."""
+    """Returns the mean squared error over the squared peak."""
     return 10 ** (-psnr / 10)
 
 
 def pooled(psnrs: Sequence[float]) -> float:
-    """The PSNR, in dB, of the mean of the videos' squared errors, each over its squared peak: ruled by the videos that
-    became others, where the mean of PSNRs is ruled by those that nobody can tell apart."""
+    """Returns the PSNR, in dB, of the mean of the videos' squared errors, each over its squared peak. It is dominated
+    by the videos that became others, while a mean of PSNRs is dominated by those that nobody can tell apart."""
     return -10 * math.log10(statistics.fmean(map(relative_power, psnrs)))
 
 
 def share_of_others(psnrs: Sequence[float]) -> float:
-    """The share of the videos below `ANOTHER`."""
+    """Returns the share of the videos below `ANOTHER`."""
     return sum(psnr < ANOTHER for psnr in psnrs) / len(psnrs)
 
 
 def choosing_prompts(count: int) -> int:
-    """How many of a calibration's prompts choose among the candidates: none of less than eight, as a few agree by
-    chance; else half of them, at most eight."""
+    """Returns how many of a calibration's prompts choose among the candidates: none if there are fewer than eight,
+    since a few agree by chance; else half of them, at most eight."""
     return min(count // 2, 8) if count >= 8 else 0
 
 
 def choose(forecasts: Sequence[Trial]) -> Constants:
-    """Of forecasts that differ in their constants those of the one with the least pooled error over the prompts that
-    tried all, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else those of the
-    first."""
+    """Returns the constants of the forecast with the least pooled error over the prompts that tried all of them, if it
+    is ahead of the first forecast in at least `CLEAR` of 1,000 resamples of the prompts, else those of the first."""
     prompts = [prompt for prompt in range(len(forecasts[0].psnr)) if all(row.tried(prompt) for row in forecasts)]
     errors = [[relative_power(row.psnr[prompt]) for prompt in prompts] for row in forecasts]
     best = min(range(len(forecasts)), key=lambda i: sum(errors[i]))
@@ -195,16 +194,17 @@ class Measured:
     prompts: tuple[int, ...]
 
     def speedup_of(self, row: Trial) -> float:
-        """All calls over its computed ones."""
+        """Returns all calls over the row's computed calls."""
         return CALLS_PER_STEP * self.steps / row.calls
 
     @property
     def speedups(self) -> list[float]:
-        """Of the forecasts, rising."""
+        """The speed-ups of the forecasts, rising."""
         return [self.speedup_of(row) for row in self.forecasts]
 
     def psnr_at(self, speedup: float, prompt: int) -> float:
-        """A prompt's PSNR at a speed-up between the slowest and the fastest, on a line between the trials."""
+        """Returns a prompt's PSNR at a speed-up between the slowest and the fastest, interpolated linearly between
+        trials."""
         at, rows = self.speedups, self.forecasts
         right = min(bisect_right(at, speedup), len(at) - 1)
         left = max(right - 1, 0)
@@ -212,7 +212,7 @@ class Measured:
         return rows[left].psnr[prompt] * (1 - share) + rows[right].psnr[prompt] * share
 
     def expect(self, speedup: float) -> Expectation | None:
-        """None beyond the slowest and the fastest speed-up that was tried.
+        """Returns what to expect at a speed-up; None beyond the slowest and the fastest that were tried.
 
         The promise is the lower tenth of the prompts' PSNRs, the quantile at (prompts + 1) / 10 in their order: another
         video is above the k-th lowest of n with chance 1 - k / (n + 1), however PSNRs are distributed. With less than
@@ -226,7 +226,8 @@ class Measured:
         return expectation_of(*([self.psnr_at(each, prompt) for prompt in self.prompts] for each in until))
 
     def fastest(self, psnr: float, steps: int) -> float | None:
-        """The largest speed-up of a run of so many steps that is promised a PSNR; None if none is."""
+        """Returns the largest speed-up of a run of so many steps for which a PSNR is promised; None if there is
+        none."""
         for count in range(1, steps + 1):
             expected = self.expect(steps / count)
             if expected and expected.promised >= psnr:
@@ -234,8 +235,9 @@ class Measured:
         return None
 
     def ahead(self, row: Trial) -> tuple[float, int] | None:
-        """By how many dB of pooled PSNR forecasts at equal calls were ahead of another way, over the prompts that tried
-        both, and how many these are; None if there are none, or nothing was tried on both sides of its speed-up."""
+        """Returns by how many dB of pooled PSNR forecasts at equal calls were ahead of another way, over the prompts
+        that tried both, and how many prompts these are; None if there are none, or nothing was tried on both sides of
+        its speed-up."""
         speedup = self.speedup_of(row)
         common = [prompt for prompt in self.prompts if row.psnr[prompt] is not None]
         if not common or not self.expect(speedup):
@@ -244,7 +246,7 @@ class Measured:
         return lead - pooled([row.psnr[prompt] for prompt in common]), len(common)
 
     def better_without_cache(self) -> list[Trial]:
-        """Fewer sampler steps that come closer than any cache that computes no more calls does."""
+        """Returns the rows of fewer sampler steps that come closer than any cache with no more computed calls."""
         found = []
         for row in (row for row in self.others if row.method == "fewer steps"):
             thresh = [o.pooled for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.pooled]
@@ -255,7 +257,7 @@ class Measured:
 
 
 def expectation_of(psnrs: Sequence[float], *slower: Sequence[float]) -> Expectation:
-    """slower: PSNRs at smaller speed-ups, none of which promises less."""
+    """Returns what to expect. slower: PSNRs at smaller speed-ups, none of which promises less."""
     promised = min(map(lower_tenth, (psnrs, *slower)))
     return Expectation(pooled(psnrs), promised, share_of_others(psnrs), statistics.fmean(psnrs))
 
@@ -265,8 +267,8 @@ def lower_tenth(values: Sequence[float]) -> float:
 
 
 def read_trials(table: RatioTable) -> Measured | None:
-    """None where the table holds no trials, or no prompt of it went through all of them. Raises ValueError with one
-    line where they cannot be read."""
+    """Reads the trials of a table; None if it holds none, or if no prompt went through all of them. Raises ValueError
+    with one line if they cannot be read."""
     if table.trials is None:
         return None
     try:

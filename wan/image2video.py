@@ -16,8 +16,8 @@ TOKEN_PIXELS = 16  # on either side
 
 
 def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
-    """(width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole tokens.
-    image_size: (width, height) in pixels. Raises ValueError if not even one token fits."""
+    """Returns (width, height) of a video that has about the image's aspect ratio and at most max_area pixels, in whole
+    tokens. image_size: (width, height) in pixels. Raises ValueError if not even one token fits."""
     aspect = image_size[1] / image_size[0]
     areas = (max_area / aspect, max_area * aspect)  # in this order and form: the last bit may decide
     size = tuple(int(math.sqrt(area) // TOKEN_PIXELS) * TOKEN_PIXELS for area in areas)
@@ -48,8 +48,8 @@ class ImagePipeline(WanPipeline):
         return features
 
     def condition(self, images: list[torch.Tensor], shape: tuple[int, int, int, int], frame_num: int) -> torch.Tensor:
-        """The transformer's `y`, [4 + 16, f, h, w]: which frames are given, and the latent of a video of these frames
-        with gray between them. images: the first frame, or the first and the last, [3, H, W] in [-1, 1]."""
+        """Returns the transformer's `y`, [4 + 16, f, h, w]: which frames are given, and the latent of a video of these
+        frames with gray between them. images: the first frame, or the first and the last, [3, H, W] in [-1, 1]."""
         _, frames, rows, columns = shape
         height, width = (n * stride for n, stride in zip((rows, columns), self.config.vae_stride[1:], strict=True))
         # bicubic without antialias, as the models were trained
@@ -71,7 +71,7 @@ class ImagePipeline(WanPipeline):
         seed: int,
         how: Denoising,
     ) -> torch.Tensor | None:
-        """images: the first frame, or the first and the last."""
+        """Generates one video. images: its first frame, or its first and last."""
         shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")

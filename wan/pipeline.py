@@ -96,8 +96,8 @@ class WanPipeline:
         self.load_image_encoder(checkpoint_dir)
 
     def load_text_encoder(self, checkpoint_dir: str, groups: Groups) -> None:
-        """It waits on the CPU and visits the GPU for every prompt, as the transformer needs the room, but where it is
-        sharded or comes leaf by leaf."""
+        """Loads the text encoder. Unless it is sharded or comes leaf by leaf, it waits on the CPU and visits the GPU
+        for every prompt, since the transformer needs the room."""
         config, cuda = self.config, self.device.type == "cuda"
         paths = [os.path.join(checkpoint_dir, name) for name in (config.t5_checkpoint, config.t5_tokenizer)]
         self.text_encoder = T5EncoderModel(config.text_len, config.t5_dtype if cuda else torch.float32, "cpu", *paths)
@@ -125,14 +125,15 @@ class WanPipeline:
 
     @property
     def transformers(self) -> list[WanModel]:
-        """In the order in which a run calls them: the only one, or those for high and for low noise."""
+        """The transformers in the order in which a run calls them: the only one, or those for high and for low
+        noise."""
         return [self.high_noise_model, self.low_noise_model] if "boundary" in self.config else [self.model]
 
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         """Does nothing for tasks without images."""
 
     def afterwards(self, offload_model: bool) -> str | None:
-        """Where a model goes when it is done; see `on_device`."""
+        """Says where a model goes when it is done; see `on_device`."""
         if not self.keeps_models:
             return "meta"
         return "cpu" if offload_model else None
@@ -153,8 +154,8 @@ class WanPipeline:
         return features[0], features[-1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:
-        """(z_dim, f, h, w) of the latent of a video of size (width, height). Raises ValueError for sizes that the model
-        cannot tile or frame counts other than 4 n + 1."""
+        """Returns the shape (z_dim, f, h, w) of the latent of a video of size (width, height). Raises ValueError for
+        sizes that the model cannot tile or frame counts other than 4 n + 1."""
         width, height = size
         frame_stride, *stride = self.config.vae_stride
         tile = [s * p for s, p in zip(stride, self.config.patch_size[1:], strict=True)]
@@ -168,7 +169,8 @@ class WanPipeline:
         return math.prod(latent_shape[1:]) // math.prod(self.config.patch_size)
 
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        """Float32 noise on the device; a negative seed is drawn at random, by the first rank of a group."""
+        """Draws float32 noise on the device. A negative seed is replaced by a random one, which the first rank of a
+        group draws for all."""
         if seed < 0:
             seed, groups = random.randint(0, sys.maxsize), current_groups()
             if groups.size > 1:
@@ -180,7 +182,8 @@ class WanPipeline:
 
     @contextmanager
     def inference(self):
-        """No gradients; bfloat16 autocast on CUDA and where weights are rounded, else plain float32."""
+        """Computes without gradients, under bfloat16 autocast on CUDA and where weights are rounded, else in plain
+        float32."""
         autocasts = self.device.type == "cuda" or self.dit_dtype != torch.float32
         try:
             with torch.inference_mode(), torch.autocast(self.device.type, self.param_dtype, enabled=autocasts):
@@ -197,8 +200,8 @@ class WanPipeline:
 
     @contextmanager
     def visiting(self, how: Denoising) -> Iterator[Callable]:
-        """Yields what returns, for a timestep, the transformer and the guidance scale. The transformer is on the device
-        until the other one is asked for, or the block ends."""
+        """Yields a function that returns the transformer and the guidance scale for a timestep. The transformer is on
+        the device until the other one is asked for, or the block ends."""
         visits = None if self.dit_fsdp or self.offload_blocks else self.device
         boundary = self.config.get("boundary", 0) * self.config.num_train_timesteps
         scales = how.guide_scale if isinstance(how.guide_scale, tuple) else (how.guide_scale,)
@@ -252,12 +255,14 @@ class WanPipeline:
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:
-        """Latent [z_dim, f, h, w] -> video float32 [3, F, H, W] in [-1, 1] on rank 0, None on others."""
+        """Decodes a latent [z_dim, f, h, w] to a video, float32 [3, F, H, W] in [-1, 1], on rank 0; returns None on
+        others."""
         return self.vae.decode([latent])[0] if self.rank == 0 else None
 
 
 def token_times(t: torch.Tensor, tokens: int, frames: int) -> torch.Tensor:
-    """The timestep t, [], for every one of the tokens of so many frames, but 0 for those of the first: [1, tokens]."""
+    """Returns the timestep t, [], for each of the tokens of so many frames, but 0 for those of the first frame: [1,
+    tokens]."""
     times = t.repeat(tokens)
     times[: tokens // frames] = 0
     return times[None]

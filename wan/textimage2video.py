@@ -21,7 +21,7 @@ def covered_size(image_size: tuple[int, int], max_area: int, tile: tuple[int, in
 
 
 def covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image scaled to cover the size (width, height), and the middle of that."""
+    """Scales the image to cover the size (width, height) and returns the middle of it."""
     scale = max(side / own for side, own in zip(size, image.size, strict=True))
     image = image.resize([round(own * scale) for own in image.size], Image.Resampling.LANCZOS)
     left, top = ((own - side) // 2 for own, side in zip(image.size, size, strict=True))

@@ -21,7 +21,7 @@ class WanVace(WanPipeline):
         image_size: tuple[int, int],
         device: torch.device | str,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor] | None]]:
-        """`wan.utils.vace_source.prepare_source` of every entry of the lists: videos, masks and references."""
+        """Calls `wan.utils.vace_source.prepare_source` for every entry of the lists: videos, masks and references."""
         sources = [
             prepare_source(video, mask, refs, num_frames, image_size, device)
             for video, mask, refs in zip(src_video, src_mask, src_ref_images, strict=True)
@@ -57,7 +57,7 @@ class WanVace(WanPipeline):
         return encoded
 
     def vace_latent(self, z: list[torch.Tensor], m: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The model's context [96, f, h, w] from encoded frames and masks."""
+        """Makes the model's context [96, f, h, w] from encoded frames and masks."""
         return [torch.cat(pair) for pair in zip(z, m, strict=True)]
 
     def generate(
@@ -108,7 +108,7 @@ class WanVace(WanPipeline):
 
     @staticmethod
     def single(entries: list | None, name: str):
-        """The one entry of a list, None for no list. Raises ValueError if there are more."""
+        """Returns the one entry of a list, or None for no list. Raises ValueError if there are more."""
         if entries is None:
             return None
         if len(entries) != 1:

@@ -43,14 +43,14 @@ def weight_bytes(sizes: Architecture, dtype: str, part: str = "") -> int:
 
 
 def token_count(frames: int, height: int, width: int, references: int = 0, token_pixels: int = 16) -> int:
-    """Tokens of a call: frames (4 n + 1) and sides (multiples of those of a token) of the video in pixels, and VACE's
-    references."""
+    """Returns the tokens of a call. frames: 4 n + 1. height, width: in pixels, multiples of a token's. references:
+    VACE's."""
     return ((frames - 1) // 4 + 1 + references) * (height // token_pixels) * (width // token_pixels)
 
 
 def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
-    """FLOPs of a computed and of a reused call, as torch's FlopCounterMode counts them: two for every multiplication of
-    a matrix product, a convolution or an attention, none for the rest. One sample."""
+    """Returns the FLOPs of a computed and of a reused call of one sample, as torch's FlopCounterMode counts them: two
+    for every multiplication of a matrix product, a convolution or an attention, none for the rest."""
     text, image = sizes.text_len, sizes.image_tokens
     rows = {"time_": 1, "text_embedding": text, "cross_attn.k.": text, "cross_attn.v.": text}
     rows |= dict.fromkeys(("img_emb", "k_img", "v_img"), image)
@@ -74,7 +74,7 @@ def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int
 
 
 def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
-    """Memory of the cached residuals or outputs of all branches, in float32, as Wan computes them."""
+    """Returns the memory of the cached residuals or outputs of all branches, in float32, as Wan computes them."""
     numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * sizes.out_dim}[schedule.target]
     return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
 
@@ -82,8 +82,9 @@ def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
 def call_bytes(
     sizes: Architecture, tokens: int, autocast: bool, by_token: bool = False, held: float | None = None
 ) -> float:
-    """Most that a computed call holds beside the weights. autocast: to bfloat16. by_token: whether every token has a
-    timestep of its own, and so a modulation. held: by a block, for each channel of a token; None for our `wan`."""
+    """Returns the most that a computed call holds beside the weights. autocast: to bfloat16. by_token: whether every
+    token has a timestep, and so a modulation, of its own. held: bytes that a block holds for each channel of a token;
+    None for our `wan`."""
     width = 2 if autocast else 4  # bytes of what linear layers take and give
     attention, feed_forward = 16.2 + 6 * width, 12.6 + 4 * by_token + 2 * width * sizes.ffn_dim / sizes.dim
     hints = (sizes.vace_blocks + 1.5) * width if sizes.vace_blocks else 0
@@ -91,7 +92,7 @@ def call_bytes(
 
 
 def vae_bytes(frames: int, height: int, width: int, tiled: bool, latent: int = LATENT) -> float:
-    """Most that decoding a video holds beside the weights. latent: channels."""
+    """Returns the most that decoding a video holds beside the weights. latent: channels."""
     at_once = min(height, TILE) * min(width, TILE) if tiled else height * width
     return VAE_AT_ONCE[latent] * at_once + 12 * (3 if tiled else 1) * frames * height * width
 

@@ -20,8 +20,8 @@ TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is generated, but for prompt, seed and input files. size: "width*height". sample_guide_scale: of all steps,
-    or of those of low and of high noise. Raises Refused where a value makes no sense."""
+    """What is generated, without prompt, seed and input files. size: "width*height". sample_guide_scale: of all steps,
+    or of those of low and of high noise. Raises Refused if a value makes no sense."""
 
     task: str
     size: str
@@ -136,10 +136,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What the cache is to do: by the MagCache rule, or, with a `speedup`, by that. table: a name or a path, None to
-    choose it. offload: whether what is cached waits in CPU memory. quality: latent PSNR in dB that the speed-up has to
-    be promised, which then is the fastest one; constants: of the speed-up's rule, None for those that hold without
-    trials."""
+    """What the cache is to do: follow the MagCache rule, or make a `speedup` if there is one. table: a name or a path,
+    None to choose it. offload: whether what is cached is kept in CPU memory. quality: latent PSNR in dB that must be
+    promised; the speed-up is then the fastest for which it is. constants: those of the speed-up rule, None for the
+    defaults."""
 
     rule: magcache.Settings
     speedup: float | None = None
@@ -166,8 +166,8 @@ class Extension:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written, and where. table: of the ratios, None unless the run measures them. trials: speed-ups that it
-    tries then, rising."""
+    """What is written, and where. table: file of the ratios, None unless the run measures them. trials: the speed-ups
+    that it then tries, rising."""
 
     save_file: str | None
     overwrite: bool
@@ -178,11 +178,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, complete and checked, as far as that can be without the `wan` package and the input files. lines: what is
-    to be made, one entry a video. prompt_file: where they come from, None for a single prompt. extension, cache: None
-    where they are not wanted. schedule: of every video; made_by: in words what chose it, table: of ratios, if one did;
-    measured: trials that say what to expect of a speed-up and have chosen its constants, if there are some. script:
-    path of the command. flags: all of them as they were given."""
+    """A run, complete and checked, as far as that is possible without the `wan` package and the input files. lines:
+    what is to be made, one entry per video. prompt_file: where they come from, None for a single prompt. extension,
+    cache: None if they are not wanted. schedule: that of every video; made_by: says what chose it; table: the ratios
+    that did, if any; measured: trials that say what to expect of a speed-up and have chosen its constants, if any.
+    script: path of the command. flags: all flags as they were given."""
 
     sampling: Sampling
     inputs: Inputs
@@ -225,7 +225,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """One video. path: of the result. image: path of its own one; None where the flags name the inputs of all.
+    """One video. path: of the result. image: path of its own image; None if the flags name the inputs of all videos.
     n_prompt: its negative prompt, None for the model's."""
 
     prompt: str

@@ -111,7 +111,7 @@ FLAGS = {
     "a mask alone": (damaged(lambda f: None, "vace", "--src_mask", PICTURE), "needs a source video"),
     "a reference that is missing": (damaged(lambda f: None, "vace", "--src_ref_images", f"{PICTURE},no.png"),
                                     "cannot read no.png"),
-    "an expander that is none": ([*EXTEND, "--prompt_extend_model", DEMO], "is of type t2v, a Qwen2.5"),
+    "an expander that is none": ([*EXTEND, "--prompt_extend_model", DEMO], "is of type t2v, but must be a Qwen2.5"),
     "an expander that is missing": ([*EXTEND, "--prompt_extend_model", "no/such"], "neither a folder nor in the"),
     "a service without a key": ([*EXTEND, "--prompt_extend_method", "dashscope"], "set DASH_API_KEY"),
     "shards of one process": ([*ONE, "--dit_fsdp"], "start them with torchrun"),

@@ -93,7 +93,7 @@ def test_videos_are_those_of_diffusers(task, with_picture, guide_scale, shift, l
 
 
 def test_two_experts_with_a_cache(load):
-    """Each makes its own steps, with everything computed to the bit, and forecasts as planned."""
+    """Each makes its own steps, bit-identical if everything is computed, and forecasts as planned."""
     own, how = load("t2v-A14B"), CASES[0][1:]
     plain, boundary = generated(own, *how), own.config.boundary
     called = [[], []]

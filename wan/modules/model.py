@@ -32,9 +32,9 @@ def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
 
 
 def rope_rotations(grid: tuple[int, int, int], head_dim: int, device: torch.device | None = None) -> torch.Tensor:
-    """Rotary position embedding of a (frames, rows, columns) grid as complex64 [frames * rows * columns, head_dim / 2].
-    The channel pairs of a head are split among the axes as (c - 2 * (c // 3), c // 3, c // 3), each with frequencies of
-    its own. Angles are float64: far positions would be off by 3e-5 in float32."""
+    """Returns the rotary position embedding of a (frames, rows, columns) grid as complex64 [frames * rows * columns,
+    head_dim / 2]. The channel pairs of a head are split among the axes as (c - 2 * (c // 3), c // 3, c // 3), each with
+    frequencies of its own. Angles are float64: far positions would be off by 3e-5 in float32."""
     pairs = head_dim // 2
     widths = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     parts = []
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         return self.split_heads(self.norm_q(self.q(x).float()))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
-        """q, k, v [B, L, heads, head_dim] -> [B, L, dim], computed in v's dtype, which is that of autocast."""
+        """Attends: q, k, v [B, L, heads, head_dim] -> [B, L, dim], computed in v's dtype, which is that of autocast."""
         q, k = q.to(v.dtype), k.to(v.dtype)
         if v.device.type == "cpu":  # contiguous heads speed torch's attention up there by more than the copies cost
             q, k, v = (u.transpose(1, 2).contiguous().transpose(1, 2) for u in (q, k, v))
@@ -126,7 +126,7 @@ def stack_padded(sequences: list[torch.Tensor], length: int) -> torch.Tensor:
 
 
 def padding_mask(seq_lens: list[int], length: int, device: torch.device) -> torch.Tensor | None:
-    """True for real tokens, bool [B, 1, 1, length]; None where nothing is padded."""
+    """Returns a mask that is True for real tokens, bool [B, 1, 1, length]; None if nothing is padded."""
     if all(tokens == length for tokens in seq_lens):
         return None
     positions = torch.arange(length, device=device)

@@ -27,7 +27,7 @@ _OUTER_NAMES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 
 
 def tensor_names(num_layers: int) -> dict[str, str]:
-    """Official name -> transformers name, for all tensors of an encoder."""
+    """Maps official names to transformers' names, for all tensors of an encoder."""
     names = {
         f"blocks.{i}.{ours}.weight": f"encoder.block.{i}.{theirs}.weight"
         for i in range(num_layers)

@@ -42,12 +42,12 @@ class PromptOutput:
 
 
 def default_system_prompt(tar_lang: str, pictures: int) -> str:
-    """The instructions for a target language ("zh", "en") and a number of pictures (0, 1, 2: first and last frame).
-    Raises ValueError for others."""
+    """Returns the instructions for a target language ("zh", "en") and a number of pictures (0, 1, or 2: first and last
+    frame). Raises ValueError for others."""
     if tar_lang not in _INSTRUCTIONS:
         raise ValueError(f"the target language must be zh or en, got {tar_lang!r}")
     if pictures > 2:
-        raise ValueError(f"one picture, or a first and a last frame, can be looked at, got {pictures}")
+        raise ValueError(f"the pictures must be one, or a first and a last frame, got {pictures}")
     return _INSTRUCTIONS[tar_lang]["tasks"][pictures] + _INSTRUCTIONS[tar_lang]["rules"]
 
 
@@ -81,9 +81,11 @@ def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise ValueError(f"prompt extension model {folder} has no usable config.json or index: {fault!r}") from None
     if not known:
-        raise ValueError(f"prompt extension model {folder} is of type {kind}, a Qwen2.5 or Qwen2.5-VL model is needed")
+        raise ValueError(
+            f"prompt extension model {folder} is of type {kind}, but must be a Qwen2.5 or Qwen2.5-VL model"
+        )
     if missing:
-        raise ValueError(f"prompt extension model {folder} is incomplete, it lacks {missing[0]}: download it again")
+        raise ValueError(f"prompt extension model {folder} is incomplete: it lacks {missing[0]}; download it again")
     return folder, _SEES_PICTURES[kind]
 
 

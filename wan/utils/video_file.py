@@ -30,8 +30,8 @@ class VideoInfo:
 
 
 def decoder(path: str, *options: str) -> list[str]:
-    """A command that writes the frames of a video as they are in the file: gaps in a variable rate are not filled with
-    copies."""
+    """Returns a command that writes the frames of a video as they are in the file: gaps in a variable rate are not
+    filled with copies."""
     frames = ["-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-v", "level+info", *frames, *options, "-"]
 

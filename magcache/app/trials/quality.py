@@ -42,9 +42,9 @@ def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
 def use_trials(
     sampling: Sampling, cache: CacheSettings | None, machine: Machine
 ) -> tuple[CacheSettings | None, "magcache.trials.Measured | None"]:
-    """What a speed-up or a quality takes from the trials of the model's table: the constants of the rule, and the
-    speed-up that a quality takes; and the trials, None where there are none. Says where they were run otherwise.
-    Raises Refused where trials are needed and missing, or promise the quality at no speed-up."""
+    """Takes from the trials of the model's table what a speed-up or a quality needs: the constants of the rule, and for
+    a quality the speed-up. Returns the settings and the trials, None if there are none. Prints a note if they were run
+    otherwise. Raises Refused if trials are needed and missing, or promise the quality at no speed-up."""
     if cache is None or (cache.speedup is None and cache.quality is None):
         return cache, None
     measured = find_trials(sampling, cache, machine.ckpt_dir)
@@ -88,8 +88,8 @@ def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "mag
 
 
 def expectation(job: Job) -> "magcache.trials.Expectation | None":
-    """Of the run. None without trials, with other steps, shift or solver than theirs, and beyond the speed-ups they
-    tried."""
+    """Returns what to expect of the run; None without trials, for other steps, shift or solver than theirs, and beyond
+    the speed-ups that they tried."""
     if not job.measured:
         return None
     measured_on, run = job.measured.table.measured_on, asdict(job.sampling)
@@ -124,7 +124,7 @@ def describe_expectation(job: Job) -> dict | None:
 
 
 def quality_lines(job: Job) -> list[str]:
-    """The whole curve that the trials have measured, for the plan; none where there are no trials."""
+    """Lays out the whole curve that the trials have measured, for the plan; returns nothing without trials."""
     if not job.measured:
         return []
     measured, steps = job.measured, job.sampling.sample_steps

@@ -49,7 +49,7 @@ class Remembered:
 
     @property
     def model(self):
-        """A text encoder's; an empty one when there is nothing to do, so that none is moved for it."""
+        """The text encoder's model, or an empty one when there is nothing to encode, so that none is moved for it."""
         return torch.nn.Module() if self.results else self.encoder.model
 
 
@@ -106,8 +106,8 @@ class TrialRuns:
         return [trials.forecast(speedup, self.sampling.noise_levels, constants) for speedup in self.speedups]
 
     def compared(self, ratios: Sequence[float]) -> list[trials.Trial]:
-        """What forecasts are compared with: fewer sampler steps at equal calls, and the task's published settings by
-        the ratios of this model, where they reuse anything."""
+        """Returns what forecasts are compared with: fewer sampler steps at equal calls, and the task's published
+        settings by this model's ratios, where they reuse anything."""
         steps = self.sampling.sample_steps
         fewer = [trials.fewer_steps(computed_steps(steps, speedup)) for speedup in self.speedups]
         rows = [trials.by_ratios(ratios, steps, rule) for rule in self.sampling.spec.published]
@@ -132,8 +132,9 @@ class TrialRuns:
         self.recorded += 1
 
     def try_prompt(self, latent: torch.Tensor | None, ratios: Sequence[float]) -> None:
-        """The trials that are due now, after the uncached run that was recorded last. latent, ratios: what came of it.
-        The ratios of the first prompt make the schedules of the published settings, whose tables are of one, too."""
+        """Makes the trials that are due now, after the uncached run that was recorded last. latent, ratios: its
+        results. The ratios of the first prompt make the schedules of the published settings, since published tables are
+        of one prompt, too."""
         self.waiting[-1].latent = latent
         if not self.others:
             self.others = self.compared(ratios)
@@ -152,7 +153,7 @@ class TrialRuns:
         self.waiting.clear()
 
     def affordable(self, due: int) -> list[trials.Trial]:
-        """As many of the others, from the one whose turn it is, as are left of the budget beside the calls due."""
+        """Returns as many of the others, from the one whose turn it is, as the budget allows beside the calls due."""
         ways, left = [], self.allowed - self.spent - due
         while len(ways) < len(self.others) and self.others[self.turn].cost <= left:
             ways.append(self.others[self.turn])
@@ -179,8 +180,8 @@ class TrialRuns:
                 self.spent += way.cost
 
     def latent(self, recorded: Recorded, way: trials.Trial, bar: tqdm, more: bool) -> torch.Tensor | None:
-        """The final latent, on the CPU; None where this process gets none. more: whether another trial of the prompt
-        comes: for that the transformer stays on the card, once the text encoder needs the room no more."""
+        """Returns the final latent on the CPU, or None where this process gets none. more: whether another trial of the
+        prompt follows; the transformer then stays on the GPU once the text encoder no longer needs the room."""
         pipeline, schedule = self.pipeline, way.schedule
         cache = patch.CACHES[schedule.target](schedule)
         rerun = Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update)
