@@ -1,7 +1,7 @@
 """Runs in one process, with which those of processes that share a video are compared. Run as a script it forks into
 several processes, which write what they saw; they are forked, since importing costs more than all they do.
 
-PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v and vace)
+PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v, vace, t2v-A14B and ti2v-5B)
 """
 
 import contextlib
@@ -38,6 +38,11 @@ PIPELINE_RUNS = {
     "t2v both": (2, {"use_usp": True, "dit_fsdp": True, "t5_fsdp": True}, "t2v", ODD),
     "i2v both": (2, {"use_usp": True, "dit_fsdp": True}, "i2v", ODD),
     "vace both": (2, {"use_usp": True, "dit_fsdp": True}, "vace", ODD),
+}
+# the same of Wan2.2
+RUNS_22 = {
+    "A14B both": (2, {"use_usp": True, "dit_fsdp": True}, "t2v-A14B"),
+    "5B with a picture": (2, {"use_usp": True, "dit_fsdp": True}, "ti2v-5B"),
 }
 # name: (ring_size, ulysses_size), tokens per axis
 MODEL_RUNS = {
@@ -112,6 +117,24 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
         "forecast collectives": forecast.counts,
         "lists": calibration.lists(),
     }
+
+
+def run_22(folder: Path, task: str, rank: int = 0, **flags) -> list[torch.Tensor]:
+    """Returns latents, uncached and with forecasts, all after a run that failed in the second transformer, or the only
+    one. 15 tokens, which two processes share unevenly."""
+    pipeline_class = wan.WanTI2V if task == "ti2v-5B" else wan.WanT2V
+    pipeline, latents, size = pipeline_class(WAN_CONFIGS[task], str(folder / task), rank=rank, **flags), [], (80, 48)
+    inputs, arguments = ("a",), {"size": size}
+    if task == "ti2v-5B":
+        inputs, arguments = ("a", Image.linear_gradient("L").convert("RGB").resize((160, 96))), {"max_area": 160 * 96}
+    pipeline.decode = latents.append
+    arguments |= {"frame_num": 1, "shift": 12.0, "sampling_steps": STEPS, "seed": 3, "offload_model": False}
+    fail_within_a_block(pipeline.transformers[-1], lambda: pipeline.generate(*inputs, **arguments))
+    pipeline.generate(*inputs, **arguments)
+    boundary = WAN_CONFIGS[task].get("boundary")
+    magcache.apply_magcache(pipeline.transformers, magcache.plan_speedup(STEPS, 2, 12.0, boundary=boundary))
+    pipeline.generate(*inputs, **arguments)
+    return latents
 
 
 def fail_within_a_block(model, run) -> None:
@@ -206,6 +229,10 @@ def share_videos(rank: int, world: int, folder: Path) -> None:
         groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
         if number % groups.count == groups.index:  # each group has its own to do
             results[name] = pipeline_run(folder, kind, size, frame_num, groups.rank, **flags)
+    for number, (name, (ulysses, flags, task)) in enumerate(RUNS_22.items()):
+        groups = start_groups(ulysses, 1, fsdp="dit_fsdp" in flags)
+        if number % groups.count == groups.index:
+            results[name] = run_22(folder, task, groups.rank, **flags)
     results["autocast"] = sharded_under_autocast()
     results["agreed"] = who_agrees(Processes(rank, world).patient_group(2))
     register_cpu_attention_with_lse()

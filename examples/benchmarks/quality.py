@@ -1,6 +1,6 @@
 """Measures on the demo models how close each method comes to the uncached run, at equal numbers of computed calls.
 
-python -m examples.benchmarks.quality [--only methods|settings|constants|peers] [--picture examples/quality.png]
+python -m examples.benchmarks.quality [--only methods|settings|experts|constants|peers] [--picture examples/quality.png]
 
 The reference is the final latent of the uncached run of the same prompt, seed, steps and shift. Closeness is the latent
 PSNR in dB, whose peak is that latent's range. First come the figures that tell whether it is still the same video: the
@@ -13,6 +13,9 @@ for the model, with the default constants, and with constants that weigh every e
 sampler steps without a cache; TaylorSeer.
 peers: other methods, which decide as they run (`examples.benchmarks.peers`), on `--peer_pairs` pairs.
 settings: the speed-up rule and fewer sampler steps, with other numbers of steps and shifts.
+experts (only on request): two transformers that share a run, as Wan2.2's, with the steps, shift and boundary of its
+t2v-A14B: t2v-tiny twice, and t2v-tiny with noise on the weights of the first. Beside the speed-up rule and fewer steps,
+for the same twice, the rule for one transformer, whose forecasts know no boundary.
 constants (only on request): the runs by which the constants of the speed-up rule were chosen, on pairs of their own.
 """
 
@@ -30,7 +33,9 @@ from tqdm import tqdm
 import magcache
 from examples.benchmarks import peers
 from examples.benchmarks.pairs import (
+    EXPERTS,
     Batch,
+    Experts,
     Pair,
     cached_latents,
     final_latents,
@@ -47,8 +52,8 @@ KINDS = {
     "t2v-tiny, told": ("t2v-tiny", "told"),
     "t2v-tiny, open": ("t2v-tiny", "open"),
     "i2v-tiny": ("i2v-tiny", "told"),
-}
-PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 256, "i2v-tiny": 32}
+} | {task: (task, "told") for task in EXPERTS}
+PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 256, "i2v-tiny": 32} | dict.fromkeys(EXPERTS, 64)
 UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
 BATCH = 16
 # thresh, K and retention that compute so many calls, by task
@@ -57,8 +62,10 @@ RULES = {
     "i2v-tiny": {46: (0.12, 2), 38: (0.1, 4), 32: (0.24, 6), 26: (0.16, 5, 0.1), 20: (0.5, 7, 0.1)},
 }
 SETTINGS = ((30, 5.0), (50, 3.0), (40, 8.0), (24, 3.0), (40, 3.0), (12, 5.0), (8, 5.0))  # steps, shift
+EXPERT_STEPS, EXPERT_SHIFT, EXPERT_BUDGETS = 40, 12.0, (40, 32, 24)
 SHARES = (0.46, 0.32, 0.22)  # of the steps that compute
 PLAIN, TRIED, OURS = "fewer sampler steps", "`--magcache_speedup`", "the same without trials"
+WHOLE = "the same for one transformer"
 ALIKE, PUBLISHED, TAYLOR = "every error alike", "MagCache as published", "diffusers TaylorSeer"
 COLOURS = {
     PUBLISHED: "tab:blue",
@@ -80,6 +87,11 @@ Found = dict[tuple[str, int], list[tuple[float, float]]]  # by method and budget
 
 def follow(schedule: Schedule, shift: float = SHIFT) -> Run:
     return lambda pipeline, batch: (cached_latents(pipeline.model, batch, shift, schedule), schedule.computed)
+
+
+def follow_one(schedule: Schedule, shift: float) -> Run:
+    """Of two experts that are the same, the one makes all steps."""
+    return lambda pipeline, batch: (cached_latents(pipeline.model.pair[0], batch, shift, schedule), schedule.computed)
 
 
 def sample(steps: int, shift: float = SHIFT) -> Run:
@@ -127,6 +139,17 @@ def at_settings(steps: int, shift: float) -> dict[tuple, Run]:
     for count in (round(share * steps) for share in SHARES):
         runs[OURS, count] = follow(magcache.plan_speedup(steps, steps / count, shift), shift)
         runs[PLAIN, count] = sample(count, shift)
+    return runs
+
+
+def experts(task: str) -> dict[tuple, Run]:
+    runs = {}
+    for budget in EXPERT_BUDGETS:
+        plan = functools.partial(magcache.plan_speedup, EXPERT_STEPS, 2 * EXPERT_STEPS / budget, EXPERT_SHIFT)
+        runs[TRIED, budget] = follow(plan(boundary=Experts.boundary), EXPERT_SHIFT)
+        runs[PLAIN, budget] = sample(budget // 2, EXPERT_SHIFT)
+        if EXPERTS[task] == 0:
+            runs[WHOLE, budget] = follow_one(plan(), EXPERT_SHIFT)
     return runs
 
 
@@ -245,8 +268,8 @@ def draw(everything: dict[str, Found], path: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("methods", "peers", "settings", "constants"))
-    parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
+    parser.add_argument("--only", choices=("methods", "peers", "settings", "experts", "constants"))
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS))
     parser.add_argument("--share", type=float, default=1.0, help="share of the pairs to measure, for a quick look")
     parser.add_argument("--peer_pairs", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
@@ -271,8 +294,11 @@ def main():
 
     drawn = {}
     with ProcessPoolExecutor(args.workers, torch.multiprocessing.get_context("spawn")) as pool:
-        for kind in args.kinds:
+        of_experts = args.only == "experts"
+        for kind in args.kinds or [kind for kind, (task, _) in KINDS.items() if (task in EXPERTS) == of_experts]:
             task = KINDS[kind][0]
+            if of_experts:
+                print_methods(kind, everything(kind, functools.partial(experts, task), EXPERT_STEPS, EXPERT_SHIFT))
             if args.only in (None, "methods"):
                 drawn[kind] = everything(kind, functools.partial(methods, task))
                 print_methods(kind, drawn[kind])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from checkpoints_22 import write_checkpoint_22
 from diffusers.models.attention_dispatch import attention_backend as diffusers_backend
 from golden_data import write_checkpoint
 from PIL import Image
@@ -40,6 +41,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for kind in ("i2v", "vace"):
         write_checkpoint(kind, folder / kind)
+    for task in ("t2v-A14B", "ti2v-5B"):
+        write_checkpoint_22(task, folder / task)
     return folder
 
 
@@ -77,6 +80,17 @@ def test_processes_make_the_same_video(seen, folder, name):
                 assert any("all_to_all" in name for name in counts) == ("use_usp" in flags)
         for counts, reused in zip(result["forecast collectives"], ranks.forecasts().reuse, strict=True):
             assert (counts == {}) == reused  # a forecast moves nothing at all
+
+
+@pytest.mark.parametrize("name", ranks.RUNS_22)
+def test_processes_make_the_same_video_of_wan22(seen, folder, name):
+    expected = ranks.run_22(folder, ranks.RUNS_22[name][2])
+    assert not torch.equal(*expected)
+    results = [rank[name] for rank in seen if name in rank]
+    assert len(results) == 2
+    for result in results:
+        for u, v in zip(result, expected, strict=True):
+            torch.testing.assert_close(u, v, rtol=0, atol=1e-4)
 
 
 def test_sharded_weights_round_as_autocast_does(seen):

@@ -367,7 +367,7 @@ def test_default_layers_and_bad_arguments():
     for layers in ([0, 5], [0, 0]):
         with pytest.raises(ValueError, match="distinct layers below 5"):
             VaceWanModel(vace_layers=layers, **tiny)
-    with pytest.raises(ValueError, match='this one is "t2v"'):
+    with pytest.raises(ValueError, match='not "t2v"'):
         VaceWanModel(model_type="t2v", **tiny)
 
 
