@@ -125,7 +125,7 @@ def check_release(task: Task) -> None:
     """Refuses a task that is of another release than a stock package here."""
     release = backend().release
     if release not in (None, task.release) and wan_folder().is_dir():
-        raise Refused(f"task {task.name} is of {task.release}, the wan package here is {release}'s")
+        raise Refused(f"task {task.name} is of {task.release}, but the wan package here is {release}'s")
 
 
 def check_before_import(sampling: Sampling, machine: Machine) -> None:

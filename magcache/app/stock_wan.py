@@ -49,7 +49,7 @@ class StockWan(Backend):
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         if len(sampling.spec.images) == 2 and sampling.frame_num != 81:
             only = "the wan package here makes flf2v videos of 81 frames only"
-            raise Refused(f"{only}, --frame_num is {sampling.frame_num}")
+            raise Refused(f"{only}, but --frame_num is {sampling.frame_num}")
         if inputs.src_video and importlib.util.find_spec("wan.utils.vace_processor"):
             need_package("decord", "--src_video with the wan package here")
         if sampling.spec.architecture.images and not (Path(machine.ckpt_dir) / config.clip_tokenizer).is_dir():
@@ -70,7 +70,7 @@ class StockWan(Backend):
         if machine.shards != processes.world:
             sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
             number = "must be the number of processes with the wan package here"
-            raise Refused(f"{sizes} {number}, there are {processes.world}")
+            raise Refused(f"{sizes} {number}, but there are {processes.world}")
         self.start_sharing(processes, machine)
         import torch
 

@@ -243,7 +243,7 @@ def test_calibration_without_guidance(checkout):
         (("--task", "t2v-tiny", "--ckpt_dir", "t2v", "--size", "64*64"), "the wan package here has no task t2v-tiny"),
         (
             ("--task", "flf2v-14B", "--ckpt_dir", "flf2v", "--first_frame", IMAGE, "--last_frame", IMAGE),
-            "81 frames only, --frame_num is 5",
+            "81 frames only, but --frame_num is 5",
         ),
         (("--task", "i2v-14B", "--ckpt_dir", "no_clip", "--image", IMAGE), "lacks xlm-roberta-large/"),
         (("--task", "t2v-1.3B", "--ckpt_dir", "damaged"), "Wan2.1_VAE.pth, is it complete"),

@@ -244,7 +244,7 @@ LACKS = "raise ModuleNotFoundError(\"No module named 'librosa'\", name='librosa'
 @pytest.mark.parametrize(
     ("file", "content", "flags", "message"),
     [
-        ("", "", ("--task", "t2v-1.3B"), r"task t2v-1\.3B is of Wan2\.1, the wan package here is Wan2\.2's"),
+        ("", "", ("--task", "t2v-1.3B"), r"task t2v-1\.3B is of Wan2\.1, but the wan package here is Wan2\.2's"),
         (
             "",
             "",

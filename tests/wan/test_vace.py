@@ -118,8 +118,8 @@ def write_video(path, frames=5, height=48, width=64, seed=0):
 def test_a_mask_that_does_not_fit_is_refused(tmp_path):
     video = write_video(tmp_path / "video.mp4")
     for name, arguments, message in (
-        ("short.mp4", {"frames": 4}, r"short\.mp4 has 4 frames, the video .*video\.mp4 has 5"),
-        ("wide.mp4", {"width": 80}, r"wide\.mp4 has 80\*48 pixels, the video .*video\.mp4 has 64\*48"),
+        ("short.mp4", {"frames": 4}, r"short\.mp4 has 4 frames, but the video .*video\.mp4 has 5"),
+        ("wide.mp4", {"width": 80}, r"wide\.mp4 has 80\*48 pixels, but the video .*video\.mp4 has 64\*48"),
     ):
         mask = write_video(tmp_path / name, **arguments)
         with pytest.raises(ValueError, match=message):
@@ -136,7 +136,7 @@ def test_a_picture_is_the_mask_of_all_frames(ending, tmp_path):
     assert weights[..., :28].max() < 0.05
     assert weights[..., 36:].min() > 0.95
     mask.resize((80, 48)).save(tmp_path / "wide.png")
-    with pytest.raises(ValueError, match=r"wide\.png has 80\*48 pixels, the video .*video\.mp4 has 64\*48"):
+    with pytest.raises(ValueError, match=r"wide\.png has 80\*48 pixels, but the video .*video\.mp4 has 64\*48"):
         prepare_source(video, str(tmp_path / "wide.png"), None, 5, (64, 48))
 
 

@@ -119,4 +119,4 @@ def check_mask(mask: str, mask_info: VideoInfo, video: str, info: VideoInfo) -> 
     ):
         if of_mask != of_video:
             found, expected = ("*".join(map(str, sides)) for sides in (of_mask, of_video))
-            raise ValueError(f"the mask {mask} has {found} {what}, the video {video} has {expected}")
+            raise ValueError(f"the mask {mask} has {found} {what}, but the video {video} has {expected}")
