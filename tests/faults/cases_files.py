@@ -363,6 +363,8 @@ FILES = {
     "table measured on a list": ("t.json", '{"mag_ratio": [1, 1], "measured_on": []}', TABLE, "settings"),
     "table of broken trials": ("t.json", '{"mag_ratio": [1, 1], "trials": {"rows": 3}}',
                                [*TABLE, "--magcache_quality", 40], "t.json cannot be read: "),
+    "a picture for one of two prompts": ("a.jsonl", f'{{"prompt": "a", "image": "{PICTURE}"}}\n{{"prompt": "b"}}',
+                                         ["--task", "ti2v-5B", "--prompt_file", "a.jsonl"], "prompt 2 has no image"),
     "folder name long": ("a.txt", "a", ["--prompt_file", "a.txt", "--save_file", "x" * 300], "too long"),
     "record nested": ("film.json", NESTED, ["--save_file", "film.mp4"], "film.json exists and is not the record"),
     "record of numbers": ("film.json", '{"made_by": 5}', ["--save_file", "film.mp4"], "is not the record"),
