@@ -53,7 +53,7 @@ def vae_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     sides = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "is_residual": True}
     sides |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
-    state = AutoencoderKLWan(base_dim=4, decoder_base_dim=4, z_dim=48, **sides).state_dict()
+    state = AutoencoderKLWan(base_dim=2, decoder_base_dim=2, z_dim=48, **sides).state_dict()
     outside = {name: name for name in read_tensors("vae/Wan2.1_VAE.safetensors") if "samples" not in name}
     official = convert_wan_vae_to_diffusers(outside)
     return {official.get(name) or in_stage(name): tensor for name, tensor in state.items()}

@@ -110,7 +110,7 @@ def test_wan22(name, tmp_path):
     plain, video = (iio.imread(tmp_path / f"{file}.mp4") for file in ("cached_uncached", "cached"))
     assert video.shape == shape
     assert not np.array_equal(plain, video)
-    if name != "picture":
+    if name != "t2v":
         return
     again = subprocess.run(record["command"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
