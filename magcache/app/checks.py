@@ -103,7 +103,7 @@ def make_machine(args: Namespace) -> Machine:
     fit; a plan is for any machine."""
     for flag in backend().lacks:
         if (value := getattr(args, flag)) is True or value not in (None, False, 1):
-            whose = f"this one is {backend().release}'s own"
+            whose = f"the one here is {backend().release}'s own"
             raise Refused(f"--{flag} needs the wan package of magcache_generate.py; {whose}")
     names = ("t5_cpu", "t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size", "convert_model_dtype")
     spread = {name: getattr(args, name) for name in (*names, *OF_OUR_WAN)}

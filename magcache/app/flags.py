@@ -73,7 +73,7 @@ def add_first(add: Callable) -> None:
 def add_contents(add: Callable) -> None:
     size = "width*height or widthxheight; only its area counts where an input file decides on the shape"
     add("--size", default="1280*720", type=lambda text: text.lower().replace("x", "*"), choices=all_sizes(), help=size)
-    add("--frame_num", type=int, help="frames, 4n+1 (default: 81; t2i 1, demo models 17)")
+    add("--frame_num", type=int, help="frames, 4n+1 (default: by task, mostly 81)")
     add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
     add("--prompt_file", metavar="FILE", help="make a video of each line: a prompt, or JSON")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
@@ -97,8 +97,8 @@ def add_contents(add: Callable) -> None:
 
 def add_sampling(add: Callable) -> None:
     add("--sample_solver", default="unipc", choices=("unipc", "dpm++"))
-    add("--sample_steps", type=int, help="sampling steps (default: 50; i2v 40)")
-    add("--sample_shift", type=float, help="shift of the noise levels (default: 5; i2v at 480p 3; flf2v, vace 16)")
+    add("--sample_steps", type=int, help="sampling steps (default: by task, 40 or 50)")
+    add("--sample_shift", type=float, help="shift of the noise levels (default: by task and size, 3 to 16)")
     guidance = (
         "classifier-free guidance (default: 5.0; of two experts, low and high noise: t2v-A14B 3 and 4, i2v-A14B 3.5)"
     )
@@ -123,7 +123,7 @@ def add_machine(add: Callable) -> None:
         "the CPU and with --dit_fsdp)"
     )
     add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
-    blocks = "one block of the DiT, and one layer of the text encoder, on the GPU at a time; the rest in pinned memory"
+    blocks = "two blocks of the DiT, or one layer of the text encoder, on the GPU at a time; the rest in pinned memory"
     add("--offload_blocks", action="store_true", help=blocks)
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
     add(
@@ -159,8 +159,8 @@ def add_magcache(add: Callable) -> None:
     add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
     quality = "choose the largest speed-up for which trials of the model promise this latent PSNR"
     add("--magcache_quality", type=float, metavar="DB", help=quality)
-    calibration = "measure the model's ratio table in a run that computes every call, and write it into calibration/ "
-    calibration += "or where --save_file says; with speed-ups, also try these on every prompt"
+    calibration = "measure the model's ratio table in a run that computes every call, and write it into calibration/, "
+    calibration += "beside --save_file or into its folder; with speed-ups, also try these on every prompt"
     add("--magcache_calibration", nargs="?", const=True, default=False, metavar="X,X,...", help=calibration)
     add("--mag_ratios", metavar="NAME_OR_PATH", help="ratio table (default: chosen by task and checkpoint folder)")
     add("--magcache_offload", action="store_true", help="keep what is cached in CPU memory")

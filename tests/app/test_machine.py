@@ -191,7 +191,7 @@ def test_more_processes_than_cards(monkeypatch):
         monkeypatch.setenv(name, "7")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(ValueError, match="there are 8 processes on this machine, and 4 GPUs"):
+    with pytest.raises(ValueError, match="there are 8 processes on this machine, but only 4 GPUs"):
         Processes.from_environment().check_gpus()
 
 

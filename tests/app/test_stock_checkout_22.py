@@ -252,7 +252,7 @@ LACKS = "raise ModuleNotFoundError(\"No module named 'librosa'\", name='librosa'
             r"argument --task: s2v-14B of Wan2\.2 is not supported here",
         ),
         ("", "", ("--ring_size", 2), "--ring_size needs the wan package"),
-        ("", "", ("--offload_blocks",), r"--offload_blocks needs the wan package of .*, this one is Wan2\.2's own"),
+        ("", "", ("--offload_blocks",), r"--offload_blocks needs the wan package of .*; the one here is Wan2\.2's own"),
         ("", "", ("--use_magcache",), "--magcache_speedup"),
         ("", "", ("--magcache_calibration",), "--magcache_speedup"),
         ("__init__.py", LACKS, (), r"\(No module named 'librosa'\): .*pip install -r requirements_s2v\.txt -r req"),

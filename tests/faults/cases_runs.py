@@ -238,7 +238,7 @@ CASES = [
     RunCase("SIGKILL in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]),
             -signal.SIGKILL, "", disturb=signalled(signal.SIGKILL, "out", "3 of 8"), check=calibrated(2)),
     RunCase("the folder of a calibration becomes a file", folder_for(prompts(2, CALIBRATION)), 0,
-            r"calibration takes no file any more \(.*\); the calibration is in .*/tmp", {"TMPDIR": "tmp"},
+            r"calibration no longer takes files \(.*\); the calibration is in .*/tmp", {"TMPDIR": "tmp"},
             disturb=once("out", "loading", turned_into_a_file), check=calibrated(2, "tmp")),
     RunCase("SIGTERM in the second video of a batch", prompts(2, ["--sample_steps", 30]), 143,
             r"stopped by SIGTERM in prompt 2 of 2, after \d+ of 60 calls; videos saved: 1",
