@@ -204,10 +204,10 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
     for file in (*files, *(folder / name for name in names)):
         if not file.is_file():
             raise Refused(f"--ckpt_dir {folder} lacks {file.relative_to(folder)}")
-    for part, model, weights in parts:
-        with to_be_replaced(checkpoint.Damaged):
-            shapes = checkpoint.check_transformer(part, model, weights, images)
-            checkpoint.check_encoders(folder, config, shapes)
+    with to_be_replaced(checkpoint.Damaged):
+        found = [checkpoint.check_transformer(part, model, weights, images) for part, model, weights in parts]
+        checkpoint.check_encoders(folder, config, found)
+    _, model, _ = parts[-1]
     size = (model["dim"], model["num_layers"])
     alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
     if alike and task not in alike:

@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -230,17 +230,20 @@ def compare_shapes(where: Path, found: Shapes, expected: Shapes) -> None:
             raise ValueError(f"{where}: tensor {name} {sizes}")
 
 
-def check_encoders(folder: Path, names: "EasyDict", shapes: Shapes) -> None:
-    """Checks that the text encoder, its tokenizer, the VAE and, if the transformer takes its features, the image
-    encoder can be read and belong to it. names: the task's config, which has their file names. shapes: of the
-    transformer."""
+def check_encoders(folder: Path, names: "EasyDict", transformers: Sequence[Shapes]) -> None:
+    """Checks that the text encoder, its tokenizer, the VAE and, if the transformers take its features, the image
+    encoder can be read and belong to each of them. names: the task's config, which has their file names. transformers:
+    the shapes of their tensors."""
     text = read_structure(folder / names.t5_checkpoint, TEXT)[TEXT]
     latent = read_structure(folder / names.vae_checkpoint, VIDEO, LATENTS)[LATENTS][0]
-    made = shapes["head.head.bias"][0] // prod(PATCH)
-    if latent != made:
-        raise ValueError(f"{folder / names.vae_checkpoint} has {latent} latent channels, but the transformer {made}")
-    widths = [(names.t5_checkpoint, text[-1], shapes["text_embedding.0.weight"][1])]
-    if features := shapes.get("img_emb.proj.0.weight"):
+    widths = []
+    for shapes in transformers:
+        made = shapes["head.head.bias"][0] // prod(PATCH)
+        if latent != made:
+            vae = folder / names.vae_checkpoint
+            raise ValueError(f"{vae} has {latent} latent channels, but the transformer {made}")
+        widths.append((names.t5_checkpoint, text[-1], shapes["text_embedding.0.weight"][1]))
+    if features := transformers[0].get("img_emb.proj.0.weight"):
         pictures = read_structure(folder / names.clip_checkpoint, PICTURES)[PICTURES]
         widths.append((names.clip_checkpoint, pictures[0], features[0]))
     for name, width, needed in widths:

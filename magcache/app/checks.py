@@ -27,8 +27,10 @@ def make_job(args: Namespace) -> Job:
     check_release(TASKS[args.task])
     check_effects(args)
     machine, sampling = make_machine(args), make_sampling(args)
-    for lora in machine.lora:
-        check_lora(lora, sampling.spec, architecture_of(sampling.spec, machine.ckpt_dir))
+    if machine.lora:
+        sizes = architecture_of(sampling.spec, machine.ckpt_dir)
+        for lora in machine.lora:
+            check_lora(lora, sampling.spec, sizes)
     inputs = Inputs(**{field.name: getattr(args, field.name) for field in fields(Inputs)})
     base_seed = args.base_seed
     if base_seed < 0:

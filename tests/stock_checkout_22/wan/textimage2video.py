@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from . import pipelines
 from .distributed.sequence_parallel import sp_attn_forward, sp_dit_forward
 from .modules.model_with_times import WanModel
 from .pipelines import TOKENS, Pipeline, image_arguments
@@ -33,13 +34,8 @@ class TwoExperts(Pipeline22):
         return (self.high_noise_model, high) if is_high else (self.low_noise_model, low)
 
 
-class WanT2V(TwoExperts):
-    def generate(
-        self, input_prompt, size=(1280, 720), frame_num=81, shift=5.0, sample_solver="unipc", sampling_steps=50,
-        guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model, "n_prompt": n_prompt}
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
+class WanT2V(TwoExperts, pipelines.WanT2V):
+    pass
 
 
 class WanI2V(TwoExperts):
