@@ -291,6 +291,7 @@ def test_command_line(demo, by_hand):
     assert "LoRA      style:1.safetensors:0.5\nLoRA      few.safetensors:1.0\n" in said
     assert (video == by_hand).all()
     assert (video != plain).mean() > 0.5
+    assert (made(demo, "none.mp4", "--lora", "few.safetensors:0")[1] == plain).all()
     record = json.loads((demo / "lora.json").read_text())
     for entry, name, strength in zip(record["lora"], ("style:1.safetensors", "few.safetensors"), (0.5, 1), strict=True):
         content = (demo / name).read_bytes()
