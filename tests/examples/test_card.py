@@ -5,6 +5,7 @@ import json
 import card_kit
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from pretended_card import PretendedCard
 
 from examples import card
@@ -34,6 +35,11 @@ def test_report(capsys):
 def test_the_kit_runs_on_a_card(monkeypatch, capsys):
     """All of it, on a small model and a pretended card, so that no minute of a real one is lost."""
     parts = tuple(part for part in card.PARTS if part not in ("compile", "attention"))
+    convolutions = set()
+    convolve = WanCausalConv3d.forward
+    monkeypatch.setattr(
+        WanCausalConv3d, "forward", lambda *args: convolutions.add((out := convolve(*args)).dtype) or out
+    )
     with PretendedCard():
         monkeypatch.setattr(card, "DEVICE", torch.device("cuda:0"))
         monkeypatch.setattr(card, "HELD", torch.bfloat16)
@@ -49,6 +55,7 @@ def test_the_kit_runs_on_a_card(monkeypatch, capsys):
     ):
         assert line in out
     assert "no time for" not in out
+    assert convolutions == {torch.float32}  # of the VAE
 
 
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
