@@ -4,6 +4,6 @@ if ! cmp -s requirements.txt .venv/requirements.installed 2>/dev/null; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 1; }
     [ -x .venv/bin/pip ] || python3 -m venv .venv || { echo "on Debian: apt install python3-venv" >&2; exit 1; }
     echo "installing requirements.txt into .venv (once; one to ten minutes)"
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+    .venv/bin/pip install --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/requirements.installed
 fi

@@ -18,6 +18,12 @@ MOST_FRAMES = 4093  # of 1024 latent frames
 TRIAL_BUDGET = 2.5  # uncached runs that the trials of a prompt may cost, in the mean over the prompts
 
 
+def shape_in_words(shape: tuple[int, int, int]) -> str:
+    """shape: (frames, height, width)."""
+    frames, height, width = shape
+    return f"{width}x{height}, {frames} frame{'s' if frames > 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What is generated, without prompt, seed and input files. size: "width*height". sample_guide_scale: of all steps,
@@ -216,11 +222,11 @@ class Job:
 
     def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
         """Describes the video in a line. shape: (frames, height, width)."""
-        (frames, height, width), how = shape, self.sampling
+        how = self.sampling
         guidance = " and ".join(f"{scale:g}" for scale in how.guidance)
         guidance += " (low and high noise)" if len(how.guidance) == 2 else ""
         sampled = f"{how.sample_solver}, shift {how.sample_shift:g}, guidance {guidance}"
-        return f"{how.task}, {width}x{height}, {frames} frames, {how.sample_steps} steps, {sampled}, seed {seed}"
+        return f"{how.task}, {shape_in_words(shape)}, {how.sample_steps} steps, {sampled}, seed {seed}"
 
 
 @dataclass(frozen=True)

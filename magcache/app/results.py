@@ -18,7 +18,7 @@ import magcache
 from magcache.app.choose_schedule import fitting_table, settings_of
 from magcache.app.compare import psnr_in_words, score, verdict, write_comparison
 from magcache.app.errors import Failed, LostResult, NotFinite, first_line
-from magcache.app.job import Job, Request
+from magcache.app.job import Job, Request, shape_in_words
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
 from magcache.app.processes import Group
@@ -77,9 +77,9 @@ def save_video(
         raise NotFinite("the VAE decoded NaN or infinite values from a latent that holds none; nothing is saved")
     save_result(video, request.path, fps)
     watch.lap("save")
-    frames, height, width = video.shape[1:]
-    print(f"saved     {request.path} ({width}x{height}, {frames} frames)", flush=True)
-    record = make_record(job, request, group, (frames, height, width), seconds | watch.seconds, watch.calls)
+    shape = tuple(video.shape[1:])
+    print(f"saved     {request.path} ({shape_in_words(shape)})", flush=True)
+    record = make_record(job, request, group, shape, seconds | watch.seconds, watch.calls)
     save_record(request.path, record)
     return record
 

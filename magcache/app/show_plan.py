@@ -11,7 +11,7 @@ from magcache.app.choose_schedule import predict
 from magcache.app.cost import cached_bytes, needs_of, number_of_bytes, run_flops, token_count
 from magcache.app.errors import need_package
 from magcache.app.inputs import planned_video
-from magcache.app.job import Job
+from magcache.app.job import Job, shape_in_words
 from magcache.app.requests import check_target
 from magcache.app.step_map import digits, reuse_by_branch, ruler, step_map
 from magcache.app.trials.quality import quality_lines
@@ -29,7 +29,7 @@ def show_plan(args: Namespace) -> None:
         frames, height, width, references = planned_video(job.sampling, job.inputs)
         if size not in sizes:
             print(f"note: task {task} does not run at {size}, only at {', '.join(sizes)}")
-    video = f"{task}, {width}x{height}, {frames} frames, {job.sampling.sample_steps} steps"
+    video = f"{task}, {shape_in_words((frames, height, width))}, {job.sampling.sample_steps} steps"
     if picture:  # before anything is printed, which may end it
         from magcache.app.plot import plan_figure, save_figure
 
