@@ -99,9 +99,7 @@ def tell_calls(job: Job, watches: list) -> None:
     typical = statistics.fmean(times[False])
     reused = f", reused {1000 * statistics.fmean(times[True]):.2g} ms a call" if times[True] else ""
     speedup = len(calls) * typical / sum(times[False] + times[True])
-    print(
-        f"          computed {1000 * typical:.1f} ms a call{reused}; by this {speedup:.2f}x faster than computing every call"
-    )
+    print(f"          computed {1000 * typical:.1f} ms a call{reused}: {speedup:.2f}x faster than computing every call")
 
 
 def tell_failures(failures: list[tuple[str, str]], count: int) -> None:
