@@ -28,7 +28,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 import magcache
-from magcache.app.architecture import CLIP_TOKENS, CONTROL
+from magcache.app.architecture import CLIP_TOKENS, CONTROL, LATENT_5B
 from magcache.app.cost import call_flops, number_of_bytes, token_count
 from magcache.app.errors import first_line
 from magcache.app.progress import moment, seconds_between
@@ -36,6 +36,7 @@ from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
+from wan.modules.vae import CHANNELS_48
 from wan.utils.attention import attention_backends
 from wan.utils.offload import offload_transformer
 from wan.utils.samplers import make_sampler
@@ -278,8 +279,9 @@ def measure_attention(subject: Subject, rounds: int) -> list[dict]:
 
 
 def measure_vae(subject: Subject) -> list[dict]:
+    large = {"base_dim": 160, "decoder_base_dim": 256} | CHANNELS_48 if subject.shape.out_dim == LATENT_5B else {}
     with DEVICE:
-        vae = diffusers.AutoencoderKLWan().eval().requires_grad_(False)
+        vae = diffusers.AutoencoderKLWan(**large).eval().requires_grad_(False)
     latent, rows = torch.randn(1, *subject.latent_shape, device=DEVICE), []
     for name in ("VAE decodes", "VAE decodes in tiles"):
         clear()

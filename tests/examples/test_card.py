@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from pretended_card import PretendedCard
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from examples import card
 from wan.modules.model import WanModel
@@ -56,6 +57,13 @@ def test_the_kit_runs_on_a_card(monkeypatch, capsys):
         assert line in out
     assert "no time for" not in out
     assert convolutions == {torch.float32}  # of the VAE
+
+
+@pytest.mark.parametrize("task", ["t2v-14B", "ti2v-5B"])
+def test_the_vae_of_every_release_decodes(task):
+    with FakeTensorMode():
+        rows = card.measure_vae(card.Subject(task, "64*64", 5, layers=1))
+    assert [row["what"] for row in rows] == ["VAE decodes", "VAE decodes in tiles"]
 
 
 @pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])

@@ -21,6 +21,8 @@ STD_48 = """
 0.6866 0.4093 0.5709 0.6065 0.6415 0.4944 0.5726 1.2042 0.5458 1.6887 0.3971 1.0600 0.3943 0.5537 0.5444
 0.4089 0.7468 0.7744
 """
+CHANNELS_48 = {"in_channels": 12, "out_channels": 12, "z_dim": 48, "patch_size": 2, "scale_factor_spatial": 16}
+CHANNELS_48 |= {"is_residual": True}
 
 # of a layer in a stage of Wan2.2's VAE: encoder or decoder, down or up, the numbers of both, the rest of the name
 IN_STAGE = re.compile(r"(en|de)coder\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)\.(\w+)")
@@ -45,9 +47,8 @@ def load_vae(vae_pth: str, dtype: torch.dtype, device: torch.device | str) -> Au
     with reading(vae_pth):
         settings = {"base_dim": tensors["encoder.conv1.weight"].shape[0]}
         if any(map(IN_STAGE.fullmatch, tensors)):
-            channels = {"in_channels": 12, "out_channels": 12, "z_dim": 48, "patch_size": 2, "scale_factor_spatial": 16}
             mean, std = ([*map(float, values.split())] for values in (MEAN_48, STD_48))
-            settings |= channels | {"is_residual": True, "latents_mean": mean, "latents_std": std}
+            settings |= CHANNELS_48 | {"latents_mean": mean, "latents_std": std}
             settings["decoder_base_dim"] = tensors["decoder.conv1.weight"].shape[0] // 4  # the widest of its stages
             tensors = {in_diffusers(name): tensor for name, tensor in tensors.items()}
         with torch.device("meta"):
