@@ -53,7 +53,7 @@ KINDS = {
     "t2v-tiny, open": ("t2v-tiny", "open"),
     "i2v-tiny": ("i2v-tiny", "told"),
 } | {task: (task, "told") for task in EXPERTS}
-PAIRS = {"t2v-tiny, told": 64, "t2v-tiny, open": 256, "i2v-tiny": 32} | dict.fromkeys(EXPERTS, 64)
+PAIRS = {"t2v-tiny, told": 160, "t2v-tiny, open": 256, "i2v-tiny": 32} | dict.fromkeys(EXPERTS, 64)
 UNSEEN, DEVELOPMENT = 30000, 50000  # first seeds of pairs
 BATCH = 16
 # thresh, K and retention that compute so many calls, by task
