@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from magcache.patch import attach, blocks_hidden, find_dit, run_blocks
-from magcache.schedule import CALLS_PER_STEP
+from magcache.patch import Runner, attach, blocks_hidden, find_dit, run_blocks
+from magcache.schedule import CALLS_PER_STEP, Schedule
 
 
-class Calibration:
+class Calibration(Runner):
     """Compares every residual with the one before in its branch, token by token (padding tokens do not count).
 
     It fills three lists in call order, from the second step on: `ratios`, the mean over tokens of |r_t| / |r_{t-1}|;
@@ -23,9 +23,8 @@ class Calibration:
     """
 
     def __init__(self, steps: int, group=None):
-        self.calls, self.calls_per_step = CALLS_PER_STEP * steps, CALLS_PER_STEP
-        self.sigmas, self.switch, self.group = None, None, group
-        self.reset()
+        super().__init__(Schedule((None,) * CALLS_PER_STEP * steps))
+        self.group = group
 
     def reset(self) -> None:
         self.previous = [None] * CALLS_PER_STEP
@@ -46,7 +45,9 @@ class Calibration:
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         branch = call % CALLS_PER_STEP
         before = self.previous[branch]
-        self.previous[branch] = residual if call + CALLS_PER_STEP < self.calls else None  # the VAE decodes next
+        self.previous[branch] = (
+            residual if call + CALLS_PER_STEP < len(self.schedule.weights) else None
+        )  # the VAE decodes next
         if before is not None:
             ratio = (residual.norm(dim=-1) / before.norm(dim=-1)).double()
             cosine = torch.nn.functional.cosine_similarity(residual, before, dim=-1, eps=1e-8)
@@ -59,14 +60,12 @@ class Calibration:
             self.cosine_distances.append(1 - cosines / count)
         return out
 
-    def skips(self, call: int) -> bool:
-        return False
-
     def lists(self) -> dict[str, list[float]]:
         """Returns the three lists of a complete run by their names in a table, rounded to 5 decimals as the released
         script does. Raises RuntimeError before the run is complete."""
-        if len(self.ratios) != self.calls - CALLS_PER_STEP:
-            raise RuntimeError(f"the run stopped after {len(self.ratios) + CALLS_PER_STEP} of {self.calls} calls")
+        done, calls = len(self.ratios) + CALLS_PER_STEP, len(self.schedule.weights)
+        if done != calls:
+            raise RuntimeError(f"the run stopped after {done} of {calls} calls")
         lists = {"mag_ratio": self.ratios, "mag_std": self.stds, "cos_dis": self.cosine_distances}
         return {key: [round(value, 5) for value in values] for key, values in lists.items()}
 

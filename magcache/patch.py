@@ -17,12 +17,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from magcache.schedule import CALLS_PER_STEP, Schedule
+from magcache.schedule import Schedule
 
 FORECAST_INSTEAD = "use output forecasts (magcache.plan_speedup)"
 
@@ -30,26 +31,26 @@ FORECAST_INSTEAD = "use output forecasts (magcache.plan_speedup)"
 OnCall = Callable[[int, bool], None]
 
 
-class Runner(Protocol):
-    """Executes the calls of a model; see `Cache` and `magcache.calibrate.Calibration`."""
+class Runner:
+    """Executes the calls of a model. This one computes all of them. schedule: what runs are compared with."""
 
-    calls: int  # of a run
-    calls_per_step: int
-    sigmas: Sequence[float] | None  # noise levels of the steps, see `CallCounter`
-    switch: int | None  # first step of a second transformer, None where any may be called
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.reset()
 
     def reset(self) -> None:
         """Forgets everything about the current run, because a run begins or has failed."""
 
     def skips(self, call: int) -> bool:
-        """Whether the call does not compute."""
+        """Whether the call does not compute. Those beyond the schedule do."""
+        return call < len(self.schedule.weights) and self.schedule.weights[call] is not None
 
-    def run(self, call: int, model: torch.nn.Module, forward: functools.partial) -> Any:
-        """Returns what the call returns. `forward()` runs the model as it is; `forward.args[1:]` are the positional
-        arguments of the call."""
+    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
+        """Returns what the call returns. `forward()` runs the model as it is."""
+        return forward()
 
 
-class Cache:
+class Cache(Runner):
     """Executes a `Schedule`: keeps at most `schedule.history` residuals or outputs per branch, none outside a run.
 
     dtype: of what is cached; None keeps that of the computation (float32 in Wan).
@@ -57,29 +58,24 @@ class Cache:
     """
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None, device: str | None = None):
-        self.schedule, self.dtype, self.device = schedule, dtype, device
-        self.calls, self.calls_per_step = len(schedule.weights), schedule.calls_per_step
-        self.sigmas, self.switch = schedule.sigmas, schedule.switch
-        self.reset()
+        self.dtype, self.device = dtype, device
+        super().__init__(schedule)
 
     def reset(self) -> None:
-        self.kept = [[] for _ in range(self.calls_per_step)]  # per branch, newest first
-
-    def skips(self, call: int) -> bool:
-        return call < self.calls and self.schedule.weights[call] is not None
+        self.kept = [[] for _ in range(self.schedule.calls_per_step)]  # per branch, newest first
 
     def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         out = self.answer(call, model, forward)
-        if call == self.calls - 1:
+        if call == len(self.schedule.weights) - 1:
             self.reset()  # the VAE decodes next and wants the memory
         return out
 
     def branch(self, call: int) -> list:
-        return self.kept[call % self.calls_per_step]
+        return self.kept[call % self.schedule.calls_per_step]
 
     def make_room(self, call: int) -> bool:
         """Frees, before a call computes, what no later call needs. Returns whether a later call needs its result."""
-        wanted = call < self.calls and self.schedule.used_later[call]
+        wanted = call < len(self.schedule.weights) and self.schedule.used_later[call]
         # what is older serves only along with this one
         del self.branch(call)[self.schedule.history - 1 if wanted else 0 :]
         return wanted
@@ -150,109 +146,107 @@ class OutputCache(Cache):
 CACHES = {"residual": ResidualCache, "output": OutputCache}  # by the target of a schedule
 
 
-class CallCounter:
-    """Numbers the calls of a run. The first call that shows that the run does not fit the plan sets `fits` to False, up
-    to the end of the run, and `notice` to the reason.
+@dataclass(frozen=True)
+class Seen:
+    """What shows of a call. resolution: neighbouring steps can share a timestep only if they are less than this apart;
+    then so are the steps before them, since the steps of a run grow. shapes: those of the latents. expert: 0 for the
+    first transformer, 1 for the second."""
 
-    A run starts when the timestep rises, when the latents have other shapes than before, when another thread calls, or
-    when all calls are done and the timestep is back at the first one. The rest of a run that another thread's call has
-    cut in two does not fit. Steps are told apart by counting, as neighbouring ones may share an integer timestep. With
-    `sigmas`, the noise levels of the steps, a run also starts where the timestep is that of the first level and not of
-    the next, and every timestep has to be that of its level, on a scale of 1000 or of 1. With `switch`, the steps
-    from that one on are the second transformer's, and those before the first's.
+    timestep: float
+    resolution: float
+    shapes: list[torch.Size]
+    expert: int
+
+
+def look(args: Sequence, kwargs: dict, expert: int) -> Seen:
+    timestep = timestep_of(args, kwargs).max()
+    value = float(timestep)  # waits for the device, unless the timestep is on the CPU
+    rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+    resolution = max(rounding, 1.0 if value.is_integer() and value > 1 else 0.0)
+    latents = next(iter((*args, *kwargs.values())))
+    return Seen(value, resolution, [tensor.shape for tensor in tensors_in(latents)], expert)
+
+
+def misfit(schedule: Schedule, step: int, seen: Seen, scale: float) -> str | None:
+    """Says how a call of the step differs from the schedule's noise levels and boundary; None if it does not. scale: of
+    the timesteps, 1000 or 1; by 1 in 1000 they may be off, as whole numbers are."""
+    if schedule.sigmas is None or step >= schedule.steps:
+        return None
+    this, level = f"step {step + 1} of this run", schedule.sigmas[step] * scale
+    if abs(seen.timestep - level) > max(seen.resolution, 0.001 * scale):
+        found = f"{this} is at timestep {seen.timestep:g}, in the schedule at {level:.5g}"
+        return f"{found} (plan for the noise levels of the run: its steps, shift and solver, see noise_levels_of)"
+    if schedule.switch is None or seen.expert == (step >= schedule.switch):
+        return None
+    called, planned = ("second", "first") if seen.expert else ("first", "second")
+    found = f"{this} calls the {called} transformer, in the schedule the {planned}"
+    return f"{found} (plan for the boundary of the run)"
+
+
+class Run:
+    """Counts the calls of a run. The first one that shows that the run does not fit the schedule sets `fits` to False.
+
+    A run starts when the timestep rises, when the latents have other shapes than before, or when all calls are done and
+    the timestep is back at the first one. Steps are told apart by counting, as neighbouring ones may share an integer
+    timestep. If the schedule has noise levels, a run also starts where the timestep is that of the first level and not
+    of the next, and every timestep has to be that of its level.
 
     `doubtful`: the run began at the timestep of the call before it. Either the run before ended in its first step, or
-    it goes on with more calls per step than planned.
+    it goes on with more calls per step than planned, which the second step shows.
     """
 
-    def __init__(
-        self,
-        calls: int,
-        calls_per_step: int = CALLS_PER_STEP,
-        sigmas: Sequence[float] | None = None,
-        switch: int | None = None,
-    ):
-        self.calls, self.calls_per_step, self.sigmas, self.switch = calls, calls_per_step, sigmas, switch
-        self.reset()
+    def __init__(self, schedule: Schedule, seen: Seen, before: "Run | None"):
+        """seen: of its first call, which is not counted yet. before: the run before this one, if there was any."""
+        self.schedule, self.calls, self.per_step = schedule, len(schedule.weights), schedule.calls_per_step
+        self.call, self.first, self.last, self.fall, self.fits = -1, seen.timestep, seen, 0.0, True
+        self.doubtful = before is not None and before.last.timestep == self.first
+        self.scale = 1000 if self.first > 1 else 1
 
-    def reset(self) -> None:
-        self.call = self.first = self.last = self.shapes = self.notice = None
-        self.fall, self.fits, self.doubtful = 0.0, True, False
-        self.thread, self.interrupted = threading.get_ident(), False
+    @property
+    def left(self) -> bool:
+        """Whether calls are left to come."""
+        return self.call + 1 < self.calls
 
-    def next(self, timestep: float, resolution: float = 1.0, shapes: Sequence = (), expert: int = 0) -> int:
-        """Returns the number of the call. resolution: neighbouring steps can share a timestep only if they are less
-        than this apart; then so are the steps before them, since the steps of a run grow. shapes: those of the latents.
-        expert: 0 for the first transformer, 1 for the second."""
-        self.notice = None
-        if self.call is None or self.starts(timestep, resolution, shapes, expert):
-            self.start(timestep, shapes)
-        self.call, fall = self.call + 1, self.last - timestep
-        if self.fits and (misfit := self.misfit(timestep, fall, resolution, expert)):
-            self.notice, self.fits = f"{misfit}; the run is computed in full from here", False
-        elif self.fits and self.call == self.calls:
-            self.notice = f"the schedule ends after {self.calls} transformer calls; those beyond it are computed"
-        self.last, self.fall = timestep, fall
-        return self.call
+    def goes_on(self, seen: Seen) -> bool:
+        """Whether the next call still is of this run, and does not start another."""
+        if seen.timestep > self.last.timestep or seen.shapes != self.last.shapes:
+            return False
+        if self.schedule.sigmas is None:
+            return self.left or seen.timestep < self.first
+        following = (self.call + 1) // self.per_step
+        fits = self.fits and self.left and not misfit(self.schedule, following, seen, self.scale)
+        return fits or misfit(self.schedule, 0, seen, self.scale) is not None
 
-    def starts(self, timestep: float, resolution: float, shapes: Sequence, expert: int) -> bool:
-        """Whether this is the first call of another run."""
-        if timestep > self.last or shapes != self.shapes or self.thread != threading.get_ident():
-            return True
-        following = self.call + 1
-        if self.sigmas is None:
-            return following >= self.calls and timestep >= self.first
-        goes_on = self.fits and following < self.calls
-        goes_on = goes_on and self.is_level(following // self.calls_per_step, timestep, resolution)
-        return not goes_on and self.is_level(0, timestep, resolution) and not self.other_expert(0, expert)
-
-    def start(self, timestep: float, shapes: Sequence) -> None:
-        ended, known, doubtful = self.call, self.sigmas is not None or not self.fits, timestep == self.last
-        unfinished = ended is not None and ended + 1 < self.calls
-        interrupted = unfinished and self.thread != threading.get_ident() and timestep < self.first
-        first = self.first if interrupted else timestep  # so that what is left of more runs is recognised, too
-        self.reset()
-        self.call, self.first, self.last, self.shapes = -1, first, timestep, shapes
-        self.doubtful, self.interrupted = doubtful, interrupted
-        if unfinished and not known:
-            self.notice = (
-                f"the run before this one ended after {ended + 1} of {self.calls} transformer calls; if it was not "
-                "stopped, plan for as many steps as a run has: what is cached waits for the others"
-            )
-
-    def misfit(self, timestep: float, fall: float, resolution: float, expert: int) -> str | None:
-        """Says what does not fit in this call, or None."""
-        if self.interrupted:
-            return "another thread has called the model within this run"
-        step, branch = divmod(self.call, self.calls_per_step)
-        again = fall == 0 and self.fall > resolution
-        if again if self.calls_per_step == 1 else fall > 0 and branch:
-            planned = f"this run does not make {self.calls_per_step} transformer calls a step, as planned"
-            return f"{planned} (calls_per_step of a plan is 2 with guidance, 1 without)"
-        if self.sigmas is None or step >= len(self.sigmas):
+    def add(self, seen: Seen, cut: bool) -> str | None:
+        """Counts a call. Says what is to be said of it, if anything. cut: whether another run has begun since."""
+        fall, fall_before = self.last.timestep - seen.timestep, self.fall
+        self.call, self.last, self.fall = self.call + 1, seen, fall
+        if not self.fits:
             return None
-        if self.is_level(step, timestep, resolution):
-            return self.other_expert(step, expert)
-        found = (
-            f"step {step + 1} of this run is at timestep {timestep:g}, in the schedule at {self.timestep_at(step):.5g}"
+        step, branch = divmod(self.call, self.per_step)
+        again = fall == 0 and fall_before > seen.resolution
+        if cut:
+            fault = "another thread has called the model within this run"
+        elif again if self.per_step == 1 else fall > 0 and branch:
+            planned = f"this run does not make {self.per_step} transformer calls a step, as planned"
+            fault = f"{planned} (calls_per_step of a plan is 2 with guidance, 1 without)"
+        else:
+            fault = misfit(self.schedule, step, seen, self.scale)
+        if fault:
+            self.fits = False
+            return f"{fault}; the run is computed in full from here"
+        if self.call == self.calls:
+            return f"the schedule ends after {self.calls} transformer calls; those beyond it are computed"
+        return None
+
+    def unfinished(self) -> str | None:
+        """Says, as another run starts, that this one is not complete; None if it is, or if it is known why not."""
+        if not self.left or self.schedule.sigmas is not None or not self.fits:
+            return None
+        return (
+            f"the run before this one ended after {self.call + 1} of {self.calls} transformer calls; if it was not "
+            "stopped, plan for as many steps as a run has: what is cached waits for the others"
         )
-        return f"{found} (plan for the noise levels of the run: its steps, shift and solver, see noise_levels_of)"
-
-    def other_expert(self, step: int, expert: int) -> str | None:
-        """Says that the other transformer is planned for the step, or None."""
-        if self.switch is None or expert == (step >= self.switch):
-            return None
-        called, planned = ("second", "first") if expert else ("first", "second")
-        found = f"step {step + 1} of this run calls the {called} transformer, in the schedule the {planned}"
-        return f"{found} (plan for the boundary of the run)"
-
-    def timestep_at(self, step: int) -> float:
-        return self.sigmas[step] * (1000 if self.first > 1 else 1)
-
-    def is_level(self, step: int, timestep: float, resolution: float) -> bool:
-        """Whether the timestep is that of the step's level, up to what a timestep may lose as a whole number."""
-        lost = max(resolution, 1.0 if self.first > 1 else 0.001)
-        return abs(timestep - self.timestep_at(step)) <= lost
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -330,54 +324,42 @@ class Attachment:
     """Ties a runner to one instance, or to two that share a run. It is stored in them, so a deep copy has its own."""
 
     def __init__(self, runner: Runner, on_call: OnCall | None):
-        self.runner, self.on_call = runner, on_call
-        self.counter = CallCounter(runner.calls, runner.calls_per_step, runner.sigmas, runner.switch)
-        self.conditions = {}  # by branch
+        self.__setstate__((runner, on_call))
+
+    def __getstate__(self) -> tuple:
+        return self.runner, self.on_call
+
+    def __setstate__(self, state: tuple) -> None:
+        self.runner, self.on_call = state
         self.lock = threading.RLock()  # held during a call, which changes the model and what is kept
-
-    def __getstate__(self) -> dict:  # for a deep copy, which gets a lock of its own
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.thread = threading.local()  # `run`: the latest one of every thread
+        self.served = None  # the run that the runner is at, which began last
 
     def call(self, expert: int, forward: functools.partial) -> Any:
-        (model, *args), kwargs = forward.args, forward.keywords
-        call, counter = self.count(args, kwargs, expert), self.counter
-        if counter.notice:
-            warnings.warn(counter.notice, stacklevel=3)
-        if call == 0 or not counter.fits:
+        """forward: the call itself, of the model and with its arguments."""
+        model, *args = forward.args
+        seen, run, notice = look(args, forward.keywords, expert), getattr(self.thread, "run", None), None
+        if run is None or not run.goes_on(seen):
+            notice = run and run.unfinished()
+            run = self.thread.run = self.served = Run(self.runner.schedule, seen, run)
             self.runner.reset()
-        follows = counter.fits and not (counter.doubtful and self.other_conditions(call, args, kwargs))
+        notice = run.add(seen, run is not self.served) or notice
+        if notice:
+            warnings.warn(notice, stacklevel=3)
+        if run is self.served and not run.fits:
+            self.runner.reset()
+        step, skips = run.call // run.per_step, self.runner.skips(run.call)
+        follows = run.fits and not (skips and step == 1 and run.doubtful)
         try:
-            out = self.runner.run(call, model, forward) if follows else forward()
+            out = self.runner.run(run.call, model, forward) if follows else forward()
             if self.on_call:
-                self.on_call(call, follows and self.runner.skips(call))
+                self.on_call(run.call, follows and skips)
         except BaseException:
-            counter.reset()
-            self.runner.reset()
+            self.thread.run = None
+            if run is self.served:
+                self.runner.reset()
             raise
         return out
-
-    def count(self, args: Sequence, kwargs: dict, expert: int) -> int:
-        """Counts the call and returns its number."""
-        timestep = timestep_of(args, kwargs).max()
-        value = float(timestep)  # waits for the device, unless the timestep is on the CPU
-        rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        resolution = max(rounding, 1.0 if value.is_integer() and value > 1 else 0.0)
-        latents = next(iter((*args, *kwargs.values())))
-        return self.counter.next(value, resolution, [tensor.shape for tensor in tensors_in(latents)], expert)
-
-    def other_conditions(self, call: int, args: Sequence, kwargs: dict) -> bool:
-        """Whether a call of the second step that would be skipped has other tensors, beside latents and timestep, than
-        its branch had in the first step. If so, the two may belong to different videos."""
-        step, branch = divmod(call, self.counter.calls_per_step)
-        _, *others = (*args, *kwargs.values())
-        timestep = timestep_of(args, kwargs)
-        found = [id(tensor) for tensor in tensors_in(others) if tensor is not timestep]
-        if step == 0:
-            self.conditions[branch] = found
-        return step == 1 and self.runner.skips(call) and found != self.conditions[branch]
 
 
 ATTACHED = weakref.WeakSet()  # instances
@@ -386,7 +368,7 @@ ATTACHED = weakref.WeakSet()  # instances
 @functools.cache
 def attached_class(own_class: type, expert: int) -> type:
     """Makes the class of a model of `own_class` with something attached. It differs in its calls only, and refuses to
-    be pickled, since no other process has such a class. expert: see `CallCounter.next`."""
+    be pickled, since no other process has such a class. expert: see `Seen`."""
 
     def __call__(self, *args, **kwargs):
         with self._magcache.lock:
@@ -459,7 +441,7 @@ def apply_magcache(
     Applying again replaces the schedule and starts afresh. A run that does not fit the schedule is computed in full
     from the first call that shows it, with a warning. With a schedule without noise levels, apply it again after a run
     that was stopped in its first step from outside the model: no later call can tell. Several threads may call the
-    model: one waits for the other, and runs that take turns are computed.
+    model: one waits for the other, and of runs that take turns only the one that began last is cached.
 
     Raises TypeError if the model has no `blocks` and the target is "residual"; ValueError for two models and a schedule
     without a boundary, or one model and a schedule with one; RuntimeError if its class was changed since the last time

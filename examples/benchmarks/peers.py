@@ -31,7 +31,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 import magcache
 from examples.benchmarks.pairs import KINDS_OF, Batch, final_latents, make_batch, pairs_of, pipeline_of
 from examples.train_tiny.check_prompts import DEMOS
-from magcache.patch import CallCounter, attach, blocks_hidden, run_blocks
+from magcache.patch import Runner, attach, blocks_hidden, run_blocks
 from magcache.trials import closeness, pooled
 from wan.modules.model import WanModel, stack_padded
 from wan.utils.samplers import sampling_sigmas
@@ -57,15 +57,15 @@ class Work:
     """
 
     def __init__(self, model: torch.nn.Module, blocks: torch.nn.Module, calls: int):
-        self.counter = CallCounter(calls)
+        self.numbers = itertools.cycle(range(calls))
         self.total, self.unit = 0, None
         linear = [layer for layer in blocks.modules() if isinstance(layer, torch.nn.Linear)]
         self.hooks = [layer.register_forward_hook(self._add) for layer in linear]
-        self.hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.hooks.append(model.register_forward_pre_hook(self._begin))
         self.hooks.append(model.register_forward_hook(self._end))
 
-    def _begin(self, model, args, kwargs) -> None:
-        if self.counter.next(float(kwargs["t"][0])) == 0:
+    def _begin(self, model, args) -> None:
+        if next(self.numbers) == 0:
             self.total, self.unit = 0, None
 
     def _end(self, model, args, output) -> None:
@@ -137,8 +137,8 @@ TEACACHE_POLYNOMIALS = {
 TEACACHE_WARMUP = 5  # steps; that of the released TeaCache for Wan2.1 in its careful mode
 
 
-class TeaCache:
-    """A runner for `magcache.patch.attach`: the TeaCache rule (arXiv 2411.19108) as it is used on Wan2.1.
+class TeaCache(Runner):
+    """The TeaCache rule (arXiv 2411.19108) as it is used on Wan2.1.
 
     From step to step the relative L1 change of the time modulation, which the blocks get, is mapped by a fitted
     polynomial to a change of the output; a branch reuses its residual while the sum of these since the last computed
@@ -147,14 +147,10 @@ class TeaCache:
 
     def __init__(self, threshold: float, warmup: int, polynomial: tuple[float, ...], steps: int = STEPS):
         self.threshold, self.warmup, self.polynomial, self.steps = threshold, warmup, polynomial, steps
-        self.calls, self.calls_per_step, self.sigmas, self.switch = 2 * steps, 2, None, None
-        self.reset()
+        super().__init__(magcache.Schedule((None,) * 2 * steps))
 
     def reset(self) -> None:
         self.residuals, self.before, self.error = [None, None], [None, None], [0.0, 0.0]
-
-    def skips(self, call: int) -> bool:
-        return False  # it is decided only as the call runs, and nobody asks
 
     def run(self, call: int, model: torch.nn.Module, forward: Callable[[], object]) -> object:
         with blocks_hidden(model, functools.partial(self.step, call)):
@@ -233,14 +229,14 @@ class EasyCache(torch.nn.Module):
     def __init__(self, model: WanModel, threshold: float, warmup: int, steps: int = STEPS):
         super().__init__()
         self.model, self.threshold, self.warmup, self.steps = model, threshold, warmup, steps
-        self.counter = CallCounter(2 * steps)
+        self.numbers = itertools.cycle(range(2 * steps))
 
     @property
     def blocks(self) -> torch.nn.Module:
         return self.model.blocks
 
     def forward(self, x: list[torch.Tensor], t: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-        step, branch = divmod(self.counter.next(float(t[0])), 2)
+        step, branch = divmod(next(self.numbers), 2)
         (latent,) = x
         if branch == 0:
             self.compute = self.decide(step, latent)
@@ -330,7 +326,7 @@ class DiffusersModel(torch.nn.Module):
                 block.attn2.set_processor(ImageAttention(config.text_len))
         self.eval().requires_grad_(False)
         self.text_len = config.text_len
-        self.counter = CallCounter(2 * STEPS)
+        self.numbers = itertools.cycle(range(2 * STEPS))
         self.sigmas = sampling_sigmas("unipc", STEPS, SHIFT)
         self.restart: Callable[[], None] = self.transformer._reset_stateful_cache  # as diffusers' pipelines do
 
@@ -345,7 +341,7 @@ class DiffusersModel(torch.nn.Module):
     ) -> list[torch.Tensor]:
         """Does what `WanModel.forward` does, for samples of one size."""
         latents = torch.cat([torch.stack(part) for part in (x, y) if part], dim=1)
-        call = self.counter.next(float(t[0]))
+        call = next(self.numbers)
         if call == 0:
             self.restart()
         step, branch = divmod(call, 2)

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ class StockWan(Backend):
         return shadowed(torch.distributed, {"barrier": lambda *args, **kwargs: None})
 
     def attach(self, pipeline: "Pipeline", runner: "Runner", on_call: "OnCall") -> None:
-        if runner.calls_per_step == 2:
+        if runner.schedule.calls_per_step == 2:
             return super().attach(pipeline, runner, on_call)
         super().attach(pipeline, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))
 
@@ -136,11 +137,9 @@ class CondForBoth:
     """A runner for pipelines that also make the second call of a step where it has no weight, at a guidance of 1: that
     one returns what the first did. `runner` is handed the first ones."""
 
-    calls_per_step = 2
-
     def __init__(self, runner: "Runner"):
-        self.runner, self.calls, self.out = runner, 2 * runner.calls, None
-        self.sigmas, self.switch = runner.sigmas, runner.switch
+        self.runner, self.out = runner, None
+        self.schedule = replace(runner.schedule, weights=(None,) * 2 * runner.schedule.steps, calls_per_step=2)
 
     def reset(self) -> None:
         self.out = None

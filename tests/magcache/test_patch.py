@@ -246,16 +246,18 @@ def test_runs_of_two_threads_at_the_same_time_are_not_mixed(model, target, sigma
     plain = [denoise(model, seed=seed) for seed in (0, 1)]
     weights = make_schedules()[target].weights
     magcache.apply_magcache(model, magcache.Schedule(weights, target=target, sigmas=sigmas))
+    cached = [denoise(model, seed=seed) for seed in (0, 1)]
     turns = threading.Barrier(2)
 
     def in_turns(*args, **kwargs):
         turns.wait(timeout=30)
         return model(*args, **kwargs)
 
-    with pytest.warns(UserWarning, match="computed in full|ended after"):
+    with pytest.warns(UserWarning, match="another thread has called the model within this run; the run is computed"):
         both = denoise_in_threads(in_turns, (0, 1))
-    for found, expected in zip(both, plain, strict=True):
-        torch.testing.assert_close(found, expected)
+    first = 0 if torch.allclose(both[0], plain[0]) else 1
+    torch.testing.assert_close(both[first], plain[first])
+    torch.testing.assert_close(both[1 - first], cached[1 - first])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -428,7 +430,7 @@ def test_one_residual_per_branch_and_none_while_the_next_is_computed(model):
     cache, seen, alive = magcache.apply_magcache(model, make_schedule()), [], weakref.WeakSet()
 
     def watch(module, args):
-        branch = model._magcache.counter.call % 2
+        branch = model._magcache.served.call % 2
         seen.append(kept(cache))
         assert not cache.kept[branch]
         alive.update(residual for branch in cache.kept for residual in branch)

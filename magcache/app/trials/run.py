@@ -53,28 +53,24 @@ class Remembered:
         return torch.nn.Module() if self.results else self.encoder.model
 
 
-class Rerun:
-    """A `magcache.patch.Runner`: a cache, for whose first calls there are outputs, which are wanted on a device where
-    they are known. tick: is called once for every call that computes."""
+class Rerun(patch.Runner):
+    """A cache, for whose first calls there are outputs, which are wanted on a device where they are known. tick: is
+    called once for every call that computes."""
 
     def __init__(self, cache: patch.Cache, known: Sequence[bool], outputs: list, device, tick: Callable[[], Any]):
         self.cache, self.known, self.outputs, self.device, self.tick = cache, known, outputs, device, tick
-        self.calls, self.calls_per_step = cache.calls, cache.calls_per_step
-        self.sigmas, self.switch = cache.sigmas, cache.switch
+        super().__init__(cache.schedule)
 
     def reset(self) -> None:
         self.cache.reset()
 
-    def skips(self, call: int) -> bool:
-        return self.cache.skips(call)
-
     def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
         if call < len(self.known) and self.known[call]:
             out = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, copy=True), self.outputs[call])
-            if self.cache.schedule.target == "residual":
+            if self.schedule.target == "residual":
                 return out
             return self.cache.run(call, model, lambda: out)
-        if not self.cache.skips(call):
+        if not self.skips(call):
             self.tick()
         return self.cache.run(call, model, forward)
 
