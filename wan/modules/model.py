@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,9 +14,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from wan.utils.checkpoints import DamagedFile
+from wan.utils.checkpoints import DamagedFile, reading
 
 PATCH_SIZE = (1, 2, 2)  # frames, rows, columns
 MAX_PERIOD = 10000.0  # of the time embedding
@@ -204,11 +205,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises DamagedFile if one is damaged."""
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise DamagedFile(f"cannot read {file}, is it complete? ({error})") from error
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
 
 
@@ -316,17 +314,33 @@ class WanModel(ModelMixin, ConfigMixin):
         """
         if y is not None:
             x = [torch.cat([u, v]) for u, v in zip(x, y, strict=True)]
+        return self.predict(x, t, seq_len, self.embed_context(context, clip_fea))
+
+    def predict(
+        self,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        seq_len: int,
+        context: torch.Tensor,
+        further: Callable | None = None,
+    ) -> list[torch.Tensor]:
+        """Does what `forward` says. context: embedded. further: makes further arguments of the blocks from the embedded
+        tokens [B, L, dim] and the other arguments."""
         tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
         rows = None
         if t.ndim == 2:  # only a few are different, and all that follows from them is of few rows, too
             t, rows = t.unique(return_inverse=True)
             rows = self.part(rows.to(tokens.device))
-        e = self.embed_time(t.to(tokens.device, non_blocking=True))
-        kwargs = {"e": self.project_time(e), "rows": rows, "seq_lens": seq_lens, "freqs": freqs}
-        kwargs["context"] = self.embed_context(context, clip_fea)
+        t = t.to(tokens.device, non_blocking=True)
+        with torch.autocast(t.device.type, enabled=False):
+            e = self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
+            projected = self.time_projection(e).unflatten(1, (6, self.dim))
+        kwargs = {"e": projected, "rows": rows, "seq_lens": seq_lens, "freqs": freqs, "context": context}
+        kwargs |= further(tokens, kwargs) if further else {}
         for block in self.blocks:
             tokens = block(tokens, **kwargs)
-        return self.unpatchify(self.gathered(self.head(tokens, e, rows), seq_lens), grids)
+        out = self.head(tokens, e, rows)
+        return self.unpatchify(self.sequence.gather(out, seq_lens[0]) if self.sequence else out, grids)
 
     def embed_patches(self, x: list[torch.Tensor], seq_len: int):
         """Returns tokens [B, seq_len, dim] padded with zeros, their counts, the RoPE rotations
@@ -336,50 +350,35 @@ class WanModel(ModelMixin, ConfigMixin):
         embedded = [self.patch_embedding(u[None]) for u in x]
         grids = [tuple(u.shape[2:]) for u in embedded]
         tokens = [u[0].flatten(1).T for u in embedded]
-        longest = max(u.shape[0] for u in tokens)
-        if longest > seq_len:
-            raise ValueError(f"a sample has {longest} tokens, but seq_len is {seq_len}")
+        seq_lens = [u.shape[0] for u in tokens]
+        if max(seq_lens) > seq_len:
+            raise ValueError(f"a sample has {max(seq_lens)} tokens, but seq_len is {seq_len}")
         if self.sequence:
             if len(set(grids)) > 1:
                 raise ValueError("samples with different grids cannot be shared by ranks")
-            seq_len = longest
-        seq_lens = [u.shape[0] for u in tokens]
+            seq_len = seq_lens[0]
         tokens = stack_padded(tokens, seq_len)
         freqs = self.rotations(grids, seq_len, tokens.device)
         return self.part(tokens), seq_lens, self.part(freqs), grids
 
-    def part(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns this rank's part of x [B, L, ...]."""
-        return self.sequence.split(x) if self.sequence else x
-
-    def gathered(self, x: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
-        """Joins the parts x [B, L, C] of all ranks to sequences of seq_lens tokens."""
-        return self.sequence.gather(x, seq_lens[0]) if self.sequence else x
-
-    def forget_rotations(self) -> None:
-        """Drops the rotations that the last run has left."""
-        self._rotations = (None, None)
-
     def rotations(self, grids: list[tuple[int, int, int]], seq_len: int, device: torch.device) -> torch.Tensor:
         """Returns the RoPE rotations [B or 1, seq_len, head_dim / 2] of the grids, 1 for padding. The last ones are
         kept, since all calls of a run ask for the same."""
-        grids = tuple(grids) if len(set(grids)) > 1 else (grids[0],)
-        if self._rotations[0] != (grids, seq_len, device):
+        key = (grids if len(set(grids)) > 1 else grids[:1], seq_len, device)
+        if self.kept_rotations[0] != key:
             with torch.inference_mode(False):  # a later call may want gradients
-                rotations = [rope_rotations(grid, self.dim // self.num_heads, device) for grid in grids]
+                rotations = [rope_rotations(grid, self.dim // self.num_heads, device) for grid in key[0]]
                 padded = [torch.cat([r, r.new_ones(seq_len - r.shape[0], r.shape[1])]) for r in rotations]
-                self._rotations = ((grids, seq_len, device), torch.stack(padded))
-        return self._rotations[1]
+                self.kept_rotations = (key, torch.stack(padded))
+        return self.kept_rotations[1]
 
-    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
-        """Embeds timesteps [B] as float32 [B, dim], for the head and `project_time`."""
-        with torch.autocast(t.device.type, enabled=False):
-            return self.time_embedding(sinusoidal_embedding_1d(self.freq_dim, t).float())
+    def forget_rotations(self) -> None:
+        """Drops the rotations that the last run has left."""
+        self.kept_rotations = (None, None)
 
-    def project_time(self, e: torch.Tensor) -> torch.Tensor:
-        """Projects the embedded time [B, dim] to float32 [B, 6, dim], for the blocks."""
-        with torch.autocast(e.device.type, enabled=False):
-            return self.time_projection(e).unflatten(1, (6, self.dim))
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's part of x [B, L, ...]."""
+        return self.sequence.split(x) if self.sequence else x
 
     def embed_context(self, context: list[torch.Tensor], clip_fea: torch.Tensor | None) -> torch.Tensor:
         text = self.text_embedding(stack_padded(context, self.text_len))
@@ -387,9 +386,9 @@ class WanModel(ModelMixin, ConfigMixin):
 
     def unpatchify(self, x: torch.Tensor, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         """Turns x [B, L, patch * out_dim], with the patch ordered (frame, row, column, channel), into videos."""
-        videos, patch = [], dict(zip("pqr", PATCH_SIZE, strict=True))
+        videos = []
         for u, grid in zip(x, grids, strict=True):
-            sizes = patch | dict(zip("fhw", grid, strict=True))
+            sizes = dict(zip("fhwpqr", (*grid, *PATCH_SIZE), strict=True))
             video = rearrange(u[: math.prod(grid)], "(f h w) (p q r c) -> c (f p) (h q) (w r)", **sizes)
             videos.append(video.float())
         return videos

@@ -110,15 +110,12 @@ class VaceWanModel(WanModel):
         sizes, control_sizes = ([tuple(u.shape[1:]) for u in samples] for samples in (x, vace_context))
         if control_sizes != sizes:
             raise ValueError(f"vace_context must have the latents' sizes {sizes}, got {control_sizes}")
-        tokens, seq_lens, freqs, grids = self.embed_patches(x, seq_len)
-        e = self.embed_time(t.to(tokens.device, non_blocking=True))
-        kwargs = {"e": self.project_time(e), "seq_lens": seq_lens, "freqs": freqs}
-        kwargs["context"] = self.embed_context(context, None)
-        hints = self.forward_vace(tokens, vace_context, seq_len, kwargs)
-        kwargs |= {"hints": hints, "context_scale": vace_context_scale}
-        for block in self.blocks:
-            tokens = block(tokens, **kwargs)
-        return self.unpatchify(self.gathered(self.head(tokens, e), seq_lens), grids)
+
+        def hints(tokens: torch.Tensor, kwargs: dict) -> dict:
+            found = self.forward_vace(tokens, vace_context, seq_len, kwargs)
+            return {"hints": found, "context_scale": vace_context_scale}
+
+        return self.predict(x, t, seq_len, self.embed_context(context, None), hints)
 
     def forward_vace(
         self, x: torch.Tensor, vace_context: list[torch.Tensor], seq_len: int, kwargs: dict
