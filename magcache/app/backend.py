@@ -1,14 +1,13 @@
 """The `wan` package beside the script: what is asked of it, whichever it is. Three modules answer: `our_wan`, for that
 of this repository, `stock_wan` and `stock_wan22`, for those of Wan2.1 and Wan2.2, which do less."""
 
-import abc
 import functools
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, refusing
@@ -24,14 +23,14 @@ if TYPE_CHECKING:
     from magcache.patch import OnCall, Runner
 
 
-class Backend(abc.ABC):
+class Backend:
     """A `wan` package. release: whose it is, None for this repository's. task: of a command that names none. lacks:
     flags that it does not take. not_used: flags of its script for tasks that are not run here. sharing: what a pipeline
-    calls it that processes share the tokens. remedy: what to do where it cannot be imported. frees_models: whether a
-    pipeline drops its models once no other video comes. saves_uncond: whether it makes one call a step at a guidance of
-    1. held: bytes for each channel of a token that a call holds, in every process and in all that share the tokens,
-    None where `magcache.app.cost` counts them. without_card: what to say where there is no CUDA device. damaged: what
-    it raises for a file that it cannot read."""
+    calls it that processes share the tokens. remedy: what to do where it cannot be imported. frugal: whether a pipeline
+    drops its models once no other video comes, and makes one call a step at a guidance of 1. held: bytes for each
+    channel of a token that a call holds, in every process and in all that share the tokens, None where
+    `magcache.app.cost` counts them. without_card: what to say where there is no CUDA device. damaged: what it raises
+    for a file that it cannot read."""
 
     release: str | None = None
     task = "t2v-14B"
@@ -39,18 +38,15 @@ class Backend(abc.ABC):
     not_used: tuple[str, ...] = ()
     sharing = "use_usp"
     remedy = "run this beside one, in its environment"
-    frees_models: bool
-    saves_uncond: bool
+    frugal: bool
     held: tuple[float, float] | None = None
     without_card: str
     damaged: tuple[type[Exception], ...] = ()
 
-    @abc.abstractmethod
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
         """Returns what a request without prompt and files is about, by flag; the prompt is empty if there is no
         example. folder: that of the script."""
 
-    @abc.abstractmethod
     def weights_dtype(self, machine: Machine, cuda: bool) -> str:
         """Returns the dtype of the linear layers in the transformer's blocks."""
 
@@ -58,15 +54,12 @@ class Backend(abc.ABC):
         """Whether two transformers are on the card together. again: whether the pipeline is kept for another video."""
         return machine.dit_fsdp or (again and not machine.offload_model)
 
-    @abc.abstractmethod
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         """Refuses what this package would fail with only after loading. config: of the task's model."""
 
-    @abc.abstractmethod
     def start_groups(self, processes: Processes, machine: Machine) -> Group:
         """Divides the processes, which are connected, into groups that make a video together each."""
 
-    @abc.abstractmethod
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> list | None:
         """Reads the source video, its mask and the references of vace, as lists of one each; returns None if only the
         pipeline can read them. Raises ValueError for what cannot be used."""
@@ -75,7 +68,7 @@ class Backend(abc.ABC):
         """Arguments of a pipeline beside those that upstream's has."""
         return {}
 
-    def transformers(self, pipeline: "Pipeline") -> list["torch.nn.Module"]:
+    def transformers(self, pipeline) -> list["torch.nn.Module"]:
         """Returns the pipeline's transformers in the order in which a run calls them."""
         return [pipeline.model]
 
@@ -83,21 +76,11 @@ class Backend(abc.ABC):
         """Lets a pipeline load and generate without the other groups."""
         return nullcontext()
 
-    def attach(self, pipeline: "Pipeline", runner: "Runner", on_call: "OnCall") -> None:
+    def attach(self, pipeline, runner: "Runner", on_call: "OnCall") -> None:
         """Hands the calls of the pipeline's transformers to `runner`, which starts afresh."""
         from magcache import patch
 
         patch.attach(self.transformers(pipeline), runner, on_call)
-
-
-class Pipeline(Protocol):
-    """What the pipelines of both packages have in common."""
-
-    model: "torch.nn.Module"
-    config: "EasyDict"
-    device: "torch.device"
-
-    def generate(self, prompt: str, *inputs: Any, **settings: Any) -> "torch.Tensor | None": ...
 
 
 def wan_folder() -> Path:
@@ -234,23 +217,19 @@ def start_processes(processes: Processes, job: Job) -> Group:
     return group
 
 
-def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Group) -> "Pipeline":
+def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Group):
+    """Returns the task's pipeline in the `wan` package."""
     import torch
 
     import wan
 
-    sampling, machine, chosen = job.sampling, job.machine, backend()
+    sampling, machine, chosen, cuda = job.sampling, job.machine, backend(), torch.cuda.is_available()
     several = f"{processes.world} processes, " if processes.world > 1 else ""
-    print(f"device    {several}{device_name(machine)}; loading {machine.ckpt_dir}", flush=True)
-    if not torch.cuda.is_available() and not sampling.spec.is_demo:
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {machine.dit_dtype or 'float32'}"
+    print(f"device    {several}{device}; loading {machine.ckpt_dir}", flush=True)
+    if not cuda and not sampling.spec.is_demo:
         print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
     spread |= {"device_id": processes.local_rank, chosen.sharing: machine.shards > 1} | chosen.placement(machine)
     with chosen.apart(group), merging(machine.lora):
         return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
-
-
-def device_name(machine: Machine) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine.dit_dtype or 'float32'}"

@@ -216,7 +216,7 @@ def make_output(args: Namespace, sampling: Sampling) -> Output:
         return Output(args.save_file, args.overwrite, args.compare)
     if sampling.sample_steps < 2:
         raise Refused("--magcache_calibration compares steps, so it needs --sample_steps 2 or more")
-    if sampling.calls_per_step == 1 and backend().saves_uncond:
+    if sampling.calls_per_step == 1 and backend().frugal:
         one = "with --sample_guide_scale 1 there is only one"
         raise Refused(f"--magcache_calibration measures both calls of a step, and {one}")
     trials = ()

@@ -146,7 +146,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling, sizes.out_dim)
-    again = job.prompt_file or job.output.compare or job.output.trials or not chosen.frees_models
+    again = job.prompt_file or job.output.compare or job.output.trials or not chosen.frugal
     if chosen.holds_both(machine, again):
         weights *= experts
     all_weights *= experts

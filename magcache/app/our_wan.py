@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magcache.app.backend import Backend, Pipeline, to_be_replaced
+from magcache.app.backend import Backend, to_be_replaced
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import Inputs, Machine, Sampling
 from magcache.app.processes import Group, Processes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OurWan(Backend):
-    frees_models = saves_uncond = True
+    frugal = True
     without_card = "a full-size model takes hours for a video"
 
     @property
@@ -63,7 +63,7 @@ class OurWan(Backend):
         files = (inputs.src_video, inputs.src_mask, [read_image(path) for path in inputs.references])
         return [[source] for source in prepare_source(*files, sampling.frame_num, sampling.pixels)]
 
-    def transformers(self, pipeline: Pipeline) -> list["torch.nn.Module"]:
+    def transformers(self, pipeline) -> list["torch.nn.Module"]:
         return pipeline.transformers
 
     def placement(self, machine: Machine) -> dict[str, Any]:

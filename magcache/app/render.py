@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from magcache import Schedule, patch
-from magcache.app.backend import Pipeline, backend
+from magcache.app.backend import backend
 from magcache.app.inputs import inputs_of
 from magcache.app.job import Job, Request
 from magcache.app.processes import Crew
@@ -25,7 +25,7 @@ class Renderer:
     """Makes videos with a loaded pipeline, by the settings of a job. inputs: of `read_inputs`. `watch` is that of the
     latest video, however far that came."""
 
-    def __init__(self, job: Job, pipeline: Pipeline, crew: Crew, inputs: list | None):
+    def __init__(self, job: Job, pipeline, crew: Crew, inputs: list | None):
         self.job, self.pipeline, self.crew, self.watch = job, pipeline, crew, None
         if inputs is None:
             given = job.inputs

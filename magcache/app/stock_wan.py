@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magcache.app.backend import Backend, Pipeline, wan_folder
+from magcache.app.backend import Backend, wan_folder
 from magcache.app.errors import Refused, need_package
 from magcache.app.job import OF_OUR_WAN, Inputs, Machine, Sampling
 from magcache.app.processes import Group, Processes
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class StockWan(Backend):
     release = "Wan2.1"
     lacks = (*OF_OUR_WAN, "convert_model_dtype")
-    frees_models = saves_uncond = False
+    frugal = False
     held = (0.0, 42.5)  # measured on upstream's transformers of full size, by fake tensors
     without_card = "the wan package here is made for one"
 
@@ -114,7 +114,7 @@ class StockWan(Backend):
 
         return shadowed(torch.distributed, {"barrier": lambda *args, **kwargs: None})
 
-    def attach(self, pipeline: "Pipeline", runner: "Runner", on_call: "OnCall") -> None:
+    def attach(self, pipeline, runner: "Runner", on_call: "OnCall") -> None:
         if runner.schedule.calls_per_step == 2:
             return super().attach(pipeline, runner, on_call)
         super().attach(pipeline, CondForBoth(runner), lambda call, reused: call % 2 or on_call(call // 2, reused))

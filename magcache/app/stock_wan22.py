@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from magcache.app.backend import Pipeline, wan_folder
+from magcache.app.backend import wan_folder
 from magcache.app.job import OF_OUR_WAN, Machine
 from magcache.app.processes import Processes
 from magcache.app.stock_wan import StockWan, assigned
@@ -48,7 +48,7 @@ class StockWan22(StockWan):
     def placement(self, machine: Machine) -> dict[str, Any]:
         return {"convert_model_dtype": machine.convert_model_dtype}
 
-    def transformers(self, pipeline: Pipeline) -> list["torch.nn.Module"]:
+    def transformers(self, pipeline) -> list["torch.nn.Module"]:
         experts = [getattr(pipeline, f"{noise}_noise_model", None) for noise in ("high", "low")]
         return experts if None not in experts else super().transformers(pipeline)
 

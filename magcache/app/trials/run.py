@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from magcache import Settings, patch, trials
-from magcache.app.backend import Pipeline, backend
+from magcache.app.backend import backend
 from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
 from magcache.app.processes import Crew, gathered
@@ -84,7 +84,7 @@ class TrialRuns:
     as the trials of the prompts so far stay within `TRIAL_BUDGET`.
     """
 
-    def __init__(self, job: Job, pipeline: Pipeline, generate: Callable, crew: Crew, count: int):
+    def __init__(self, job: Job, pipeline, generate: Callable, crew: Crew, count: int):
         self.sampling, self.speedups = job.sampling, job.output.trials
         self.pipeline, self.generate, self.crew, self.count = pipeline, generate, crew, count
         self.choosing = trials.choosing_prompts(count)
