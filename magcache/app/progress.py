@@ -77,29 +77,19 @@ class Watch:
 
     def steps(self, timesteps: Iterable, *args, **kwargs) -> Iterator:
         """Stands in for the pipeline's `tqdm`."""
-        for timestep in timesteps:
-            self.after_step()
-            yield timestep
-        self.after_step()
-
-    def after_step(self) -> None:
-        """Is called after every step, and before the first one."""
-        self.lap("sampler" if self.reused else "inputs")
-        if self.show and self.reused:
-            self.tell()
-
-    def after_text(self, *_) -> None:
-        self.lap("text")
-
-    def before_call(self, _, args: tuple) -> None:
-        """A hook of the model. args: those of its call, the first of which are the latents of the step."""
-        if self.reused and len(self.reused) % self.schedule.calls_per_step == 0:
-            self.check(args[0])
+        for timestep in itertools.chain(timesteps, [None]):
+            self.lap("sampler" if self.reused else "inputs")
+            if self.show and self.reused:
+                self.tell()
+            if timestep is not None:
+                yield timestep
 
     def check(self, latents: list[torch.Tensor]) -> None:
-        """Raises NotFinite if a step since the last check has left NaN or infinity in the latents, which no later one
-        mends."""
-        done = len(self.reused) // self.schedule.calls_per_step
+        """Is called before the transformer and before the decoder. Raises NotFinite if a step since the last check has
+        left NaN or infinity in the latents, which no later one mends."""
+        done, within = divmod(len(self.reused), self.schedule.calls_per_step)
+        if not done or within:
+            return
         if all(torch.isfinite(latent).all() for latent in latents):
             self.sound = done
             return
@@ -110,16 +100,6 @@ class Watch:
         causes = "check the weights, --sample_guide_scale and --sample_shift"
         raise NotFinite(f"the latent became NaN or infinite in {step}; nothing is saved; {causes}")
 
-    def encoding(self, encode: Callable) -> Callable:
-        """Wraps the VAE's encode, whose time counts to the inputs."""
-
-        def run(*args, **kwargs):
-            out = encode(*args, **kwargs)
-            self.lap("inputs")
-            return out
-
-        return run
-
     def decoding(self, vae) -> Callable:
         """Wraps the VAE's decode, to check and keep the latent and to show the progress."""
         decode, model = vae.decode, getattr(vae, "model", None)
@@ -128,18 +108,14 @@ class Watch:
             self.check(latents)
             self.latent = latents[0].to("cpu", copy=True)
             self.lap("sampler")
-            if not self.show:
+            with contextlib.ExitStack() as stack:
+                if self.show:
+                    say = self.decoded(latents[0].shape[1])
+                    say()
+                    # the decoder takes one frame of the latent after another, or of each tile
+                    if isinstance(model, torch.nn.Module) and not getattr(model, "use_tiling", False):
+                        stack.callback(model.decoder.register_forward_hook(say).remove)
                 return decode(latents, *args, **kwargs)
-            say = self.decoded(latents[0].shape[1])
-            say()
-            # the decoder takes one frame of the latent after another, or of each tile
-            hooked = isinstance(model, torch.nn.Module) and not getattr(model, "use_tiling", False)
-            hook = model.decoder.register_forward_hook(say) if hooked else None
-            try:
-                return decode(latents, *args, **kwargs)
-            finally:
-                if hook:
-                    hook.remove()
 
         return run
 
@@ -229,14 +205,14 @@ def watched(pipeline, schedule: Schedule, show: bool = True, decoding: float | N
     watch = Watch(schedule, show, decoding)
     with contextlib.ExitStack() as stack:
         for model in backend().transformers(pipeline):
-            stack.callback(model.register_forward_pre_hook(watch.before_call).remove)
+            stack.callback(model.register_forward_pre_hook(lambda _, args: watch.check(args[0])).remove)
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):
-            stack.callback(encoder.register_forward_hook(watch.after_text).remove)
+            stack.callback(encoder.register_forward_hook(lambda *_: watch.lap("text")).remove)
         del encoder  # the pipeline frees it when it is done
-        if hasattr(vae, "encode") and hasattr(vae, "decode"):
-            stack.enter_context(shadowed(vae, {"encode": watch.encoding(vae.encode), "decode": watch.decoding(vae)}))
+        if hasattr(vae, "decode"):
+            stack.enter_context(shadowed(vae, {"decode": watch.decoding(vae)}))
         stack.enter_context(bars_replaced(pipeline, watch.steps))
         try:
             yield watch
