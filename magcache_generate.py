@@ -15,7 +15,7 @@ try:
     from magcache.app.errors import Failed, Refused
     from magcache.app.flags import is_first, make_parser
     from magcache.app.inputs import make_expander, read_inputs, video_shape
-    from magcache.app.processes import Processes, leaving_at_once
+    from magcache.app.processes import gathered, leaving_at_once
     from magcache.app.requests import check_targets, choose_requests, make_requests
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
@@ -31,23 +31,22 @@ def run(args: Namespace) -> bool:
     check_before_import(job.sampling, job.machine)
     inputs = read_inputs(job)
     config = check_wan(job.sampling, job.inputs, job.machine)
-    processes = Processes.from_environment()
-    group = start_processes(processes, job)
-    requests = processes.from_first(make_requests(job))
-    requests = processes.from_first(choose_requests(job, requests))
+    group = start_processes(job)
+    requests, *_ = gathered(make_requests(job), group.everyone)
+    requests, *_ = gathered(choose_requests(job, requests), group.everyone)
     if not requests:
         print("all of them are finished; --overwrite makes them again")
         return True
     sees = bool(job.sampling.spec.images and inputs)
-    extends = job.extension and processes.rank == 0
+    extends = job.extension and group.speaks
     expander = make_expander(job.sampling.task, job.extension, sees) if extends else None
     check_targets(job, requests)
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 
     from magcache.app.generate import make_all
 
-    failures = make_all(job, config, processes, group, inputs, expander, requests)
-    if processes.rank == 0:
+    failures = make_all(job, config, group, inputs, expander, requests)
+    if group.speaks:
         tell_failures(failures, len(requests))
     return not failures
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, refusing
 from magcache.app.job import Inputs, Job, Machine, Sampling
 from magcache.app.lora import merging
-from magcache.app.processes import Group, Processes
+from magcache.app.processes import Group, Processes, gathered
 from magcache.app.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -197,33 +198,37 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
         print(f"note: by its size, the model in {folder} is that of {alike[0].name}, not of {task.name}")
 
 
-def start_processes(processes: Processes, job: Job) -> Group:
+def start_processes(job: Job) -> Group:
     """Connects the processes of torchrun, and divides them into groups. Every process decides on its own what to reuse,
     so flags and plan must be the same everywhere."""
+    processes = Processes.from_environment()
     with refusing(ValueError):
         processes.connect()
+    everyone = processes.patient_group(processes.world)
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     compared["the files of --lora"] = [lora.sha256 for lora in job.machine.lora]
-    if differences := processes.differences(compared):
-        rank, names = min(differences.items())
-        raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
+    first, *others = gathered(compared, everyone)
+    for rank, theirs in enumerate(others, 1):
+        if names := [name for name in compared if theirs[name] != first[name]]:
+            raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
     group = backend().start_groups(processes, job.machine)
     if job.calibrates and group.count > 1:
         machine = job.machine
         shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} make {group.count} groups"
         one = "--magcache_calibration needs one group of processes"
         raise Refused(f"{one}, but {processes.world} processes with {shared}")
-    return group
+    return replace(group, own=processes.patient_group(group.size), everyone=everyone)
 
 
-def load_pipeline(job: Job, config: "EasyDict", processes: Processes, group: Group):
+def load_pipeline(job: Job, config: "EasyDict", group: Group):
     """Returns the task's pipeline in the `wan` package."""
     import torch
 
     import wan
 
     sampling, machine, chosen, cuda = job.sampling, job.machine, backend(), torch.cuda.is_available()
+    processes = Processes.from_environment()
     several = f"{processes.world} processes, " if processes.world > 1 else ""
     device = torch.cuda.get_device_name() if cuda else f"CPU, {machine.dit_dtype or 'float32'}"
     print(f"device    {several}{device}; loading {machine.ckpt_dir}", flush=True)

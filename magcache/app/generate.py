@@ -15,7 +15,7 @@ from magcache.app.inputs import Expander, extend_prompt
 from magcache.app.job import Job, Request
 from magcache.app.make_videos import Failures, make_videos
 from magcache.app.measure import calibrate
-from magcache.app.processes import Crew, Group, Processes, gathered
+from magcache.app.processes import Group, gathered
 from magcache.app.render import Renderer
 from magcache.app.tell import summarise
 
@@ -23,7 +23,6 @@ from magcache.app.tell import summarise
 def make_all(
     job: Job,
     config: EasyDict,
-    processes: Processes,
     group: Group,
     inputs: list | None,
     expander: Expander | None,
@@ -32,22 +31,22 @@ def make_all(
     """Makes this group's share of the requests, and returns what failed in any group. config: the model's, of the `wan`
     package. inputs: of `read_inputs`. expander: of `make_expander`, None where this process extends no prompts. Raises
     Failed where the user can do something about a failure."""
-    crew, seconds, failures = Crew.of(processes, group), {}, []
+    seconds, failures = {}, []
     with explained():
         if job.extension:
             with timed(seconds, "extend"):
-                requests = gathered(extended(job, requests, expander, inputs), crew.everyone)[0]
+                requests = gathered(extended(job, requests, expander, inputs), group.everyone)[0]
         requests = requests[group.index :: group.count]
         if requests:  # there may be fewer videos than groups
             with timed(seconds, "load"):
-                pipeline = load_pipeline(job, config, processes, group)
-            renderer = Renderer(job, pipeline, crew, inputs)
+                pipeline = load_pipeline(job, config, group)
+            renderer = Renderer(job, pipeline, group, inputs)
             if job.calibrates:
-                watches = calibrate(job, renderer, crew, requests, seconds)
+                watches = calibrate(job, renderer, group, requests, seconds)
             else:
-                watches, failures = make_videos(job, renderer, crew, requests, seconds)
+                watches, failures = make_videos(job, renderer, group, requests, seconds)
             summarise(job, watches, seconds)
-        return list(itertools.chain(*gathered(failures if group.rank == 0 else [], crew.everyone)))
+        return list(itertools.chain(*gathered(failures if group.rank == 0 else [], group.everyone)))
 
 
 def extended(job: Job, requests: list[Request], expander: Expander | None, inputs: list | None) -> list[Request]:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from magcache.app.job import Job, Request
 from magcache.app.make_videos import told
-from magcache.app.processes import Crew
+from magcache.app.processes import Group
 from magcache.app.progress import Watch
 from magcache.app.render import Renderer
 from magcache.app.results import CalibrationFile, save_video
@@ -15,12 +15,12 @@ from magcache.calibrate import Calibration
 
 
 def calibrate(
-    job: Job, renderer: Renderer, crew: Crew, requests: list[Request], seconds: dict[str, float]
+    job: Job, renderer: Renderer, group: Group, requests: list[Request], seconds: dict[str, float]
 ) -> list[Watch]:
     """Returns what was seen of each run. seconds: by phase, of what came before."""
-    calibration, table = Calibration(job.schedule.steps, crew.group.sharing), CalibrationFile(job)
+    calibration, table = Calibration(job.schedule.steps, group.sharing), CalibrationFile(job)
     runs, watches = [], []
-    trials = TrialRuns(job, renderer.pipeline, renderer.generate, crew, len(requests)) if job.output.trials else None
+    trials = TrialRuns(job, renderer.pipeline, renderer.generate, group, len(requests)) if job.output.trials else None
 
     def write() -> None:
         """The table of those that were measured."""
@@ -28,26 +28,26 @@ def calibrate(
         table.write(runs, done, trials and trials.entry(done))
 
     try:
-        for number, request in told(job, crew, requests):
+        for number, request in told(job, group, requests):
             more = number < len(requests)
             with trials.recording(request) if trials else nullcontext():
                 rendered = renderer.render(request, job.schedule, calibration, more or bool(trials))
             watches.append(rendered.watch)
-            if crew.group.rank == 0:
-                save_video(job, request, rendered, crew.group, renderer.fps, seconds)
+            if group.rank == 0:
+                save_video(job, request, rendered, group, renderer.fps, seconds)
             runs.append(calibration.lists())
             rendered.video = None
             if trials:
                 trials.try_prompt(rendered.watch.latent, runs[-1]["mag_ratio"])
             rendered.watch.latent = None
-            if crew.speaks and more:
+            if group.speaks and more:
                 write()
     except BaseException:
-        if crew.speaks:
+        if group.speaks:
             print(f"the calibration stopped{reached(renderer, trials, number, len(requests), runs)}", file=sys.stderr)
         raise
     finally:
-        if runs and crew.speaks:
+        if runs and group.speaks:
             write()
             table.finish()
     return watches

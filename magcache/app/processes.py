@@ -24,13 +24,21 @@ PATIENCE = timedelta(days=7)  # for processes that wait while others make videos
 @dataclass(frozen=True)
 class Group:
     """The processes that make a video together. This one is the `rank`-th of `size`, the group the `index`-th of
-    `count`. sharing: what they share the tokens by, a group of torch.distributed; None if each has all of them."""
+    `count`. sharing: what they share the tokens by, a group of torch.distributed; None if each has all of them. own:
+    those of the group, everyone: those of all groups, both for `gathered`; None for one alone."""
 
     rank: int = 0
     size: int = 1
     index: int = 0
     count: int = 1
     sharing: "torch.distributed.ProcessGroup | None" = None
+    own: "torch.distributed.ProcessGroup | None" = None
+    everyone: "torch.distributed.ProcessGroup | None" = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints for all."""
+        return self.rank == self.index == 0
 
 
 @dataclass(frozen=True)
@@ -89,25 +97,6 @@ class Processes:
         except RuntimeError as fault:  # nobody is at the address, or does not come
             raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
-    def gathered(self, value) -> list:
-        """Returns the value (anything that can be pickled) of every process, in order; all must call it."""
-        if self.world == 1:
-            return [value]
-        import torch
-
-        return gathered(value, torch.distributed.group.WORLD)
-
-    def from_first(self, value):
-        """Returns the value that the first process calls this with; all must call it."""
-        return self.gathered(value)[0]
-
-    def differences(self, values: dict) -> dict[int, list[str]]:
-        """Returns, by rank, the names of the values that are not those of the first process. All must call it with the
-        same names."""
-        first, *others = self.gathered(values)
-        names = {rank: [n for n in values if theirs[n] != first[n]] for rank, theirs in enumerate(others, 1)}
-        return {rank: different for rank, different in names.items() if different}
-
     def patient_group(self, size: int):
         """Makes a group of this process and its neighbours, `size` in all, for `gathered`; None for one alone. All must
         call it."""
@@ -118,29 +107,9 @@ class Processes:
         return torch.distributed.new_subgroups(size, backend="gloo", timeout=PATIENCE)[0]
 
 
-@dataclass(frozen=True)
-class Crew:
-    """All processes of a run as this one sees them. own: those of its group, everyone: all, both for `gathered`."""
-
-    processes: Processes
-    group: Group
-    own: "torch.distributed.ProcessGroup | None"
-    everyone: "torch.distributed.ProcessGroup | None"
-
-    @classmethod
-    def of(cls, processes: Processes, group: Group) -> "Crew":
-        everyone = processes.patient_group(processes.world)
-        return cls(processes, group, processes.patient_group(group.size), everyone)
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this process prints for all."""
-        return self.processes.rank == 0
-
-
 def gathered(value, group) -> list:
     """Returns the value (anything that can be pickled) of every process of a `Processes.patient_group`, in order,
-    however long one of them takes."""
+    however long one of them takes; all must call it."""
     if group is None:
         return [value]
     import torch

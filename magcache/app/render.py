@@ -9,7 +9,7 @@ from magcache import Schedule, patch
 from magcache.app.backend import backend
 from magcache.app.inputs import inputs_of
 from magcache.app.job import Job, Request
-from magcache.app.processes import Crew
+from magcache.app.processes import Group
 from magcache.app.progress import Watch, watched
 
 
@@ -25,8 +25,8 @@ class Renderer:
     """Makes videos with a loaded pipeline, by the settings of a job. inputs: of `read_inputs`. `watch` is that of the
     latest video, however far that came."""
 
-    def __init__(self, job: Job, pipeline, crew: Crew, inputs: list | None):
-        self.job, self.pipeline, self.crew, self.watch = job, pipeline, crew, None
+    def __init__(self, job: Job, pipeline, group: Group, inputs: list | None):
+        self.job, self.pipeline, self.group, self.watch = job, pipeline, group, None
         if inputs is None:
             given = job.inputs
             paths = [given.src_video], [given.src_mask], [given.references or None]
@@ -43,7 +43,7 @@ class Renderer:
         """Renders one video. runner: for the model's calls, None to compute all of them; it starts afresh. more:
         whether another video follows, for which the models are kept."""
         self.watch, self.pipeline.keeps_models = None, more
-        with watched(self.pipeline, schedule, self.crew.speaks, self.decoding) as watch:
+        with watched(self.pipeline, schedule, self.group.speaks, self.decoding) as watch:
             self.watch = watch
             backend().attach(self.pipeline, runner or patch.OutputCache(schedule), watch.called)
             video = self.generate(request, self.job.sampling.sample_steps)
@@ -56,7 +56,7 @@ class Renderer:
         shape = {"size": sampling.pixels}
         if sampling.spec.images and inputs:
             shape = {"max_area": math.prod(sampling.pixels)}
-        with backend().apart(self.crew.group):
+        with backend().apart(self.group):
             return self.pipeline.generate(
                 request.prompt,
                 *inputs,

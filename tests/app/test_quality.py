@@ -19,7 +19,7 @@ import wan
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
 from magcache.app.job import Request
-from magcache.app.processes import Crew, Group, Processes
+from magcache.app.processes import Group
 from magcache.app.tasks import TASKS
 from magcache.app.trials.run import TrialRuns
 from magcache.patch import shadowed
@@ -73,7 +73,7 @@ def test_costs_and_results(tmp_path):
     def generate(request, steps):
         return pipeline.generate(request.prompt, (32, 32), 1, sampling_steps=steps, seed=request.seed)
 
-    runs = TrialRuns(job, pipeline, generate, Crew.of(Processes(), Group()), count)
+    runs = TrialRuns(job, pipeline, generate, Group(), count)
     requests = [Request(f"{number} circles", 5 + number, Path("x")) for number in range(count)]
     calls, truths = [], []
     hook = pipeline.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))

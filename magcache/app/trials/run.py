@@ -17,7 +17,7 @@ from magcache import Settings, patch, trials
 from magcache.app.backend import backend
 from magcache.app.errors import Failed
 from magcache.app.job import TRIAL_BUDGET, Job, Request
-from magcache.app.processes import Crew, gathered
+from magcache.app.processes import Group, gathered
 from magcache.app.progress import LOG_SECONDS, bars_replaced
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT, Constants, computed_steps
@@ -84,9 +84,9 @@ class TrialRuns:
     as the trials of the prompts so far stay within `TRIAL_BUDGET`.
     """
 
-    def __init__(self, job: Job, pipeline, generate: Callable, crew: Crew, count: int):
+    def __init__(self, job: Job, pipeline, generate: Callable, group: Group, count: int):
         self.sampling, self.speedups = job.sampling, job.output.trials
-        self.pipeline, self.generate, self.crew, self.count = pipeline, generate, crew, count
+        self.pipeline, self.generate, self.group, self.count = pipeline, generate, group, count
         self.choosing = trials.choosing_prompts(count)
         self.candidates = trials.candidates(self.speedups, self.sampling.noise_levels)
         self.constants = None if self.choosing else DEFAULT
@@ -162,7 +162,7 @@ class TrialRuns:
             total=sum(way.cost for way in ways),
             desc=f"trials of prompt {recorded.number + 1} of {self.count}",
             unit="call",
-            disable=not self.crew.speaks,
+            disable=not self.group.speaks,
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         ) as bar:
             for number, way in enumerate(ways, 1):
@@ -172,7 +172,7 @@ class TrialRuns:
                         close = trials.closeness(latent, recorded.latent)
                 except ValueError as fault:
                     raise Failed(f"the trial by {way.method} {way.settings} cannot be measured: {fault}") from fault
-                way.add(recorded.number, gathered(close, self.crew.own)[0])
+                way.add(recorded.number, gathered(close, self.group.own)[0])
                 self.spent += way.cost
 
     def latent(self, recorded: Recorded, way: trials.Trial, bar: tqdm, more: bool) -> torch.Tensor | None:
