@@ -40,12 +40,12 @@ def make_all(
         if requests:  # there may be fewer videos than groups
             with timed(seconds, "load"):
                 pipeline = load_pipeline(job, config, group)
-            renderer = Renderer(job, pipeline, group, inputs)
+            renderer = Renderer(job, pipeline, group, inputs, seconds)
             if job.calibrates:
-                watches = calibrate(job, renderer, group, requests, seconds)
+                calibrate(renderer, requests)
             else:
-                watches, failures = make_videos(job, renderer, group, requests, seconds)
-            summarise(job, watches, seconds)
+                failures = make_videos(renderer, requests)
+            summarise(job, renderer.watches, seconds)
         return list(itertools.chain(*gathered(failures if group.rank == 0 else [], group.everyone)))
 
 

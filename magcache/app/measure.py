@@ -4,22 +4,17 @@ wanted. The table is written with every prompt, so that nothing that comes later
 import sys
 from contextlib import nullcontext
 
-from magcache.app.job import Job, Request
+from magcache.app.job import Request
 from magcache.app.make_videos import told
-from magcache.app.processes import Group
-from magcache.app.progress import Watch
 from magcache.app.render import Renderer
 from magcache.app.results import CalibrationFile, save_video
 from magcache.app.trials.run import TrialRuns
 from magcache.calibrate import Calibration
 
 
-def calibrate(
-    job: Job, renderer: Renderer, group: Group, requests: list[Request], seconds: dict[str, float]
-) -> list[Watch]:
-    """Returns what was seen of each run. seconds: by phase, of what came before."""
+def calibrate(renderer: Renderer, requests: list[Request]) -> None:
+    job, group, runs = renderer.job, renderer.group, []
     calibration, table = Calibration(job.schedule.steps, group.sharing), CalibrationFile(job)
-    runs, watches = [], []
     trials = TrialRuns(job, renderer.pipeline, renderer.generate, group, len(requests)) if job.output.trials else None
 
     def write() -> None:
@@ -28,18 +23,18 @@ def calibrate(
         table.write(runs, done, trials and trials.entry(done))
 
     try:
-        for number, request in told(job, group, requests):
+        for number, request in told(renderer, requests):
             more = number < len(requests)
             with trials.recording(request) if trials else nullcontext():
-                rendered = renderer.render(request, job.schedule, calibration, more or bool(trials))
-            watches.append(rendered.watch)
+                watch = renderer.render(request, calibration, more or bool(trials))
+            renderer.watches.append(watch)
             if group.rank == 0:
-                save_video(job, request, rendered, group, renderer.fps, seconds)
+                save_video(renderer, request, watch)
             runs.append(calibration.lists())
-            rendered.video = None
+            watch.video = None
             if trials:
-                trials.try_prompt(rendered.watch.latent, runs[-1]["mag_ratio"])
-            rendered.watch.latent = None
+                trials.try_prompt(watch.latent, runs[-1]["mag_ratio"])
+            watch.latent = None
             if group.speaks and more:
                 write()
     except BaseException:
@@ -50,7 +45,6 @@ def calibrate(
         if runs and group.speaks:
             write()
             table.finish()
-    return watches
 
 
 def reached(renderer: Renderer, trials: TrialRuns | None, number: int, count: int, runs: list[dict]) -> str:

@@ -44,7 +44,8 @@ class Watch:
     and videos, the transformer's way to the GPU. computed, reused: calls of the transformer. sampler: the rest of the
     steps. decode: VAE, and what comes after it. `reused` holds for every call so far whether it was, `calls` (whether
     it was reused, seconds) of those that are timed: all of the steps before. `latent` is a copy of what was decoded, on
-    the CPU; None where this process decodes nothing. `latent_psnr`: of it against the uncached one, if compared."""
+    the CPU, `video` what it was decoded to, [3, F, H, W] in [-1, 1]; None where this process decodes nothing.
+    `latent_psnr`: of the latent against the uncached one, if compared."""
 
     def __init__(self, schedule: Schedule, show: bool, decoding: float | None = None):
         """decoding: the expected seconds of decoding, None if unknown."""
@@ -52,7 +53,7 @@ class Watch:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.reused: list[bool] = []
         self.calls: list[tuple[bool, float]] = []
-        self.bar = self.latent = self.latent_psnr = None
+        self.bar = self.latent = self.video = self.latent_psnr = None
         self.start = self.clock = moment()
         self.noted: list[tuple[str, float | torch.cuda.Event]] = []  # ends of phases that are not timed yet
         self.sound = 0  # steps after which the latent was finite

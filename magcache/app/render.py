@@ -1,11 +1,10 @@
 """The way of one video: from a request to its pixels."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from magcache import Schedule, patch
+from magcache import patch
 from magcache.app.backend import backend
 from magcache.app.inputs import inputs_of
 from magcache.app.job import Job, Request
@@ -13,42 +12,33 @@ from magcache.app.processes import Group
 from magcache.app.progress import Watch, watched
 
 
-@dataclass
-class Rendered:
-    """video: [3, F, H, W] in [-1, 1], None in processes that get none. watch: times, calls, the latent."""
-
-    video: torch.Tensor | None
-    watch: Watch
-
-
 class Renderer:
-    """Makes videos with a loaded pipeline, by the settings of a job. inputs: of `read_inputs`. `watch` is that of the
-    latest video, however far that came."""
+    """Makes videos with a loaded pipeline, by the settings of a job, together with the processes of a group. inputs: of
+    `read_inputs`. seconds: by phase, of what came before. `watch` is that of the latest video, however far that came,
+    `watches` are those of finished ones."""
 
-    def __init__(self, job: Job, pipeline, group: Group, inputs: list | None):
-        self.job, self.pipeline, self.group, self.watch = job, pipeline, group, None
+    def __init__(self, job: Job, pipeline, group: Group, inputs: list | None, seconds: dict[str, float]):
+        self.job, self.pipeline, self.group, self.seconds = job, pipeline, group, seconds
         if inputs is None:
             given = job.inputs
             paths = [given.src_video], [given.src_mask], [given.references or None]
             inputs = pipeline.prepare_source(*paths, job.sampling.frame_num, job.sampling.pixels, pipeline.device)
-        self.inputs, self.decoding = inputs, None
+        self.inputs, self.decoding, self.watch, self.watches = inputs, None, None, []
 
     @property
     def fps(self) -> int:
         return self.pipeline.config.sample_fps
 
-    def render(
-        self, request: Request, schedule: Schedule, runner: patch.Runner | None = None, more: bool = True
-    ) -> Rendered:
-        """Renders one video. runner: for the model's calls, None to compute all of them; it starts afresh. more:
-        whether another video follows, for which the models are kept."""
+    def render(self, request: Request, runner: patch.Runner, more: bool = True) -> Watch:
+        """Renders one video. runner: for the model's calls; it starts afresh. more: whether another video follows, for
+        which the models are kept."""
         self.watch, self.pipeline.keeps_models = None, more
-        with watched(self.pipeline, schedule, self.group.speaks, self.decoding) as watch:
+        with watched(self.pipeline, runner.schedule, self.group.speaks, self.decoding) as watch:
             self.watch = watch
-            backend().attach(self.pipeline, runner or patch.OutputCache(schedule), watch.called)
-            video = self.generate(request, self.job.sampling.sample_steps)
+            backend().attach(self.pipeline, runner, watch.called)
+            watch.video = self.generate(request, self.job.sampling.sample_steps)
         self.decoding = watch.seconds["decode"]
-        return Rendered(video, watch)
+        return watch
 
     def generate(self, request: Request, steps: int) -> torch.Tensor | None:
         """Lets the pipeline generate the request."""

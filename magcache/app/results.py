@@ -21,11 +21,10 @@ from magcache.app.errors import Failed, LostResult, NotFinite, first_line
 from magcache.app.job import Job, Request, shape_in_words
 from magcache.app.media import to_frames, to_uint8, write_image, write_video
 from magcache.app.plot import draw_calibration
-from magcache.app.processes import Group
 from magcache.app.progress import Watch
 from magcache.app.prompts import slug
 from magcache.app.record import make_record, save_record
-from magcache.app.render import Rendered
+from magcache.app.render import Renderer
 from magcache.app.requests import IMAGE_ENDINGS, comparison_paths
 from magcache.app.trials.quality import expectation
 from magcache.files import written_whole
@@ -68,30 +67,30 @@ def keep_pixels(video: torch.Tensor, path: Path) -> str | None:
     return None
 
 
-def save_video(
-    job: Job, request: Request, rendered: Rendered, group: Group, fps: int, seconds: dict[str, float]
-) -> dict:
-    """Writes what was rendered and its record, which it returns. seconds: by phase, of what came before."""
-    video, watch = rendered.video, rendered.watch
+def save_video(renderer: Renderer, request: Request, watch: Watch) -> dict:
+    """Writes what was rendered and its record, which it returns."""
+    video = watch.video
     if not torch.isfinite(video).all():
         raise NotFinite("the VAE decoded NaN or infinite values from a latent that holds none; nothing is saved")
-    save_result(video, request.path, fps)
+    save_result(video, request.path, renderer.fps)
     watch.lap("save")
     shape = tuple(video.shape[1:])
     print(f"saved     {request.path} ({shape_in_words(shape)})", flush=True)
-    record = make_record(job, request, group, shape, seconds | watch.seconds, watch.calls)
+    seconds = renderer.seconds | watch.seconds
+    record = make_record(renderer.job, request, renderer.group, shape, seconds, watch.calls)
     save_record(request.path, record)
     return record
 
 
-def compare_results(job: Job, request: Request, fps: int, frames: np.ndarray, watch: Watch, uncached: Rendered) -> dict:
+def compare_results(renderer: Renderer, request: Request, frames: np.ndarray, watch: Watch, plain: Watch) -> dict:
     """Writes the video without the cache, and its comparison with the one with it, of which there are the frames, uint8
     [F, H, W, 3], and what was watched. Returns what a record holds of it."""
-    paths, plain = comparison_paths(job, request.path), uncached.watch
-    save_result(uncached.video, paths[0], fps)
+    job, fps = renderer.job, renderer.fps
+    paths = comparison_paths(job, request.path)
+    save_result(plain.video, paths[0], fps)
     plain.lap("save")
     close = closeness(watch.latent, plain.latent)
-    reference = to_frames(uncached.video)
+    reference = to_frames(plain.video)
     scores = score(frames, reference) | dict(zip(("latent_psnr", "latent_relative_error"), close, strict=True))
     write_comparison(job, request, fps, (frames, watch.seconds), (reference, plain.seconds), scores)
     latents = f"latent PSNR {close[0]:.2f} dB: {verdict(close[0])}"
