@@ -181,15 +181,16 @@ def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict,
 def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -> None:
     """Checks the files of a checkpoint. config: the task's, which has their names."""
     parts, task, folder = check_folder(sampling, machine), sampling.spec, Path(machine.ckpt_dir)
-    images = task.architecture.images
     files = [part / name for part, _, weights in parts for name in weights]
     names = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
-    names += [config.clip_checkpoint] if images else []
+    names += [config.clip_checkpoint] if task.architecture.images else []
     for file in (*files, *(folder / name for name in names)):
         if not file.is_file():
             raise Refused(f"--ckpt_dir {folder} lacks {file.relative_to(folder)}")
     with to_be_replaced(checkpoint.Damaged):
-        found = [checkpoint.check_transformer(part, model, weights, images) for part, model, weights in parts]
+        found = [
+            checkpoint.check_transformer(part, model, weights, task.architecture) for part, model, weights in parts
+        ]
         checkpoint.check_encoders(folder, config, found)
     _, model, _ = parts[-1]
     size = (model["dim"], model["num_layers"])

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,12 @@ NUMBERS = {
 }
 # channels of the latents and of all that the transformer is given, by the type of the model
 CHANNELS = {"i2v": (LATENT, IMAGE), "flf2v": (LATENT, IMAGE), "ti2v": (LATENT_5B, LATENT_5B)}
+# sizes that official configs do not hold: the tensor and the axis that show them
+WIDTHS = {
+    "text_dim": ("text_embedding.0.weight", 1),
+    "clip_dim": ("img_emb.proj.0.weight", 0),
+    "clip_positions": ("img_emb.emb_pos", 1),
+}
 TEXT, VIDEO, PICTURES = "token_embedding.weight", "encoder.conv1.weight", "visual.patch_embedding.weight"
 LATENTS = "conv2.weight"  # of the VAE, whose decoder begins with it
 
@@ -105,7 +112,7 @@ def check_config(config: dict) -> None:
     for key, (_, most) in NUMBERS.items():
         if type(config[key]) is not int or not 1 <= config[key] <= most:
             raise ValueError(f"{key} must be a whole number from 1 to {most}, got {shortened(config[key])}")
-    for key in ("text_dim", "clip_dim", "clip_positions"):
+    for key in WIDTHS:
         if type(config.get(key, 0)) is not int:
             raise ValueError(f"{key} must be a whole number, got {shortened(config[key])}")
     for key in ("_class_name", "_diffusers_version"):  # diffusers looks at them
@@ -136,30 +143,22 @@ def check_kind(config: dict) -> None:
         raise ValueError(f"vace_layers must be distinct and at least one, got {shortened(layers)}")
 
 
-def sizes_in(config: dict, images: int, text_dim: int, clip_dim: int, clip_positions: int) -> Architecture:
-    """Returns the sizes in a checked config. images: those of the task. The widths of text and image features, which
-    official configs do not hold, are the given ones unless the config has them."""
-    kind, layers, hints = str(config.get("model_type")), config["num_layers"], config.get("vace_layers")
-    widths = {"text_dim": text_dim, "clip_dim": clip_dim, "clip_positions": clip_positions}
-    blocks = (layers + 1) // 2 if hints is None else len(hints)
-    own = ("dim", "ffn_dim", "num_layers", "freq_dim", "text_len", "in_dim", "out_dim")
-    return Architecture(
-        **{name: config[name] for name in own},
-        **{name: config.get(name, width) for name, width in widths.items()},
-        images=images,
-        vace_blocks=blocks if kind == "vace" else 0,
-    )
+def sizes_in(config: dict, usual: Architecture) -> Architecture:
+    """Returns the sizes in a checked config. usual: where what official configs do not hold comes from, images and the
+    widths of text and image features."""
+    layers, hints = config["num_layers"], config.get("vace_layers")
+    blocks = 0 if config.get("model_type") != "vace" else (layers + 1) // 2 if hints is None else len(hints)
+    known = {name: config[name] for name in vars(usual) if name in config}
+    return replace(usual, **known | {"images": usual.images, "vace_blocks": blocks})
 
 
 def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
     """Returns the architecture in the folder's config.json, or the task's if that cannot be used, which a run
     refuses."""
-    usual = task.architecture
     try:
-        config = read_config(Path(ckpt_dir) / task.transformers[0])
-        return sizes_in(config, usual.images, usual.text_dim, usual.clip_dim, usual.clip_positions)
+        return sizes_in(read_config(Path(ckpt_dir) / task.transformers[0]), task.architecture)
     except ValueError:
-        return usual
+        return task.architecture
 
 
 def find_weights(folder: Path) -> dict[str, set[str] | None]:
@@ -182,9 +181,9 @@ def find_weights(folder: Path) -> dict[str, set[str] | None]:
     return files
 
 
-def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | None], images: int) -> Shapes:
+def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | None], usual: Architecture) -> Shapes:
     """Compares the headers of all files of weights with config.json and the index. config: of `read_config`, files: of
-    `find_weights`, images: that the image encoder sees. Returns the shapes of all tensors."""
+    `find_weights`, usual: the task's. Returns the shapes of all tensors."""
     shapes = {}
     for file, names in files.items():
         held = read_header(folder / file)
@@ -195,10 +194,8 @@ def check_transformer(folder: Path, config: dict, files: dict[str, set[str] | No
         shapes |= held
     if config["num_layers"] > len(shapes):
         raise ValueError(f"{folder} has {len(shapes)} tensors, but {config['num_layers']} layers by its config.json")
-    text_dim = (*shapes.get("text_embedding.0.weight", ()), 0, 0)[1]
-    clip_dim = (*shapes.get("img_emb.proj.0.weight", ()), 0)[0]
-    positions = (*shapes.get("img_emb.emb_pos", ()), 0, 0)[1]
-    compare_shapes(folder, shapes, tensor_shapes(sizes_in(config, images, text_dim, clip_dim, positions)))
+    widths = {name: (*shapes.get(tensor, ()), 0, 0)[axis] for name, (tensor, axis) in WIDTHS.items()}
+    compare_shapes(folder, shapes, tensor_shapes(sizes_in(config, replace(usual, **widths))))
     return shapes
 
 

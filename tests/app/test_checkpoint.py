@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import UMT5Config, UMT5EncoderModel
 
 from magcache.app import checkpoint
-from magcache.app.architecture import tensor_shapes
+from magcache.app.architecture import Architecture, tensor_shapes
 from magcache.app.backend import backend, check_checkpoint
 from magcache.app.errors import Refused
 from magcache.app.job import Inputs, Machine, Sampling
@@ -66,8 +66,8 @@ def complete(config: dict, folder: Path) -> dict:
 def test_expected_tensors_are_those_of_the_models(name, tmp_path):
     shapes = shapes_of(CONFIGS[name])
     images = {"i2v-14B": 1, "flf2v-14B": 2}.get(name, 0)
-    widths = (images, 4096, 1280, CONFIGS[name].get("clip_positions", 0))
-    assert tensor_shapes(checkpoint.sizes_in(complete(CONFIGS[name], tmp_path), *widths)) == shapes
+    usual = Architecture(0, 0, 0, images=images)
+    assert tensor_shapes(checkpoint.sizes_in(complete(CONFIGS[name], tmp_path), usual)) == shapes
 
 
 def write_sparse_weights(path: Path, shapes: dict) -> None:
