@@ -1,11 +1,11 @@
 """What all Wan pipelines share: loading, text encoding, the denoise loop with guidance, decoding."""
 
+import itertools
 import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -198,29 +198,6 @@ class WanPipeline:
                 if hasattr(model, "forget_rotations"):  # the GPU's memory for them
                     model.forget_rotations()
 
-    @contextmanager
-    def visiting(self, how: Denoising) -> Iterator[Callable]:
-        """Yields a function that returns the transformer and the guidance scale for a timestep. The transformer is on
-        the device until the other one is asked for, or the block ends."""
-        visits = None if self.dit_fsdp or self.offload_blocks else self.device
-        boundary = self.config.get("boundary", 0) * self.config.num_train_timesteps
-        scales = how.guide_scale if isinstance(how.guide_scale, tuple) else (how.guide_scale,)
-        there = None
-        with ExitStack() as stack:
-
-            def at(t: torch.Tensor) -> tuple[WanModel, float]:
-                nonlocal there
-                high = bool(t >= boundary)
-                model = self.transformers[0 if high else -1]
-                if model is not there:
-                    with torch.inference_mode(False):  # the weights stay what they are
-                        stack.close()
-                        stack.enter_context(on_device(model, visits, self.afterwards(how.offload_model)))
-                    there = model
-                return model, scales[-1 if high else 0]
-
-            yield at
-
     def denoise(
         self,
         latent: torch.Tensor,
@@ -243,15 +220,20 @@ class WanPipeline:
             return latent if first is None else torch.cat([first, latent[:, 1:]], dim=1)
 
         latent = with_first(latent)
-        with self.visiting(how) as transformer_at, self.inference():
-            for t in tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0):
-                model, scale = transformer_at(t)
-                times = t[None] if first is None else token_times(t, given["seq_len"], latent.shape[1])
-                velocity = model([latent], t=times, **cond)[0]
-                if scale != 1:
-                    velocity_uncond = model([latent], t=times, **uncond)[0]
-                    velocity = velocity_uncond + scale * (velocity - velocity_uncond)
-                latent = with_first(sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0])
+        visits = None if self.dit_fsdp or self.offload_blocks else self.device
+        boundary = self.config.get("boundary", 0) * self.config.num_train_timesteps
+        scales = how.guide_scale if isinstance(how.guide_scale, tuple) else (how.guide_scale,)
+        steps = tqdm(sampler.timesteps, desc="denoise", unit="step", disable=self.rank != 0)
+        for high, timesteps in itertools.groupby(steps, lambda t: bool(t >= boundary)):
+            model, scale = self.transformers[0 if high else -1], scales[-1 if high else 0]
+            with on_device(model, visits, self.afterwards(how.offload_model)), self.inference():
+                for t in timesteps:
+                    times = t[None] if first is None else token_times(t, given["seq_len"], latent.shape[1])
+                    velocity = model([latent], t=times, **cond)[0]
+                    if scale != 1:
+                        velocity_uncond = model([latent], t=times, **uncond)[0]
+                        velocity = velocity_uncond + scale * (velocity - velocity_uncond)
+                    latent = with_first(sampler.step(velocity[None], t, latent[None], return_dict=False)[0][0])
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:

@@ -237,5 +237,5 @@ def load_pipeline(job: Job, config: "EasyDict", group: Group):
         print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
     spread |= {"device_id": processes.local_rank, chosen.sharing: machine.shards > 1} | chosen.placement(machine)
-    with chosen.apart(group), merging(machine.lora):
+    with chosen.apart(group), merging(machine.lora) if machine.lora else nullcontext():
         return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)

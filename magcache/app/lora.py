@@ -236,9 +236,6 @@ def read_alpha(path: Path) -> float | None:
 def merging(loras: Sequence[Lora]) -> Iterator[None]:
     """Merges the LoRAs into every transformer that any `wan` package loads in this block, as soon as its weights have
     been read."""
-    if not loras:
-        yield
-        return
     from wan.modules.model import WanModel
 
     original = WanModel.from_pretrained.__func__
