@@ -56,10 +56,6 @@ class WanVace(WanPipeline):
             encoded.append(F.pad(blocks, (0, 0, 0, 0, len(refs or []), 0)))
         return encoded
 
-    def vace_latent(self, z: list[torch.Tensor], m: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Makes the model's context [96, f, h, w] from encoded frames and masks."""
-        return [torch.cat(pair) for pair in zip(z, m, strict=True)]
-
     def generate(
         self,
         input_prompt: str,
@@ -96,12 +92,11 @@ class WanVace(WanPipeline):
         self.check_shapes(frames, mask, refs)
         contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         frames, mask, *refs = (u.to(self.device) for u in (frames, mask, *refs))
-        z = self.vace_encode_frames([frames], [refs], [mask])
-        vace_context = self.vace_latent(z, self.vace_encode_masks([mask], [refs]))
-        skipped = len(refs)
-        del frames, mask, refs, z  # gigabytes that the transformer has better use for
-        shape = (16, *vace_context[0].shape[1:])
-        control = {"vace_context": vace_context, "vace_context_scale": context_scale}
+        parts = self.vace_encode_frames([frames], [refs], [mask]) + self.vace_encode_masks([mask], [refs])
+        vace_context, skipped = torch.cat(parts), len(refs)
+        del frames, mask, refs, parts  # gigabytes that the transformer has better use for
+        shape = (self.config.z_dim, *vace_context.shape[1:])
+        control = {"vace_context": [vace_context], "vace_context_scale": context_scale}
         control["seq_len"] = self.token_count(shape)
         how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, control, how)[:, skipped:])
