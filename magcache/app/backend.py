@@ -1,5 +1,5 @@
-"""The `wan` package beside the script: what is asked of it, whichever it is. Three modules answer: `our_wan`, for that
-of this repository, `stock_wan` and `stock_wan22`, for those of Wan2.1 and Wan2.2, which do less."""
+"""The `wan` package beside the script: what is asked of it, whichever it is. Two modules answer: `our_wan`, for that
+of this repository, and `stock_wan`, for those of Wan2.1 and Wan2.2, which do less."""
 
 import functools
 import importlib.util
@@ -96,12 +96,10 @@ def backend() -> Backend:
         from magcache.app.our_wan import OurWan
 
         return OurWan()
+    from magcache.app.stock_wan import StockWan, StockWan22
+
     if (wan_folder() / "textimage2video.py").is_file():
-        from magcache.app.stock_wan22 import StockWan22
-
         return StockWan22()
-    from magcache.app.stock_wan import StockWan
-
     return StockWan()
 
 
