@@ -4,8 +4,7 @@ of this repository, and `stock_wan`, for those of Wan2.1 and Wan2.2, which do le
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,7 @@ class Backend:
     calls it that processes share the tokens. remedy: what to do where it cannot be imported. frugal: whether a pipeline
     drops its models once no other video comes, and makes one call a step at a guidance of 1. held: bytes for each
     channel of a token that a call holds, in every process and in all that share the tokens, None where
-    `magcache.app.cost` counts them. without_card: what to say where there is no CUDA device. damaged: what it raises
-    for a file that it cannot read."""
+    `magcache.app.cost` counts them. without_card: what to say where there is no CUDA device."""
 
     release: str | None = None
     task = "t2v-14B"
@@ -42,7 +40,6 @@ class Backend:
     frugal: bool
     held: tuple[float, float] | None = None
     without_card: str
-    damaged: tuple[type[Exception], ...] = ()
 
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
         """Returns what a request without prompt and files is about, by flag; the prompt is empty if there is no
@@ -138,18 +135,6 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict
     return config
 
 
-@contextmanager
-def to_be_replaced(*errors: type[Exception]) -> Iterator[None]:
-    """Turns errors of the block, which checks files of a checkpoint, into `Refused`; for errors of these types it
-    advises another download."""
-    try:
-        yield
-    except errors as fault:
-        raise Refused(f"{first_line(fault)}: download it again") from fault
-    except ValueError as fault:
-        raise Refused(first_line(fault)) from fault
-
-
 def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict, dict[str, set[str] | None]]]:
     """Refuses a checkpoint folder of another model. Returns the folder of every transformer, with what `read_config`
     and `find_weights` say of it."""
@@ -163,7 +148,7 @@ def check_folder(sampling: Sampling, machine: Machine) -> list[tuple[Path, dict,
             needed = f"task {task.name} needs the folder of {task.repository} as it is"
             raise Refused(f"--ckpt_dir {place} holds {other}: {needed}")
     for part in parts:
-        with to_be_replaced(checkpoint.Damaged):
+        with refusing(ValueError):
             model = checkpoint.read_config(part)
             found.append((part, model, checkpoint.find_weights(part)))
         kind, heads = model.get("model_type"), model["num_heads"]
@@ -185,7 +170,7 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
     for file in (*files, *(folder / name for name in names)):
         if not file.is_file():
             raise Refused(f"--ckpt_dir {folder} lacks {file.relative_to(folder)}")
-    with to_be_replaced(checkpoint.Damaged):
+    with refusing(ValueError):
         found = [
             checkpoint.check_transformer(part, model, weights, task.architecture) for part, model, weights in parts
         ]

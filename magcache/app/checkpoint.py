@@ -60,6 +60,9 @@ NAMES = {
 class Damaged(ValueError):
     """A file is not what was published under its name."""
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}: download it again"
+
 
 def other_content(path: Path, task: Task) -> str | None:
     """Says what a path leads to if it is not a model of the task in the official layout; None if nothing shows that."""

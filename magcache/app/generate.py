@@ -14,7 +14,7 @@ from easydict import EasyDict
 from tqdm import tqdm
 
 from magcache import patch
-from magcache.app.backend import backend, load_pipeline
+from magcache.app.backend import load_pipeline
 from magcache.app.choose_schedule import all_computed
 from magcache.app.console import Stopped
 from magcache.app.errors import Failed, first_line
@@ -80,7 +80,7 @@ def explained() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as fault:
         less = "--offload_blocks, --offload_model True, --vae_tiling, a smaller --size or fewer frames need less"
         raise Failed(f"out of GPU memory ({first_line(fault)}); {less}") from fault
-    except (OSError, *backend().damaged) as fault:
+    except OSError as fault:
         raise Failed(first_line(fault)) from fault
 
 

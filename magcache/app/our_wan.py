@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magcache.app.backend import Backend, to_be_replaced
+from magcache.app.backend import Backend
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import Inputs, Machine, Sampling
 from magcache.app.processes import Group, Processes
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 class OurWan(Backend):
     frugal = True
     without_card = "a full-size model takes hours for a video"
-
-    @property
-    def damaged(self) -> tuple[type[Exception], ...]:
-        from wan.utils.checkpoints import DamagedFile
-
-        return (DamagedFile,)
 
     def example(self, sampling: Sampling, folder: Path) -> dict[str, str]:
         return located(sampling.spec.example, folder / "examples")
@@ -41,7 +35,7 @@ class OurWan(Backend):
         from wan.modules.vae import load_vae
 
         folder = Path(machine.ckpt_dir)
-        with to_be_replaced(*self.damaged):  # by tensors that are missing, left over or of another shape
+        with refusing(OSError):  # by tensors that are missing, left over or of another shape
             load_encoder(folder / config.t5_checkpoint, torch.float32, "meta")
             load_vae(folder / config.vae_checkpoint, torch.float32, "meta")
             if sampling.spec.architecture.images:

@@ -289,7 +289,7 @@ class WanModel(ModelMixin, ConfigMixin):
         kwargs = {name: width for name, width in widths.items() if name not in declared} | kwargs
         model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-            raise DamagedFile(f"cannot read {folder}: missing or unexpected tensors, such as {wrong[0]}")
+            raise DamagedFile(f"{folder} has missing or unexpected tensors, such as {wrong[0]}: download it again")
         return model
 
     def forward(

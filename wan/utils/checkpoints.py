@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-class DamagedFile(RuntimeError):
+class DamagedFile(OSError):
     """A file of a checkpoint that is incomplete, or holds other tensors than it should."""
 
 
@@ -21,7 +21,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[-1].strip()[:200]
-        raise DamagedFile(f"cannot read {path}, is it complete? ({reason})") from error
+        raise DamagedFile(f"cannot read {path}, is it complete? ({reason}): download it again") from error
 
 
 def load_pth(path: str | Path, device: torch.device | str) -> dict[str, torch.Tensor]:
