@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +54,9 @@ class Backend:
     def check(self, sampling: Sampling, inputs: Inputs, machine: Machine, config: "EasyDict") -> None:
         """Refuses what this package would fail with only after loading. config: of the task's model."""
 
-    def start_groups(self, processes: Processes, machine: Machine) -> Group:
-        """Divides the processes, which are connected, into groups that make a video together each."""
+    def start_sharing(self, processes: Processes, machine: Machine) -> "torch.distributed.ProcessGroup | None":
+        """Prepares the processes, which are connected, for sharing weights or tokens. Returns those that share the
+        tokens with this one, if any do."""
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> list | None:
         """Reads the source video, its mask and the references of vace, as lists of one each; returns None if only the
@@ -196,13 +196,15 @@ def start_processes(job: Job) -> Group:
     for rank, theirs in enumerate(others, 1):
         if names := [name for name in compared if theirs[name] != first[name]]:
             raise Refused(f"process {rank} differs from process 0 in {', '.join(names)}")
-    group = backend().start_groups(processes, job.machine)
+    machine, size = job.machine, job.machine.group_size
+    sharing, own = backend().start_sharing(processes, machine), processes.patient_group(size)
+    index, rank = divmod(processes.rank, size)
+    group = Group(rank, size, index, processes.world // size, sharing, own, everyone)
     if job.calibrates and group.count > 1:
-        machine = job.machine
         shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} make {group.count} groups"
         one = "--magcache_calibration needs one group of processes"
         raise Refused(f"{one}, but {processes.world} processes with {shared}")
-    return replace(group, own=processes.patient_group(group.size), everyone=everyone)
+    return group
 
 
 def load_pipeline(job: Job, config: "EasyDict", group: Group):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from magcache.app.backend import Backend
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import Inputs, Machine, Sampling
-from magcache.app.processes import Group, Processes
+from magcache.app.processes import Processes
 from magcache.app.tasks import located
 
 if TYPE_CHECKING:
@@ -41,14 +41,13 @@ class OurWan(Backend):
             if sampling.spec.architecture.images:
                 load_tower(folder / config.clip_checkpoint, config.clip_num_heads, torch.float32, "meta")
 
-    def start_groups(self, processes: Processes, machine: Machine) -> Group:
+    def start_sharing(self, processes: Processes, machine: Machine) -> "torch.distributed.ProcessGroup | None":
         from wan.distributed.groups import start_groups
 
         sharded = machine.dit_fsdp or machine.t5_fsdp
         with refusing(ValueError, ImportError):  # of a torch or diffusers that is too old
             groups = start_groups(machine.ulysses_size, machine.ring_size, fsdp=sharded)
-        sharing = groups.sequence.group if groups.sequence else None
-        return Group(groups.rank, groups.size, groups.index, groups.count, sharing)
+        return groups.sequence.group if groups.sequence else None
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> list:
         from magcache.app.media import read_image

@@ -62,23 +62,19 @@ class StockWan(Backend):
         if False in known and True not in known:
             raise Refused("the wan package here needs the package flash_attn: pip install flash-attn")
 
-    def start_groups(self, processes: Processes, machine: Machine) -> Group:
-        """Makes all processes one group, unless they share neither tokens nor weights: then each makes videos of its
-        own."""
-        if machine.shards == 1 and not (machine.dit_fsdp or machine.t5_fsdp):
-            return Group(index=processes.rank, count=processes.world)
+    def start_sharing(self, processes: Processes, machine: Machine) -> "torch.distributed.ProcessGroup | None":
         if machine.shards == 1:
-            return Group(processes.rank, processes.world)
+            return None
         if machine.shards != processes.world:
             sizes = f"--ulysses_size {machine.ulysses_size} times --ring_size {machine.ring_size}"
             number = "must be the number of processes with the wan package here"
             raise Refused(f"{sizes} {number}, but there are {processes.world}")
-        self.start_sharing(processes, machine)
+        self.start_parallel(processes, machine)
         import torch
 
-        return Group(processes.rank, processes.world, sharing=torch.distributed.group.WORLD)
+        return torch.distributed.group.WORLD
 
-    def start_sharing(self, processes: Processes, machine: Machine) -> None:
+    def start_parallel(self, processes: Processes, machine: Machine) -> None:
         """Starts xfuser's groups, which must be there before the pipeline is made."""
         try:
             from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel
@@ -149,7 +145,7 @@ class StockWan22(StockWan):
     def holds_both(self, machine: Machine, again: bool) -> bool:
         return machine.group_size > 1  # from the start; a process alone has them take turns, whatever the flags
 
-    def start_sharing(self, processes: Processes, machine: Machine) -> None:
+    def start_parallel(self, processes: Processes, machine: Machine) -> None:
         from wan.distributed.util import init_distributed_group
 
         init_distributed_group()
