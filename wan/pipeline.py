@@ -125,8 +125,7 @@ class WanPipeline:
 
     @property
     def transformers(self) -> list[WanModel]:
-        """The transformers in the order in which a run calls them: the only one, or those for high and for low
-        noise."""
+        """The transformers as a run calls them: the only one, or those for high and for low noise."""
         return [self.high_noise_model, self.low_noise_model] if "boundary" in self.config else [self.model]
 
     def load_image_encoder(self, checkpoint_dir: str) -> None:
@@ -169,8 +168,7 @@ class WanPipeline:
         return math.prod(latent_shape[1:]) // math.prod(self.config.patch_size)
 
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        """Draws float32 noise on the device. A negative seed is replaced by a random one, which the first rank of a
-        group draws for all."""
+        """Draws float32 noise on the device. For a negative seed the first rank of a group draws one for all."""
         if seed < 0:
             seed, groups = random.randint(0, sys.maxsize), current_groups()
             if groups.size > 1:
@@ -182,8 +180,7 @@ class WanPipeline:
 
     @contextmanager
     def inference(self):
-        """Computes without gradients, under bfloat16 autocast on CUDA and where weights are rounded, else in plain
-        float32."""
+        """Computes without gradients, in bfloat16 autocast on CUDA and where weights are rounded, else in float32."""
         autocasts = self.device.type == "cuda" or self.dit_dtype != torch.float32
         try:
             with torch.inference_mode(), torch.autocast(self.device.type, self.param_dtype, enabled=autocasts):
@@ -237,14 +234,12 @@ class WanPipeline:
         return latent
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor | None:
-        """Decodes a latent [z_dim, f, h, w] to a video, float32 [3, F, H, W] in [-1, 1], on rank 0; returns None on
-        others."""
+        """Decodes a latent [z_dim, f, h, w] to a video, float32 [3, F, H, W] in [-1, 1]; None but on rank 0."""
         return self.vae.decode([latent])[0] if self.rank == 0 else None
 
 
 def token_times(t: torch.Tensor, tokens: int, frames: int) -> torch.Tensor:
-    """Returns the timestep t, [], for each of the tokens of so many frames, but 0 for those of the first frame: [1,
-    tokens]."""
+    """Returns the timestep t, [], for each of the tokens of so many frames, but 0 for the first: [1, tokens]."""
     times = t.repeat(tokens)
     times[: tokens // frames] = 0
     return times[None]

@@ -115,8 +115,7 @@ def check_before_import(sampling: Sampling, machine: Machine) -> None:
 
 
 def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict":
-    """Refuses what the task's model does not do, and a checkpoint folder that is incomplete or damaged. Returns the
-    model's config."""
+    """Refuses what the task's model does not do, and an incomplete or damaged folder. Returns the model's config."""
     chosen = backend()
     try:
         from wan.configs import WAN_CONFIGS

@@ -156,8 +156,7 @@ def sizes_in(config: dict, usual: Architecture) -> Architecture:
 
 
 def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
-    """Returns the architecture in the folder's config.json, or the task's if that cannot be used, which a run
-    refuses."""
+    """Returns that of the folder's config.json, or the task's if it cannot be used, which a run refuses."""
     try:
         return sizes_in(read_config(Path(ckpt_dir) / task.transformers[0]), task.architecture)
     except ValueError:
@@ -165,8 +164,7 @@ def architecture_of(task: Task, ckpt_dir: str | Path) -> Architecture:
 
 
 def find_weights(folder: Path) -> dict[str, set[str] | None]:
-    """Returns the transformer's files and for each the names of its tensors by the index file; None without an
-    index."""
+    """Returns the transformer's files, and for each the names of its tensors by the index, None without one."""
     if not (folder / INDEX).exists():
         return {INDEX if any(folder.glob("diffusion_pytorch_model-*.safetensors")) else SINGLE: None}
     try:

@@ -43,8 +43,7 @@ def weight_bytes(sizes: Architecture, dtype: str, part: str = "") -> int:
 
 
 def token_count(frames: int, height: int, width: int, references: int = 0, token_pixels: int = 16) -> int:
-    """Returns the tokens of a call. frames: 4 n + 1. height, width: in pixels, multiples of a token's. references:
-    VACE's."""
+    """Returns the tokens of a call. frames: 4 n + 1. height, width: in pixels. references: VACE's."""
     return ((frames - 1) // 4 + 1 + references) * (height // token_pixels) * (width // token_pixels)
 
 

@@ -234,8 +234,7 @@ def read_alpha(path: Path) -> float | None:
 
 @contextlib.contextmanager
 def merging(loras: Sequence[Lora]) -> Iterator[None]:
-    """Merges the LoRAs into every transformer that any `wan` package loads in this block, as soon as its weights have
-    been read."""
+    """Merges the LoRAs into every transformer that any `wan` package loads in this block, as soon as it is read."""
     from wan.modules.model import WanModel
 
     original = WanModel.from_pretrained.__func__

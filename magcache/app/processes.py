@@ -51,8 +51,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Reads torchrun's variables; without torchrun there is a single process. Raises ValueError if they are
-        incomplete."""
+        """Reads torchrun's variables; a single process without them. Raises ValueError if they are incomplete."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
@@ -98,8 +97,7 @@ class Processes:
             raise ValueError(f"the processes cannot connect at {address}:{port} ({first_line(fault)})") from fault
 
     def patient_group(self, size: int):
-        """Makes a group of this process and its neighbours, `size` in all, for `gathered`; None for one alone. All must
-        call it."""
+        """Makes a group of `size` neighbours for `gathered`, which all must call; None for one alone."""
         if size == 1:
             return None
         import torch

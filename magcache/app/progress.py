@@ -121,8 +121,7 @@ class Watch:
         return run
 
     def decoded(self, frames: int) -> Callable:
-        """Returns a function that says that one more of so many latent frames is decoded; its first call counts
-        none."""
+        """Returns a function that says how many of the latent frames are decoded, one more with every call."""
         start, numbers = moment(), itertools.count()
 
         def say(*_) -> None:

@@ -101,8 +101,7 @@ class StockWan(Backend):
             print("note: this wan package reads the source video after loading; its size and length are the video's")
 
     def apart(self, group: Group) -> AbstractContextManager:
-        """Removes the barriers of the pipelines, which wait for all processes although each makes its own number of
-        videos."""
+        """Removes the pipelines' barriers, since each process makes its own number of videos."""
         if group.count == 1:
             return nullcontext()
         import torch
@@ -178,8 +177,7 @@ def configured(task: Task) -> Task:
 
 
 def assigned(path: Path) -> dict[str, Any]:
-    """Returns the literal values that a Python file assigns to names and attributes, by their names. The file is not
-    run."""
+    """Returns the literal values that a Python file, which is not run, assigns to names and attributes, by name."""
     values = {}
     with contextlib.suppress(OSError, ValueError, SyntaxError):
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:

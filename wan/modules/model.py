@@ -60,8 +60,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 def by_token(u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Spreads u, one row a sample, [B, dim], to [B, 1, dim], or by rows, int64 [B, L], one of which is a token's, to
-    [B, L, dim]."""
+    """Spreads u [B, dim] to [B, 1, dim], or, by the row of every token, rows int64 [B, L], to [B, L, dim]."""
     return u[:, None] if rows is None else u[rows]
 
 

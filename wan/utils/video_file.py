@@ -17,8 +17,7 @@ TO_SDR = "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """edges: the seconds at which each frame begins, and at which the last one ends. height, width: in square
-    pixels."""
+    """edges: the seconds at which each frame begins, and the last one ends. height, width: in square pixels."""
 
     edges: tuple[float, ...]
     height: int
@@ -30,8 +29,7 @@ class VideoInfo:
 
 
 def decoder(path: str, *options: str) -> list[str]:
-    """Returns a command that writes the frames of a video as they are in the file: gaps in a variable rate are not
-    filled with copies."""
+    """Returns a command that writes the frames as they are in the file, filling no gaps of a variable rate."""
     frames = ["-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough"]
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-v", "level+info", *frames, *options, "-"]
 
@@ -65,8 +63,7 @@ def probe_video(path: str) -> VideoInfo:
 
 
 def read_frames(path: str, info: VideoInfo, frame_ids: set[int]) -> Iterator[np.ndarray]:
-    """Yields the chosen frames, in the video's order, as uint8 [height, width, 3]. Raises ValueError for one that is
-    transparent."""
+    """Yields the chosen frames, in order, as uint8 [height, width, 3]. Raises ValueError for a transparent one."""
     options = ["-vf", f"scale={info.width}:{info.height}", "-pix_fmt", "rgba", "-f", "rawvideo"]
     with subprocess.Popen(decoder(path, *options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
