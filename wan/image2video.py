@@ -3,7 +3,6 @@
 import math
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -76,10 +75,7 @@ class ImagePipeline(WanPipeline):
         if frame_num < 4 * len(images) - 3:
             raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
         contexts = self.encode_text(prompt, n_prompt, how.offload_model, how.guide_scale)
-        pixels = [
-            torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
-            for image in images
-        ]
+        pixels = [self.pixels(image) for image in images]
         given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
         if "clip_checkpoint" in self.config:
             given["clip_fea"] = self.encode_images(pixels, how.offload_model)

@@ -8,8 +8,10 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from wan.distributed.groups import Groups, current_groups
@@ -80,8 +82,6 @@ class WanPipeline:
         self.t5_fsdp, self.dit_fsdp, self.offload_blocks = t5_fsdp, dit_fsdp, offload_blocks
         self.dit_dtype = dit_dtype or (torch.bfloat16 if cuda and not dit_fsdp else torch.float32)
         self.keeps_models = True
-        self.param_dtype = config.param_dtype
-        self.sample_neg_prompt = config.sample_neg_prompt
         self.load_text_encoder(checkpoint_dir, groups)
         self.vae = WanVAE(config.z_dim, os.path.join(checkpoint_dir, config.vae_checkpoint), device=self.device)
         if vae_tiling:
@@ -120,7 +120,7 @@ class WanPipeline:
         if self.dit_fsdp:
             from wan.distributed.fsdp import shard_transformer
 
-            shard_transformer(model, groups.mesh, self.param_dtype if self.device.type == "cuda" else None)
+            shard_transformer(model, groups.mesh, self.config.param_dtype if self.device.type == "cuda" else None)
         return model
 
     @property
@@ -143,7 +143,7 @@ class WanPipeline:
         """Returns features of prompt and negative prompt, each a list of one [tokens, text_dim], on the device. An
         empty n_prompt stands for the config's. Where no step is guided (a guide_scale of 1) the negative prompt is not
         needed: the prompt's features take its place."""
-        texts = [prompt] if guide_scale in (1, (1, 1)) else [prompt, n_prompt or self.sample_neg_prompt]
+        texts = [prompt] if guide_scale in (1, (1, 1)) else [prompt, n_prompt or self.config.sample_neg_prompt]
         device = torch.device("cpu") if self.t5_cpu and not self.t5_fsdp else self.device
         visits = None if self.t5_fsdp or self.offload_blocks else device
         with on_device(self.text_encoder.model, visits, self.afterwards(offload_model)):
@@ -167,6 +167,10 @@ class WanPipeline:
     def token_count(self, latent_shape: tuple[int, int, int, int]) -> int:
         return math.prod(latent_shape[1:]) // math.prod(self.config.patch_size)
 
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Returns an image as float32 [3, H, W] in [-1, 1] on the device."""
+        return torch.from_numpy(np.array(image.convert("RGB"))).to(self.device).permute(2, 0, 1).float() / 127.5 - 1
+
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         """Draws float32 noise on the device. For a negative seed the first rank of a group draws one for all."""
         if seed < 0:
@@ -183,7 +187,7 @@ class WanPipeline:
         """Computes without gradients, in bfloat16 autocast on CUDA and where weights are rounded, else in float32."""
         autocasts = self.device.type == "cuda" or self.dit_dtype != torch.float32
         try:
-            with torch.inference_mode(), torch.autocast(self.device.type, self.param_dtype, enabled=autocasts):
+            with torch.inference_mode(), torch.autocast(self.device.type, self.config.param_dtype, enabled=autocasts):
                 yield
         except BaseException:
             for model in self.transformers:

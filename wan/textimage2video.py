@@ -1,6 +1,5 @@
 """Text to video, or image to video from a first frame, by one transformer (Wan2.2's TI2V-5B)."""
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -59,8 +58,7 @@ class WanTI2V(WanPipeline):
         contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         first = None
         if img is not None:
-            pixels = torch.from_numpy(np.array(covering(img.convert("RGB"), size))).to(self.device)
-            (first,) = self.vae.encode([pixels.permute(2, 0, 1)[:, None].float() / 127.5 - 1])
+            (first,) = self.vae.encode([self.pixels(covering(img.convert("RGB"), size))[:, None]])
         how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         given = {"seq_len": self.token_count(shape)}
         return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how, first))

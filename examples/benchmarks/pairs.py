@@ -89,7 +89,7 @@ def make_batch(pipeline, pairs: Sequence[Pair]) -> Batch:
     noise = torch.stack([pipeline.noise(shape, seed) for _, seed in pairs])
     texts = [str(caption) for caption, _ in pairs]
     contexts = tuple(
-        pipeline.text_encoder(t, pipeline.device) for t in (texts, [pipeline.sample_neg_prompt] * len(texts))
+        pipeline.text_encoder(t, pipeline.device) for t in (texts, [pipeline.config.sample_neg_prompt] * len(texts))
     )
     given = {"seq_len": pipeline.token_count(shape)}
     if isinstance(pipeline, wan.WanI2V):

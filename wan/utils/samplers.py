@@ -4,14 +4,13 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
-SAMPLERS = ("unipc", "dpm++")
+SAMPLERS = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}  # their first noise level before the shift
 
 
 def sampling_sigmas(sample_solver: str, steps: int, shift: float) -> np.ndarray:
     """Returns the noise levels of the steps, falling, float64 [steps], without the final 0: linear, then shifted by
     s x / (1 + (s - 1) x). UniPC starts at 0.999, DPM++ at pure noise. Raises KeyError for another solver."""
-    first = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}[sample_solver]
-    linear = np.linspace(first, 0, steps + 1)[:-1]
+    linear = np.linspace(SAMPLERS[sample_solver], 0, steps + 1)[:-1]
     return shift * linear / (1 + (shift - 1) * linear)
 
 
