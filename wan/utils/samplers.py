@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from torch.overrides import TorchFunctionMode
 
 SAMPLERS = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}  # their first noise level before the shift
 
@@ -12,6 +13,25 @@ def sampling_sigmas(sample_solver: str, steps: int, shift: float) -> np.ndarray:
     s x / (1 + (s - 1) x). UniPC starts at 0.999, DPM++ at pure noise. Raises KeyError for another solver."""
     linear = np.linspace(SAMPLERS[sample_solver], 0, steps + 1)[:-1]
     return shift * linear / (1 + (shift - 1) * linear)
+
+
+class UniPC(UniPCMultistepScheduler):
+    """UniPC without the check that its system of two equations has a solution, which waits for the GPU in every step.
+
+    Under autocast its einsum is rounded to bfloat16 on CUDA, but not on the CPU. This is left as it is, since Wan2.1
+    does the same, and results equal to its own on a GPU are worth more.
+    """
+
+    def step(self, *args, **kwargs):
+        with Unchecked():
+            return super().step(*args, **kwargs)
+
+
+class Unchecked(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {})).result
+        return function(*args, **(kwargs or {}))
 
 
 def make_sampler(
@@ -26,8 +46,7 @@ def make_sampler(
         raise ValueError(f"sample_solver must be one of {', '.join(SAMPLERS)}, got {sample_solver!r}")
     # without a flow_shift: the sigmas below are shifted already
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    # under autocast, UniPC's einsum is rounded to bfloat16 on CUDA, but not on the CPU: Wan2.1's own does the same
-    solver = UniPCMultistepScheduler if sample_solver == "unipc" else DPMSolverMultistepScheduler
+    solver = UniPC if sample_solver == "unipc" else DPMSolverMultistepScheduler
     sampler = solver(num_train_timesteps, **settings)
     sampler.set_timesteps(steps)
     sigmas = sampling_sigmas(sample_solver, steps, shift)
