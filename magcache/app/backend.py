@@ -212,14 +212,19 @@ def load_pipeline(job: Job, config: "EasyDict", group: Group):
 
     import wan
 
-    sampling, machine, chosen, cuda = job.sampling, job.machine, backend(), torch.cuda.is_available()
+    sampling, machine, chosen = job.sampling, job.machine, backend()
     processes = Processes.from_environment()
     several = f"{processes.world} processes, " if processes.world > 1 else ""
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {machine.dit_dtype or 'float32'}"
-    print(f"device    {several}{device}; loading {machine.ckpt_dir}", flush=True)
-    if not cuda and not sampling.spec.is_demo:
+    print(f"device    {several}{device_name(machine)}; loading {machine.ckpt_dir}", flush=True)
+    if not torch.cuda.is_available() and not sampling.spec.is_demo:
         print(f"note: there is no CUDA device; {chosen.without_card}", flush=True)
     spread = {flag: getattr(machine, flag) for flag in ("t5_fsdp", "dit_fsdp", "t5_cpu")} | {"rank": group.rank}
     spread |= {"device_id": processes.local_rank, chosen.sharing: machine.shards > 1} | chosen.placement(machine)
     with chosen.apart(group), merging(machine.lora) if machine.lora else nullcontext():
         return getattr(wan, sampling.spec.pipeline)(config=config, checkpoint_dir=machine.ckpt_dir, **spread)
+
+
+def device_name(machine: Machine) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine.dit_dtype or 'float32'}"
