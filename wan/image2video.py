@@ -25,9 +25,7 @@ def video_size(image_size: tuple[int, int], max_area: int) -> tuple[int, int]:
     return size
 
 
-class ImagePipeline(WanPipeline):
-    """Adds the image encoder and the conditioning on given frames."""
-
+class WanI2V(WanPipeline):
     def load_image_encoder(self, checkpoint_dir: str) -> None:
         """Does nothing for transformers that take no features of images, as those of Wan2.2."""
         config = self.config
@@ -60,34 +58,10 @@ class ImagePipeline(WanPipeline):
             video[:, -1], given[-1, -1] = resized[1], 1
         return torch.cat([given, self.vae.encode([video])[0]])
 
-    def generate_from(
-        self,
-        images: list[Image.Image],
-        prompt: str,
-        n_prompt: str,
-        max_area: int,
-        frame_num: int,
-        seed: int,
-        how: Denoising,
-    ) -> torch.Tensor | None:
-        """Generates one video. images: its first frame, or its first and last."""
-        shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
-        if frame_num < 4 * len(images) - 3:
-            raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
-        contexts = self.encode_text(prompt, n_prompt, how.offload_model, how.guide_scale)
-        pixels = [self.pixels(image) for image in images]
-        given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
-        if "clip_checkpoint" in self.config:
-            given["clip_fea"] = self.encode_images(pixels, how.offload_model)
-        del pixels  # as large as the photo, on the GPU
-        return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how))
-
-
-class WanI2V(ImagePipeline):
     def generate(
         self,
         input_prompt: str,
-        img: Image.Image,
+        img: Image.Image | list[Image.Image],
         max_area: int = 720 * 1280,
         frame_num: int = 81,
         shift: float = 5.0,
@@ -100,16 +74,26 @@ class WanI2V(ImagePipeline):
     ) -> torch.Tensor | None:
         """Generates one video that starts with the image.
 
-        img: of any size; the video has about its aspect ratio and at most max_area pixels a frame. The others as in
-        `WanT2V.generate`.
+        img: of any size; the video has about its aspect ratio and at most max_area pixels a frame. Or the first frame
+        and the last one, of the same size, see `WanFLF2V`. The others as in `WanT2V.generate`.
 
         Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad frame count or solver.
         """
+        images = img if isinstance(img, list) else [img]
+        shape = self.latent_shape(video_size(images[0].size, max_area), frame_num)
+        if frame_num < 4 * len(images) - 3:
+            raise ValueError(f"a first and a last frame need frame_num 5 or more, got {frame_num}")
+        contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
+        pixels = [self.pixels(image) for image in images]
+        given = {"y": [self.condition(pixels, shape, frame_num)], "seq_len": self.token_count(shape)}
+        if "clip_checkpoint" in self.config:
+            given["clip_fea"] = self.encode_images(pixels, offload_model)
+        del pixels  # as large as the photo, on the GPU
         how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
-        return self.generate_from([img], input_prompt, n_prompt, max_area, frame_num, seed, how)
+        return self.decode(self.denoise(self.noise(shape, seed), contexts, given, how))
 
 
-class WanFLF2V(ImagePipeline):
+class WanFLF2V(WanI2V):
     def generate(
         self,
         input_prompt: str,
@@ -135,5 +119,5 @@ class WanFLF2V(ImagePipeline):
         """
         if last_frame.size != first_frame.size:
             last_frame = ImageOps.fit(last_frame, first_frame.size, Image.Resampling.BICUBIC)
-        how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
-        return self.generate_from([first_frame, last_frame], input_prompt, n_prompt, max_area, frame_num, seed, how)
+        how = (shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed, offload_model)
+        return super().generate(input_prompt, [first_frame, last_frame], max_area, frame_num, *how)

@@ -27,7 +27,7 @@ from wan.utils.offload import packed
 CLIP_HEADS = read_json("pipelines/common/hparams.json")["clip"]["vision_heads"]
 PHASES = {
     pipeline.WanPipeline: ("__init__", "encode_text", "denoise", "decode"),
-    image2video.ImagePipeline: ("condition", "encode_images"),
+    image2video.WanI2V: ("condition", "encode_images"),
     vace.WanVace: ("vace_encode_frames",),
 }
 STEPS = 4
@@ -72,7 +72,7 @@ def make(folders, kind, **how):
 
 def generate(made, **how):
     settings = {"shift": 5.0, "sampling_steps": STEPS, "seed": 1} | how
-    if isinstance(made, image2video.ImagePipeline):
+    if isinstance(made, image2video.WanI2V):
         pictures = [picture(i) for i in range(2 if isinstance(made, wan.WanFLF2V) else 1)]
         return made.generate("a fox", *pictures, max_area=32 * 48, frame_num=5, **settings)
     if isinstance(made, wan.WanVace):
