@@ -159,12 +159,17 @@ class Seen:
 
 
 def look(args: Sequence, kwargs: dict, expert: int) -> Seen:
-    timestep = timestep_of(args, kwargs).max()
+    """Looks at the latents, the first argument, and at the timestep: `t`, `timestep` or the second argument. Raises
+    TypeError if there is none."""
+    found = [*(kwargs[name] for name in ("t", "timestep") if name in kwargs), *args[1:2]]
+    if not found:
+        raise TypeError("the call has no timestep: pass it as `t`, as `timestep` or as second argument")
+    timestep = torch.as_tensor(found[0]).max()
     value = float(timestep)  # waits for the device, unless the timestep is on the CPU
     rounding = value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
     resolution = max(rounding, 1.0 if value.is_integer() and value > 1 else 0.0)
-    latents = next(iter((*args, *kwargs.values())))
-    return Seen(value, resolution, [tensor.shape for tensor in tensors_in(latents)], expert)
+    latents = tree_leaves(next(iter((*args, *kwargs.values()))))
+    return Seen(value, resolution, [leaf.shape for leaf in latents if isinstance(leaf, torch.Tensor)], expert)
 
 
 def misfit(schedule: Schedule, step: int, seen: Seen, scale: float) -> str | None:
@@ -247,18 +252,6 @@ class Run:
             f"the run before this one ended after {self.call + 1} of {self.calls} transformer calls; if it was not "
             "stopped, plan for as many steps as a run has: what is cached waits for the others"
         )
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def timestep_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Returns a call's argument `t` or `timestep`, or its second one. Raises TypeError if there is none."""
-    found = [*(kwargs[name] for name in ("t", "timestep") if name in kwargs), *args[1:2]]
-    if not found:
-        raise TypeError("the call has no timestep: pass it as `t`, as `timestep` or as second argument")
-    return torch.as_tensor(found[0])
 
 
 def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
