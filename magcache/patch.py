@@ -369,7 +369,7 @@ def attached_class(own_class: type, expert: int) -> type:
 
     def __reduce_ex__(self, protocol):  # of a deep copy, too
         make, arguments, *rest = super(attached, self).__reduce_ex__(protocol)
-        return made_again, (NotPickled(), make, arguments), *rest
+        return DeepCopy(), (make, arguments), *rest
 
     own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_own_class": own_class}
     same = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -377,18 +377,16 @@ def attached_class(own_class: type, expert: int) -> type:
     return attached
 
 
-class NotPickled:
-    def __deepcopy__(self, memo: dict) -> "NotPickled":
-        return self
+class DeepCopy:
+    """Makes a deep copy of an instance as its class would. It cannot be pickled, and so neither can the model."""
+
+    def __call__(self, make: Callable, arguments: tuple) -> Any:
+        copied = make(*arguments)
+        ATTACHED.add(copied)
+        return copied
 
     def __reduce_ex__(self, protocol: int):
         raise TypeError("a model with a cache cannot be pickled: remove it first, by magcache.remove_magcache(model)")
-
-
-def made_again(guard: NotPickled, make: Callable, arguments: tuple) -> Any:
-    copied = make(*arguments)
-    ATTACHED.add(copied)
-    return copied
 
 
 Models = torch.nn.Module | Sequence[torch.nn.Module]  # one, or two experts that share a run
