@@ -72,6 +72,5 @@ def first_below(sigmas: Sequence[float], boundary: float) -> int:
 
 
 def log_snr(sigma: float) -> float:
-    """Returns lambda = log((1 - sigma) / sigma), the logarithm of the signal-to-noise ratio; minus infinity at pure
-    noise."""
+    """Returns lambda = log((1 - sigma) / sigma), log of the signal-to-noise ratio; minus infinity at pure noise."""
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf

@@ -44,12 +44,9 @@ def threshold_rule(ratios: Sequence[float], settings: Settings, first_free_step:
     Over a stretch of reused steps the product of the ratios says how far the residual's size has moved; the error is
     the sum of its distances from 1. A step reuses while that error stays below thresh and the stretch within K.
     """
-    reuse = []
+    reuse = [False] * min(first_free_step, len(ratios))
     product, error, stretch = 1.0, 0.0, 0
-    for step, ratio in enumerate(ratios):
-        if step < first_free_step:
-            reuse.append(False)
-            continue
+    for ratio in ratios[first_free_step:]:
         product *= ratio
         error += abs(1.0 - product)
         stretch += 1

@@ -26,8 +26,7 @@ class WanT2V(WanPipeline):
         n_prompt: empty for the config's negative prompt. seed: negative for a random one. offload_model: keeps
         transformer and text encoder on the GPU only while they work.
 
-        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame count or
-        solver.
+        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame_num or solver.
         """
         shape = self.latent_shape(size, frame_num)
         contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)

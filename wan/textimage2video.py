@@ -48,8 +48,7 @@ class WanTI2V(WanPipeline):
         img: its first frame, of any size; the video then has about its aspect ratio and at most max_area pixels a
         frame. Without one it has `size` (width, height), multiples of 32. The others as in `WanT2V.generate`.
 
-        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame count or
-        solver.
+        Returns float32 [3, frame_num, height, width] in [-1, 1]. Raises ValueError for a bad size, frame_num or solver.
         """
         if img is not None:
             rows, columns = (s * p for s, p in zip(self.config.vae_stride[1:], self.config.patch_size[1:], strict=True))

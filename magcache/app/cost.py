@@ -119,8 +119,7 @@ class Needs:
 
 
 def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs:
-    """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights; in
-    Wan2.1's own `wan` it is float32."""
+    """pixels: (frames, height, width) of the video. cuda: where it runs, which decides on the dtype of the weights."""
     machine, spec, chosen = job.machine, job.sampling.spec, backend()
     sizes, experts = architecture_of(spec, machine.ckpt_dir), len(spec.transformers)
     shards, blocks = machine.shards, sizes.num_layers + sizes.vace_blocks

@@ -147,9 +147,8 @@ def make_video(renderer: Renderer, request: Request, runner: patch.Runner, more:
 
 
 def compare_video(renderer: Renderer, request: Request, more: bool, record, frames, watch: Watch) -> str | None:
-    """Renders the same video without the cache, and writes the comparison, also into the record. frames, watch: of that
-    with the cache, uint8 [F, H, W, 3]; None, as the record, where this process got no video. Returns what went
-    wrong."""
+    """Renders the same video without the cache, and writes the comparison, also into the record. Returns what went
+    wrong. frames, watch: of that with the cache, uint8 [F, H, W, 3]; None, as the record, where there is no video."""
     print("now the same without the cache, to compare", flush=True)
     job = renderer.job
     uncached = patch.Runner(all_computed(job.schedule.steps, job.schedule.calls_per_step))

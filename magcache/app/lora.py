@@ -144,8 +144,7 @@ def misfit(names: Shapes, sizes: Architecture) -> str | None:
 
 def find_changes(names: Shapes, shapes: Shapes) -> dict[str, Change]:
     """Returns, by parameter, what a file changes in a model. names: of its tensors, and their shapes. shapes: of the
-    parameters. Raises ValueError with a line for what has no place there, another shape than its place, or no other
-    half."""
+    parameters. Raises ValueError for what has no place there, another shape than its place, or no other half."""
     places, changes = spellings(shapes), {}
     for tensor in usable(names, shapes):
         parameter, kind = place_of(tensor, places, shapes)

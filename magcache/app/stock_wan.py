@@ -1,5 +1,4 @@
-"""The `wan` packages of checkouts of Wan2.1 and Wan2.2, as upstream has them, and all that is known here of their
-inside."""
+"""The `wan` packages of upstream's checkouts of Wan2.1 and Wan2.2, and all that is known here of their inside."""
 
 import ast
 import contextlib
