@@ -83,12 +83,16 @@ class WanVace(WanPipeline):
         Returns float32 [3, F, H, W] in [-1, 1]; frames beyond 4 n + 1 are dropped. Raises ValueError for shapes that
         do not fit, a bad size, frame count or solver.
         """
-        frames, mask = self.single(input_frames, "input_frames"), self.single(input_masks, "input_masks")
-        refs = self.single(input_ref_images, "input_ref_images") or []
+        given = {"input_frames": input_frames, "input_masks": input_masks, "input_ref_images": input_ref_images}
+        for name, entries in given.items():
+            if entries is not None and len(entries) != 1:
+                raise ValueError(f"{name} must hold one video's, got {len(entries)} entries")
+        frames, mask, refs = (entries and entries[0] for entries in given.values())
         if frames is None:
             self.latent_shape(size, frame_num)  # raises for what cannot be tiled
             frames = torch.zeros(3, frame_num, size[1], size[0])
         mask = torch.ones_like(frames[:1]) if mask is None else mask
+        refs = refs or []
         self.check_shapes(frames, mask, refs)
         contexts = self.encode_text(input_prompt, n_prompt, offload_model, guide_scale)
         frames, mask, *refs = (u.to(self.device) for u in (frames, mask, *refs))
@@ -100,15 +104,6 @@ class WanVace(WanPipeline):
         control["seq_len"] = self.token_count(shape)
         how = Denoising(sample_solver, sampling_steps, shift, guide_scale, offload_model)
         return self.decode(self.denoise(self.noise(shape, seed), contexts, control, how)[:, skipped:])
-
-    @staticmethod
-    def single(entries: list | None, name: str):
-        """Returns the one entry of a list, or None for no list. Raises ValueError if there are more."""
-        if entries is None:
-            return None
-        if len(entries) != 1:
-            raise ValueError(f"{name} must hold one video's, got {len(entries)} entries")
-        return entries[0]
 
     def check_shapes(self, frames: torch.Tensor, mask: torch.Tensor, refs: list[torch.Tensor]) -> None:
         """Raises ValueError unless they are as `generate` needs them."""
