@@ -29,10 +29,6 @@ class Architecture:
     images: int = 0
     vace_blocks: int = 0
 
-    @property
-    def image_tokens(self) -> int:
-        return self.images * CLIP_TOKENS
-
 
 def tensor_shapes(sizes: Architecture) -> Shapes:
     """Names and shapes of all tensors."""

@@ -7,7 +7,7 @@ at their real sizes, on fake tensors; see examples/README.md.
 from dataclasses import dataclass
 from math import prod
 
-from magcache.app.architecture import LATENT, LATENT_5B, PATCH, Architecture, tensor_shapes
+from magcache.app.architecture import CLIP_TOKENS, LATENT, LATENT_5B, PATCH, Architecture, tensor_shapes
 from magcache.app.backend import backend
 from magcache.app.checkpoint import architecture_of
 from magcache.app.job import Job
@@ -50,7 +50,7 @@ def token_count(frames: int, height: int, width: int, references: int = 0, token
 def call_flops(sizes: Architecture, tokens: int) -> tuple[int, int]:
     """Returns the FLOPs of a computed and of a reused call of one sample, as torch's FlopCounterMode counts them: two
     for every multiplication of a matrix product, a convolution or an attention, none for the rest."""
-    text, image = sizes.text_len, sizes.image_tokens
+    text, image = sizes.text_len, sizes.images * CLIP_TOKENS
     rows = {"time_": 1, "text_embedding": text, "cross_attn.k.": text, "cross_attn.v.": text}
     rows |= dict.fromkeys(("img_emb", "k_img", "v_img"), image)
     computed = reused = 0
