@@ -1,6 +1,18 @@
 """The denoise loop of the pipelines around a bare transformer, for tests that have no text encoder and no VAE."""
 
+import diffusers
 import torch
+
+
+def wan_scheduler(shift: float):
+    """UniPC for diffusers' pipelines at Wan's noise levels, which its own flow sigmas are not."""
+    from wan.utils.samplers import sampling_sigmas
+
+    class WanSteps(diffusers.UniPCMultistepScheduler):
+        def set_timesteps(self, steps, device=None):
+            super().set_timesteps(sigmas=sampling_sigmas("unipc", steps, shift).astype("float32"), device=device)
+
+    return WanSteps(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
 
 
 @torch.no_grad()

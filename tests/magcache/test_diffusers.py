@@ -1,9 +1,8 @@
-"""diffusers' transformers: what a schedule and a calibration do on tiny random ones, and with what else they hold.
-
-The expected results are of a plain model and the rule written out by hand (`ByHand`).
-"""
+"""diffusers' transformers: what a schedule and a calibration do with their ways to be called, and with what else they
+hold. What holds for all models is in test_patch.py."""
 
 import copy
+import functools
 import itertools
 import os
 import subprocess
@@ -12,115 +11,27 @@ import warnings
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import peft
 import pytest
+import tiny_models
 import torch
+from tiny_models import HEADS, SIZES, STEPS, TARGETS, ByHand, as_diffusers, count_block_calls, make_schedule, noise
 
 import magcache
 
-STEPS = 8
-SIZES = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 3,
-}
 VACE = {"vace_layers": [0, 2], "vace_in_channels": 4}
-TARGETS = ("residual", "output")
-RATIOS = magcache.load_ratios("t2v-1.3B")
+(CONTROL,) = noise(1, (1, 4, 2, 4, 4))
+denoise = functools.partial(tiny_models.denoise, call=as_diffusers)
+by_hand = functools.partial(tiny_models.by_hand, call=as_diffusers)
 
 
-def make_model(kind="wan"):
+def make_model(model_class=diffusers.WanTransformer3DModel, **more):
     torch.manual_seed(0)
-    if kind == "vace":
-        model = diffusers.WanVACETransformer3DModel(**SIZES, **VACE)
-    else:
-        model = diffusers.WanTransformer3DModel(**SIZES)
-    return model.eval().requires_grad_(False)
+    return model_class(**SIZES, **HEADS, **more).eval().requires_grad_(False)
 
 
-def make_schedule(target, steps=STEPS, calls_per_step=2, shift=5.0):
-    if target == "residual":
-        levels = magcache.noise_levels(steps, shift)
-        return magcache.plan(RATIOS, steps, 0.3, 3, 0.2, calls_per_step=calls_per_step, sigmas=levels)
-    return magcache.plan_speedup(steps, 2, shift, calls_per_step=calls_per_step)
-
-
-def noise(seed, *shapes):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def denoise(model, steps=STEPS, seed=0, shift=5.0, guidance=True, part=slice(None), side=4, as_timestep=None, **given):
-    """Euler's method, with guidance 5 or without; called as diffusers' pipelines do. `given`: further arguments.
-
-    part: of the steps. side: of the latent. as_timestep: makes the argument of the noise level on a scale of 1000; the
-    default is int64 [1].
-    """
-    as_timestep = as_timestep or (lambda level: torch.tensor([int(level)]))
-    given = {"return_dict": False} | given
-    latent, *contexts, control = noise(seed, (1, 16, 2, side, side), (1, 5, 8), (1, 5, 8), (1, 4, 2, side, side))
-    if getattr(getattr(model, "model", model), "vace_blocks", None):
-        given["control_hidden_states"] = control
-    with torch.no_grad():
-        for sigma, following in [*itertools.pairwise((*magcache.noise_levels(steps, shift), 0.0))][part]:
-            timestep = as_timestep(1000 * sigma)
-            answers = [
-                model(hidden_states=latent, timestep=timestep, encoder_hidden_states=context, **given)[0]
-                for context in contexts[: 1 + guidance]
-            ]
-            velocity = answers[1] + 5 * (answers[0] - answers[1]) if guidance else answers[0]
-            latent = latent + (following - sigma) * velocity
-    return latent
-
-
-class ByHand:
-    """Follows a schedule without the library: everything runs in every call, and where it should not have, what came
-    out is replaced, by the combination of earlier outputs, or in front of the output norm by tokens plus residual."""
-
-    def __init__(self, model, schedule):
-        self.model, self.schedule, self.call = model, schedule, -1
-        self.kept = [[] for _ in range(schedule.calls_per_step)]
-        if schedule.target == "residual":
-            model.patch_embedding.register_forward_hook(self.embedded)
-            model.norm_out.register_forward_pre_hook(self.before_the_head)
-
-    def embedded(self, module, args, out):
-        self.tokens = out.flatten(2).transpose(1, 2)
-
-    def before_the_head(self, module, args):
-        weights, branch = self.schedule.weights[self.call], self.kept[self.call % self.schedule.calls_per_step]
-        if weights is None:
-            branch[:] = [args[0].to(self.tokens.dtype) - self.tokens]
-            return None
-        return ((self.tokens + branch[0]).float(),)
-
-    def __call__(self, **kwargs):
-        self.call = (self.call + 1) % len(self.schedule.weights)
-        out = self.model(**kwargs)[0]
-        weights, branch = self.schedule.weights[self.call], self.kept[self.call % self.schedule.calls_per_step]
-        if self.schedule.target == "output":
-            if weights is None:
-                branch.insert(0, out)
-            else:
-                out = sum(w * v.double() for w, v in zip(weights, branch, strict=False)).to(out.dtype)
-        return (out,)
-
-
-def by_hand(model, schedule, **how):
-    model = copy.deepcopy(model)
-    magcache.remove_magcache(model)
-    return denoise(ByHand(model, schedule), **how)
-
-
-def count_block_calls(model):
-    calls = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: calls.append(module))
-    return calls
+def make_vace():
+    return make_model(diffusers.WanVACETransformer3DModel, **VACE)
 
 
 @pytest.fixture
@@ -128,54 +39,27 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("guidance", [True, False])
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_schedule(target, guidance, model):
-    schedule = make_schedule(target, calls_per_step=1 + guidance)
-    expected, calls = by_hand(model, schedule, guidance=guidance), count_block_calls(model)
-    told = []
-    cache = magcache.apply_magcache(model, schedule, on_call=lambda *call: told.append(call))
-    for _ in range(2):
-        calls.clear()
-        torch.testing.assert_close(denoise(model, guidance=guidance), expected)
-        assert 0 < schedule.computed < len(schedule.weights)
-        assert len(calls) == schedule.computed * len(model.blocks)
-        assert not any(cache.kept)
-    assert tuple(reused for _, reused in told) == 2 * schedule.reuse
-
-
-@pytest.mark.parametrize("kind", ["wan", "vace"])
-@pytest.mark.parametrize("return_dict", [True, False])
-def test_forecasts(kind, return_dict):
-    """Computed calls give what the model itself gives, forecast calls the combination; in the type that it returns."""
-    model, schedule = make_model(kind), make_schedule("output")
-    plain, outputs, computed = copy.deepcopy(model), [], [[], []]
+def test_forecasts_of_vace():
+    model, schedule = make_vace(), make_schedule("output")
+    expected = by_hand(model, schedule, control_hidden_states=CONTROL)
     magcache.apply_magcache(model, schedule)
-
-    def compared(**kwargs):
-        out = model(**kwargs)
-        branch, weights = computed[len(outputs) % 2], schedule.weights[len(outputs)]
-        if weights is None:
-            branch.insert(0, plain(**kwargs)[0])
-            assert torch.equal(out[0], branch[0])
-        else:
-            expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
-            torch.testing.assert_close(out[0].double(), expected, rtol=1e-6, atol=1e-6)
-        outputs.append(out)
-        return out
-
-    compared.model = model
-    denoise(compared, return_dict=return_dict)
-    own_type = diffusers.models.modeling_outputs.Transformer2DModelOutput if return_dict else tuple
-    assert {type(out) for out in outputs} == {own_type}
-    assert len(outputs) == 2 * STEPS
+    torch.testing.assert_close(denoise(model, control_hidden_states=CONTROL), expected)
 
 
 def test_return_dict_may_change_from_run_to_run(model):
+    """What is returned is of the type that the model returns, reused or not."""
+    expected, found = by_hand(model, make_schedule("output")), []
     magcache.apply_magcache(model, make_schedule("output"))
-    expected = denoise(model, return_dict=True)
-    for return_dict in (False, True):
-        assert torch.equal(denoise(model, return_dict=return_dict), expected)
+
+    def called(**given):
+        found.append(model(**given))
+        return found[-1]
+
+    own_type = diffusers.models.modeling_outputs.Transformer2DModelOutput
+    for return_dict, returned in ((True, own_type), (False, tuple)):
+        torch.testing.assert_close(denoise(called, return_dict=return_dict), expected)
+        assert {type(out) for out in found} == {returned}
+        found.clear()
 
 
 def by_token(level):
@@ -237,14 +121,6 @@ def test_a_wrong_number_of_calls_is_said_once_and_the_run_computed(target, guida
         denoise(model, guidance=guidance)
 
 
-def test_a_calibration_without_guidance_is_refused(model):
-    calibration = magcache.apply_calibration(model, STEPS)
-    with pytest.warns(UserWarning, match="calls_per_step of a plan"):
-        denoise(model, guidance=False)
-    with pytest.raises(RuntimeError, match="the run stopped after"):
-        calibration.lists()
-
-
 @pytest.mark.parametrize("calls_per_step", [1, 2])
 @pytest.mark.parametrize(
     ("steps", "shift", "dtype"),
@@ -267,23 +143,6 @@ def test_steps_that_share_a_timestep_are_no_wrong_number(steps, shift, dtype, ca
         for _, timestep, _ in itertools.product(range(2), timesteps, range(calls_per_step)):
             model(torch.zeros(1), timestep)
     assert tuple(reused for _, reused in told) == 2 * schedule.reuse
-
-
-def test_cond_and_uncond_in_one_batch(model):
-    """One call a step, whose output holds both."""
-    schedule, (cond, uncond) = make_schedule("output", calls_per_step=1), noise(1, (1, 5, 8), (1, 5, 8))
-    both = torch.cat([cond, uncond])
-    magcache.apply_magcache(model, schedule)
-    kept = []
-    for weights, sigma in zip(schedule.weights, magcache.noise_levels(STEPS, 5.0), strict=True):
-        x, timestep = noise(int(1000 * sigma), (1, 16, 2, 4, 4))[0].repeat(2, 1, 1, 1, 1), torch.tensor([1000 * sigma])
-        out = model(x, timestep.expand(2), both, return_dict=False)[0]
-        if weights is None:
-            kept.insert(0, out)
-        else:
-            expected = sum(w * v.double() for w, v in zip(weights, kept, strict=False))
-            torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
-        assert out.shape == x.shape
 
 
 # Runs that do not fit the schedule
@@ -371,93 +230,6 @@ def test_timesteps_in_other_dtypes_and_scales_fit(scale, dtype):
     assert told == [*enumerate(schedule.reuse)]
 
 
-# Two transformers, as Wan2.2 has them
-
-
-class Levels(diffusers.UniPCMultistepScheduler):
-    """UniPC at the noise levels of the other tests."""
-
-    def set_timesteps(self, steps, device=None):
-        super().set_timesteps(sigmas=np.float32(magcache.noise_levels(steps, 5.0)), device=device)
-
-
-def wan22_pipeline(boundary_ratio=0.85):
-    transformers = make_model(), make_model()
-    for p in transformers[1].parameters():
-        p.mul_(1.1)
-    torch.manual_seed(0)
-    parts = {"transformer": transformers[0], "transformer_2": transformers[1], "boundary_ratio": boundary_ratio}
-    vae = diffusers.AutoencoderKLWan(base_dim=3, num_res_blocks=1, dim_mult=[1, 1, 1, 1])
-    levels = Levels(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=levels, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def wan22_latents(pipe, **how):
-    latents, prompt, negative = noise(0, (1, 16, 2, 4, 4), (1, 5, 8), (1, 5, 8))
-    given = {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": 32, "width": 32, "num_frames": 5}
-    given |= {"num_inference_steps": STEPS, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "output_type": "latent"}
-    return pipe(latents=latents, **given | how).frames
-
-
-def test_two_transformers_of_a_pipeline():
-    """Every computed call against the pipeline without the cache, every other against outputs of its own expert."""
-    pipe = wan22_pipeline()
-    models, outputs = [pipe.transformer, pipe.transformer_2], []
-    plain = wan22_latents(pipe)
-    sigmas, boundary = magcache.noise_levels_of(pipe.scheduler, STEPS), pipe.config.boundary_ratio
-    full = magcache.plan_speedup(STEPS, 1, sigmas=sigmas, boundary=boundary)
-    magcache.apply_magcache(models, full)
-    assert torch.equal(wan22_latents(pipe), plain)
-    schedule = magcache.plan_speedup(STEPS, 2, sigmas=sigmas, boundary=boundary)
-    assert schedule.switch == 4
-    ran, by_expert = [], [[[], []], [[], []]]  # by expert and branch, newest first
-    for model in models:
-        model.proj_out.register_forward_hook(lambda module, args, out: ran.append(out))
-
-    def note(call, reused):
-        outputs.append(reused)
-        assert bool(ran) == (not reused)
-        ran.clear()
-
-    magcache.apply_magcache(models, schedule, on_call=note)
-    answers = {model: type(model).__call__ for model in models}
-    for expert, model in enumerate(models):
-
-        class Compared(type(model)):
-            def __call__(self, *args, expert=expert, answer=answers[model], **kwargs):
-                call = len(outputs)
-                out, branch = answer(self, *args, **kwargs), by_expert[expert][call % 2]
-                assert expert == (call >= 8)
-                weights = schedule.weights[call]
-                if weights is None:
-                    branch.insert(0, out[0])
-                else:
-                    expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
-                    torch.testing.assert_close(out[0].double(), expected, rtol=1e-6, atol=1e-6)
-                return out
-
-        model.__class__ = Compared
-    wan22_latents(pipe)
-    assert tuple(outputs) == schedule.reuse
-
-
-@pytest.mark.parametrize(("boundary_ratio", "said"), [(0.95, "step 3 of this run calls the second"), (0.7, "step 5 ")])
-def test_another_boundary_than_planned_is_said_once_and_the_run_computed(boundary_ratio, said):
-    pipe = wan22_pipeline(boundary_ratio)
-    plain = wan22_latents(pipe)
-    computed = {0, 1, 2, 4, 5, 6} if boundary_ratio < 0.85 else {0, 2, 4, 6}
-    sigmas = magcache.noise_levels_of(pipe.scheduler, STEPS)
-    schedule = magcache.plan_steps(computed, STEPS, sigmas=sigmas, boundary=0.85)
-    magcache.apply_magcache([pipe.transformer, pipe.transformer_2], schedule)
-    found, lines = lines_said(lambda: wan22_latents(pipe))
-    assert len(lines) == 1
-    assert lines[0].startswith(said)
-    reached = schedule.weights[: 2 * int(said.split()[1]) - 2]
-    assert torch.equal(found, plain) == (None in reached and all(weights is None for weights in reached))
-
-
 # What has no residual
 
 
@@ -488,14 +260,15 @@ ATTACHMENTS = {
 
 @pytest.mark.parametrize("attach", ATTACHMENTS)
 def test_hints_between_the_blocks_are_refused(attach):
-    model = make_model("vace")
-    plain, blocks = denoise(model), model.blocks
+    model = make_vace()
+    run = functools.partial(denoise, model, control_hidden_states=CONTROL)
+    plain, blocks = run(), model.blocks
     ATTACHMENTS[attach](model)
     with pytest.raises(RuntimeError, match=r"does not only chain its blocks: use output forecasts \(magcache.plan_"):
-        denoise(model)
+        run()
     assert model.blocks is blocks
     magcache.remove_magcache(model)
-    assert torch.equal(denoise(model), plain)
+    assert torch.equal(run(), plain)
 
 
 @pytest.mark.parametrize("attach", ATTACHMENTS)
@@ -589,7 +362,7 @@ def test_together(change, order, target, model, tmp_path):
     expected = denoise(ByHand(twin, schedule))
     if order == "before":
         change(model, tmp_path)
-    told = []
+    before, told = dict(model.__dict__), []
     magcache.apply_magcache(model, schedule, on_call=lambda *call: told.append(call))
     if order == "after":
         change(model, tmp_path)
@@ -597,6 +370,7 @@ def test_together(change, order, target, model, tmp_path):
         torch.testing.assert_close(denoise(model), expected)
     assert tuple(reused for _, reused in told) == 2 * schedule.reuse
     magcache.remove_magcache(model)
+    assert model.__dict__ == before or order == "after"
     alone = denoise(model)
     assert not torch.allclose(alone, expected, **CLOSE)
     assert torch.allclose(alone, plain, **CLOSE) == (change in (group_offload, leaf_offload, compile_blocks))
@@ -616,110 +390,6 @@ def test_context_parallel(model, tmp_path):
         assert seen["forecasts"][1] == schedule.reuse
         for name in ATTACHMENTS:
             assert seen[name].startswith("no residual of blocks that turn [1, 8, 24] into [1, 4, 24]: use output fore")
-
-
-# What diffusers' own tests of its hooks look at: state, contexts, removal
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("stop_after", [1, 2, 6])
-def test_a_run_after_an_abandoned_one_starts_clean(target, stop_after, model):
-    magcache.apply_magcache(model, make_schedule(target))
-    fresh = denoise(model)
-    denoise(model, seed=1, part=slice(stop_after))
-    assert torch.equal(denoise(model), fresh)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_cond_and_uncond_do_not_mix(target, model):
-    """Runs with either prompt only, alternating or on their own."""
-    (latent, *prompts), results = noise(0, (1, 16, 2, 4, 4), (1, 5, 8), (1, 5, 8)), []
-    timesteps = [torch.tensor([int(1000 * sigma)]) for sigma in magcache.noise_levels(STEPS, 5.0)]
-    for chosen in (prompts, prompts[:1], prompts[1:]):
-        magcache.apply_magcache(model, make_schedule(target, calls_per_step=len(chosen)))
-        answers = [model(latent, t, prompt, return_dict=False)[0] for t in timesteps for prompt in chosen]
-        results.append([answers[i :: len(chosen)] for i in range(len(chosen))])
-    for both, alone in zip(results[0], results[1] + results[2], strict=True):
-        torch.testing.assert_close(both, alone)
-    assert not torch.equal(results[0][0][-1], results[0][1][-1])
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("offloaded", [False, True])
-def test_removal_restores_the_instance_exactly(target, offloaded, model, tmp_path):
-    if offloaded:
-        group_offload(model, tmp_path)
-    plain, before, own_class = denoise(model), dict(model.__dict__), type(model)
-    magcache.apply_magcache(model, make_schedule(target))
-    assert not torch.allclose(denoise(model), plain, **CLOSE)
-    assert isinstance(model, own_class)
-    magcache.remove_magcache(model)
-    assert model.__dict__ == before
-    assert type(model) is own_class
-    torch.testing.assert_close(denoise(model), plain, **CLOSE)
-
-
-def diffusers_magcache(model, thresh, K):
-    """diffusers' own hook, for the cond ratios; its contexts as its pipelines set them."""
-    config = diffusers.MagCacheConfig(thresh, K, 0.2, STEPS, list(RATIOS[::2]))
-    model.enable_cache(config)
-    branches = itertools.cycle(("cond", "uncond"))
-
-    def called(**kwargs):
-        with model.cache_context(next(branches)):
-            return model(**kwargs)
-
-    return called
-
-
-@pytest.mark.parametrize(("thresh", "K"), [(0.3, 3), (0.06, 1), (0.5, 6)])
-def test_magcache_is_that_of_diffusers(thresh, K):
-    ours, theirs = make_model(), make_model()
-    one_list = [ratio for ratio in RATIOS[::2] for _ in ("cond", "uncond")]
-    magcache.apply_magcache(ours, magcache.plan(one_list, STEPS, thresh, K, 0.2))
-    results = []
-    for model, run in ((ours, ours), (theirs, diffusers_magcache(theirs, thresh, K))):
-        calls = []
-        for block in model.blocks:  # its attention, as their hook may replace what a block does
-            block.attn1.register_forward_hook(lambda module, args, out, calls=calls: calls.append(module))
-        model.norm_out.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("head"))
-        latents = denoise(run)
-        decisions = [len(list(group)) for is_head, group in itertools.groupby(calls, lambda c: c == "head")]
-        results.append((latents, decisions))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    assert results[0][1] == results[1][1]
-    assert max(results[0][1][1::2]) > 1  # heads in a row
-
-
-# Calibration
-
-
-def residuals_of(model):
-    """By call, [tokens of all samples, C]."""
-    ins, outs = [], []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: ins.append(args[0]))
-    model.blocks[-1].register_forward_hook(lambda module, args, out: outs.append(out))
-    plain = denoise(model)
-    return plain, [(out - x).flatten(0, 1).double().numpy() for x, out in zip(ins, outs, strict=True)]
-
-
-def test_calibration(model, tmp_path):
-    """All tokens count; the table is saved and loaded as that of any other model."""
-    plain, residuals = residuals_of(model)
-    calibration = magcache.apply_calibration(model, STEPS)
-    assert torch.equal(denoise(model), plain)
-    lists = calibration.lists()
-    for call in range(2, 2 * STEPS):
-        now, before = residuals[call], residuals[call - 2]
-        norms = np.linalg.norm(now, axis=1), np.linalg.norm(before, axis=1)
-        ratio, cosine = norms[0] / norms[1], (now * before).sum(axis=1) / norms[0] / norms[1]
-        expected = ratio.mean(), ratio.std(ddof=1), (1 - cosine).mean()
-        assert [lists[key][call - 2] for key in lists] == pytest.approx(expected, abs=1e-5)
-    magcache.save_table(tmp_path / "mine.json", magcache.make_table("mine", [lists], {"model": "diffusers"}))
-    ratios = magcache.load_ratios(tmp_path / "mine.json")
-    assert ratios == (1.0, 1.0, *lists["mag_ratio"])
-    magcache.apply_magcache(model, magcache.plan(ratios, STEPS, thresh=10.0, K=4))
-    assert not torch.equal(denoise(model), plain)
 
 
 # Noise levels of a scheduler

@@ -1,10 +1,8 @@
 """diffusers' own pipelines, against this repository's: the demo models with the same weights, converted by diffusers'
 converter, prompt features, noise, noise levels and schedule give the same latents."""
 
-import contextlib
 import copy
 import functools
-import itertools
 import re
 import warnings
 from pathlib import Path
@@ -18,26 +16,16 @@ from magcache.app.media import to_uint8
 pytest.importorskip("wan")  # the magcache package is tested without this repository's, too
 import diffusers
 from PIL import Image
+from sampling import wan_scheduler
 
 from examples.benchmarks.peers import DiffusersModel
 from examples.train_tiny.check_prompts import check_pairs, first_frame, load_demo
 from wan.pipeline import Denoising
-from wan.utils.samplers import sampling_sigmas
 
 REPO = Path(__file__).parents[2]
 STEPS, SHIFT, FRAMES, SIZE = 12, 5.0, 5, 64
 CAPTION, SEED = check_pairs()[0]
 TASKS = ("t2v-tiny", "i2v-tiny")
-
-
-class WanSteps(diffusers.UniPCMultistepScheduler):
-    """UniPC at Wan2.1's noise levels, which its own flow sigmas are not."""
-
-    def __init__(self):
-        super().__init__(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-
-    def set_timesteps(self, steps, device=None):
-        super().set_timesteps(sigmas=sampling_sigmas("unipc", steps, SHIFT).astype("float32"), device=device)
 
 
 class ImageToVideo(diffusers.WanImageToVideoPipeline):
@@ -59,7 +47,7 @@ class Demo:
             "tokenizer": None,
             "text_encoder": None,
             "vae": self.own.vae.model,
-            "scheduler": WanSteps(),
+            "scheduler": wan_scheduler(SHIFT),
             "transformer": DiffusersModel(self.own.model).transformer,
         }
         self.pipe = (ImageToVideo if image else diffusers.WanPipeline)(**parts)
@@ -161,19 +149,6 @@ def test_without_guidance(t2v, kind):
         warnings.filterwarnings("error", message=".* this run|the run|the schedule")
         assert not torch.equal(t2v.latents(guidance_scale=1.0), plain)
     assert tuple(reused) == schedules(t2v, 1)[kind].reuse
-    magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
-    with pytest.warns(UserWarning, match="calls_per_step of a plan is 2 with guidance, 1 without"):
-        assert torch.equal(t2v.latents(guidance_scale=1.0), plain)
-
-
-@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
-def test_two_pipelines_share_a_transformer(t2v, kind):
-    reused = followed(t2v.pipe.transformer, schedules(t2v)[kind])
-    other = diffusers.WanPipeline(**t2v.pipe.components)
-    expected = t2v.latents()
-    assert torch.equal(t2v.latents(other), expected)
-    assert torch.equal(t2v.latents(), expected)
-    assert tuple(reused) == 3 * schedules(t2v)[kind].reuse
 
 
 @pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
@@ -196,59 +171,6 @@ def test_pipe_to(t2v, kind):
     magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
     exact = t2v.latents()
     assert 0 < (results[0] - exact).abs().mean() < 0.2 * exact.abs().mean()
-
-
-def stop_at(step, how):
-    """A callback that stops the pipeline after that many steps."""
-
-    def after_step(pipe, done, timestep, tensors):
-        if done + 1 == step:
-            if how == "raise":
-                raise KeyboardInterrupt
-            pipe._interrupt = True
-        return tensors
-
-    return after_step
-
-
-@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
-def test_runs_that_were_stopped_or_warmed_up(t2v, kind):
-    magcache.apply_magcache(t2v.pipe.transformer, schedules(t2v)[kind])
-    fresh = t2v.latents()
-    other = {"prompt_embeds": torch.zeros_like(t2v.padded_contexts()[0])}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* this run|the run|the schedule")
-        for step, how in itertools.product((1, 4), ("raise", "_interrupt")):
-            with contextlib.suppress(KeyboardInterrupt):
-                t2v.latents(callback_on_step_end=stop_at(step, how), **other)
-            assert torch.equal(t2v.latents(), fresh), (step, how)
-        t2v.latents(num_inference_steps=1, **other)  # warms up
-        assert torch.equal(t2v.latents(), fresh)
-    with pytest.warns(UserWarning, match="step 2 of this run is at timestep .*; the run is computed in full from here"):
-        t2v.latents(num_inference_steps=6)
-    assert torch.equal(t2v.latents(), fresh)
-
-
-@pytest.mark.parametrize("kind", ["thresh and K", "forecasts"])
-def test_a_start_in_the_middle(t2v, kind):
-    """Video to video with a strength below 1."""
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-    pipe = diffusers.WanVideoToVideoPipeline(**{name: t2v.pipe.components[name] for name in names})
-    pipe.set_progress_bar_config(disable=True)
-    how = {"strength": 0.5, "num_frames": None, "latents": None}
-
-    def edited():
-        frame = Image.fromarray(to_uint8(first_frame(CAPTION, SEED).permute(1, 2, 0)))
-        settings = {"video": [frame] * FRAMES, "generator": torch.Generator().manual_seed(0)}
-        return t2v.latents(pipe, **how, **settings)
-
-    plain = edited()
-    magcache.apply_magcache(pipe.transformer, schedules(t2v)[kind])
-    fresh = t2v.latents()
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="step 1 of this run is at timestep .*; the run is computed in full from"):
-            assert torch.equal(edited(), plain)
-    assert torch.equal(t2v.latents(), fresh)
 
 
 def two_experts(t2v):
@@ -274,7 +196,7 @@ def test_one_schedule_on_two_transformers(t2v):
 
 
 def test_two_transformers_in_turn(t2v):
-    """Each by a schedule of its own; also after a run that ended in the first step of the second one."""
+    """Each by a schedule of its own."""
     pipe, *parts = two_experts(t2v)
     plain, logs, schedules = t2v.latents(pipe), [], []
     for model, part in zip((pipe.transformer, pipe.transformer_2), parts, strict=True):
@@ -286,55 +208,35 @@ def test_two_transformers_in_turn(t2v):
     for reused, schedule in zip(logs, schedules, strict=True):
         assert any(schedule.reuse)
         assert tuple(reused) == 2 * schedule.reuse
-    t2v.latents(pipe, callback_on_step_end=stop_at(len(parts[0]) + 1, "_interrupt"))
-    assert torch.equal(t2v.latents(pipe), first)
+
+
+def test_two_transformers_share_a_run(t2v):
+    pipe, high, _ = two_experts(t2v)
+    models, levels = [pipe.transformer, pipe.transformer_2], magcache.noise_levels_of(pipe.scheduler, STEPS)
+    plain = t2v.latents(pipe)
+    for speedup in (1, 2):
+        schedule = magcache.plan_speedup(STEPS, speedup, sigmas=levels, boundary=pipe.config.boundary_ratio)
+        assert schedule.switch == len(high)
+        reused = followed(models, schedule)
+        assert torch.equal(t2v.latents(pipe), plain) == (speedup == 1)
+        assert tuple(reused) == schedule.reuse
 
 
 def test_vace(t2v):
-    """A random one: computed calls give what the model itself gives, forecast calls the combination of these."""
+    """A random one, with forecasts; residuals are refused."""
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 64, "freq_dim": 16, "ffn_dim": 32}
     model = diffusers.WanVACETransformer3DModel(**sizes, num_layers=3, vace_layers=[0, 2]).eval().requires_grad_(False)
-    pipe = diffusers.WanVACEPipeline(None, None, t2v.pipe.vae, WanSteps(), model)
+    pipe = diffusers.WanVACEPipeline(None, None, t2v.pipe.vae, wan_scheduler(SHIFT), model)
     pipe.set_progress_bar_config(disable=True)
     frame = Image.fromarray(to_uint8(first_frame(CAPTION, SEED).permute(1, 2, 0)))
     control = {"video": [frame] * FRAMES}
-    twin, plain = copy.deepcopy(model), t2v.latents(pipe, **control)
-    schedule, kept = schedules(t2v)["forecasts"], [[], []]
-    cache = magcache.apply_magcache(model, schedule)
-    follow, seen = cache.run, []
-
-    def compared(call, own, forward):
-        (out,) = follow(call, own, forward)
-        branch, weights = kept[call % 2], schedule.weights[call]
-        if weights is None:
-            branch.insert(0, twin(*forward.args[1:], **forward.keywords)[0])
-            assert torch.equal(out, branch[0])
-        else:
-            expected = sum(w * v.double() for w, v in zip(weights, branch, strict=False))
-            torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
-        seen.append(weights is not None)
-        return (out,)
-
-    cache.run = compared
+    plain, reused = t2v.latents(pipe, **control), followed(model, schedules(t2v)["forecasts"])
     assert not torch.equal(t2v.latents(pipe, **control), plain)
-    assert tuple(seen) == schedule.reuse
-    magcache.apply_magcache(model, magcache.Schedule((None,) * 2 * STEPS, target="output"))
-    assert torch.equal(t2v.latents(pipe, **control), plain)
+    assert tuple(reused) == schedules(t2v)["forecasts"].reuse
     magcache.apply_magcache(model, schedules(t2v)["thresh and K"])
     with pytest.raises(RuntimeError, match="use output forecasts"):
         t2v.latents(pipe, **control)
-
-
-def test_calibration(demo):
-    """The ratios of the two pipelines agree: this repository's does not count padding, and here is none."""
-    lists = []
-    for model, run in ((demo.own.model, demo.own_latents), (demo.pipe.transformer, demo.latents)):
-        calibration = magcache.apply_calibration(model, STEPS)
-        run()
-        lists.append(calibration.lists())
-    for key, values in lists[0].items():
-        assert lists[1][key] == pytest.approx(values, abs=2e-4)
 
 
 def test_the_lines_of_the_readme(t2v, tmp_path):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from checkpoints_22 import write_checkpoint_22
 from PIL import Image
+from sampling import wan_scheduler
 
 import magcache
 import wan
 from examples.benchmarks.peers import DiffusersModel
 from wan.configs import WAN_CONFIGS
 from wan.textimage2video import covered_size
-from wan.utils.samplers import sampling_sigmas
 
 STEPS, FRAMES, SEED = 8, 5, 3
 PIPELINES = {"t2v-A14B": "WanT2V", "i2v-A14B": "WanI2V", "ti2v-5B": "WanTI2V"}
@@ -34,13 +34,6 @@ def load(tmp_path_factory):
     return load
 
 
-class WanSteps(diffusers.UniPCMultistepScheduler):
-    """UniPC at Wan's noise levels. shift: of them."""
-
-    def set_timesteps(self, steps, device=None):
-        super().set_timesteps(sigmas=np.float32(sampling_sigmas("unipc", steps, self.wan_shift)), device=device)
-
-
 def picture(size):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
@@ -53,13 +46,11 @@ def generated(own, with_picture, guide_scale, shift, size=(64, 32), **how):
 
 
 def by_diffusers(own, with_picture, guide_scale, shift, size=(64, 32)):
-    scheduler = WanSteps(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-    scheduler.wan_shift = shift
     models = [DiffusersModel(model).transformer for model in own.transformers]
     parts = dict(zip(("transformer", "transformer_2"), models, strict=False))
     parts |= {"boundary_ratio": own.config.boundary} if len(models) == 2 else {"expand_timesteps": True}
     kind = diffusers.WanImageToVideoPipeline if with_picture else diffusers.WanPipeline
-    pipe = kind(tokenizer=None, text_encoder=None, vae=own.vae.model, scheduler=scheduler, **parts)
+    pipe = kind(tokenizer=None, text_encoder=None, vae=own.vae.model, scheduler=wan_scheduler(shift), **parts)
     pipe.set_progress_bar_config(disable=True)
     prompt, negative = (
         torch.nn.functional.pad(context[0], (0, 0, 0, 512 - len(context[0])))[None]
