@@ -66,16 +66,12 @@ def load_table(name_or_path: str | os.PathLike) -> RatioTable:
     if named := str(name_or_path) in table_names():
         path = TABLES / f"{name_or_path}.json"
     try:
-        content = read_json(path)
+        return table_of(read_json(path), str(name_or_path), named, path)
     except FileNotFoundError:
         known = ", ".join(table_names())
         raise UnknownTableError(f"no ratio table {str(name_or_path)!r}: neither a file nor one of {known}") from None
     except ValueError as error:
         raise ValueError(f"cannot read the ratio table {path}: {error}") from None
-    try:
-        return table_of(content, str(name_or_path), named, path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a ratio table: {error}") from None
 
 
 def table_of(content: dict | list, name: str = "", named: bool = False, path: Path | None = None) -> RatioTable:
