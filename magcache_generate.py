@@ -11,7 +11,7 @@ from argparse import Namespace
 try:
     from magcache.app.backend import check_before_import, check_wan, start_processes
     from magcache.app.checks import make_job  # nothing here imports torch until something runs
-    from magcache.app.console import Stopped, speaking_safely, stopping_cleanly
+    from magcache.app.console import Stopped, speak_safely, stop_cleanly
     from magcache.app.errors import Failed, Refused
     from magcache.app.flags import is_first, make_parser
     from magcache.app.inputs import make_expander, read_inputs, video_shape
@@ -37,9 +37,7 @@ def run(args: Namespace) -> bool:
     if not requests:
         print("all of them are finished; --overwrite makes them again")
         return True
-    sees = bool(job.sampling.spec.images and inputs)
-    extends = job.extension and group.speaks
-    expander = make_expander(job.sampling.task, job.extension, sees) if extends else None
+    expander = make_expander(job, inputs) if args.use_prompt_extend and group.speaks else None
     check_targets(job, requests)
     announce(job, video_shape(job.sampling, inputs), requests, group.count)
 
@@ -68,7 +66,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with speaking_safely(), leaving_at_once(), stopping_cleanly():
+    stop_cleanly()
+    speak_safely()
+    with leaving_at_once():
         try:
             main()
         except Stopped as stop:

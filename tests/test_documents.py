@@ -11,7 +11,7 @@ import pytest
 
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
-from magcache.app.prompts import Line
+from magcache.app.prompts import Request
 from wan.configs import WAN_CONFIGS
 
 REPO = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def commands(text, launcher=r"python"):
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in commands(ALL)))
 def test_commands(command, monkeypatch):
-    monkeypatch.setattr("magcache.app.prompts.read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    monkeypatch.setattr("magcache.app.prompts.read_prompts", lambda path, seed: [Request(1, "a", seed)])
     if "TABLE.json" in command:
         command = command.replace("calibrated/TABLE.json", "t2v-1.3B")
     args = PARSER.parse_args(shlex.split(command)[1:])
@@ -60,7 +60,7 @@ def test_commands(command, monkeypatch):
 
 
 def test_processes_of_torchrun_commands(monkeypatch):
-    monkeypatch.setattr("magcache.app.prompts.read_prompts", lambda path, seed: [Line(1, "a", seed)])
+    monkeypatch.setattr("magcache.app.prompts.read_prompts", lambda path, seed: [Request(1, "a", seed)])
     for launch, command in commands(ALL, "torchrun"):
         nodes, processes = (
             int((re.search(rf"--{f} (\d+)", launch) or [0, 1])[1]) for f in ("nnodes", "nproc_per_node")

@@ -124,7 +124,7 @@ def check_wan(sampling: Sampling, inputs: Inputs, machine: Machine) -> "EasyDict
     except (AssertionError, RuntimeError) as fault:  # Wan2.1's own asks for the current CUDA device as it is imported
         needs = "the wan package here needs a CUDA device and a torch that sees it"
         raise Refused(f"{needs} ({first_line(fault)})") from fault
-    config = WAN_CONFIGS.get(sampling.spec.config or sampling.task)
+    config = WAN_CONFIGS.get(sampling.task)
     if config is None:
         raise Refused(f"the wan package here has no task {sampling.task}")
     with refusing(ValueError):
@@ -199,7 +199,7 @@ def start_processes(job: Job) -> Group:
     sharing, own = backend().start_sharing(processes, machine), processes.patient_group(size)
     index, rank = divmod(processes.rank, size)
     group = Group(rank, size, index, processes.world // size, sharing, own, everyone)
-    if job.calibrates and group.count > 1:
+    if job.calibration and group.count > 1:
         shared = f"--ulysses_size {machine.ulysses_size} and --ring_size {machine.ring_size} make {group.count} groups"
         one = "--magcache_calibration needs one group of processes"
         raise Refused(f"{one}, but {processes.world} processes with {shared}")

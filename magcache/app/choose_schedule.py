@@ -9,8 +9,7 @@ from pathlib import Path
 import magcache
 from magcache import RatioTable, Schedule
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import CacheSettings, Job, Machine, Sampling
-from magcache.app.step_map import predict_by_ratios
+from magcache.app.job import CacheSettings, Machine, Sampling
 from magcache.app.tasks import Task
 from magcache.files import read_json
 
@@ -18,6 +17,7 @@ HOW_TO_CALIBRATE = (
     "measure one with the same command, but --magcache_calibration in place of --use_magcache, "
     "then name its file with --mag_ratios"
 )
+HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration 2,2.5,3,4")
 
 
 def settings_of(sampling: Sampling, machine: Machine) -> dict:
@@ -25,7 +25,6 @@ def settings_of(sampling: Sampling, machine: Machine) -> dict:
     settings = asdict(sampling) | {"checkpoint": Path(machine.ckpt_dir).resolve().name}
     if machine.lora:
         settings["lora"] = ", ".join(str(replace(lora, path=Path(lora.path).name)) for lora in machine.lora)
-    del settings["sample_steps"]
     # refused with the rest of the folder, later
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         model = read_json(Path(machine.ckpt_dir) / sampling.spec.transformers[0] / "config.json")
@@ -36,19 +35,19 @@ def settings_of(sampling: Sampling, machine: Machine) -> dict:
 
 def compare_settings(table: RatioTable, run: dict) -> list[str]:
     """Returns notices about what a table was measured on, where a run (with the same keys as `measured_on`) differs."""
-    measured = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
+    known = {key: value for key, value in table.measured_on.items() if isinstance(value, str | int | float)}
+    measured, run = {"lora": "none"} | known, {"lora": "none"} | run
     different = {key: (measured[key], run[key]) for key in run if measured.get(key, run[key]) != run[key]}
-    measured_with, with_ = (settings.get("lora", "none") for settings in (measured, run))
-    notices = []
-    if measured_with != with_:
-        notices.append(f"ratio table {table.name} was measured with LoRA {measured_with}, not {with_}")
-    for key, what in (("task", "task"), ("fingerprint", "a model whose config.json has the fingerprint")):
-        if key in different:
-            notices.append("ratio table {} was measured on {} {}, not {}".format(table.name, what, *different[key]))
-    flags = ("size", "frame_num", "sample_steps", "sample_shift", "sample_solver", "sample_guide_scale")
-    described = {"checkpoint": "checkpoint"} | {flag: f"--{flag}" for flag in flags}
-    parts = [f"{what} {different[key][0]}" for key, what in described.items() if key in different]
-    return notices + ([f"ratio table {table.name} was measured with {', '.join(parts)}"] if parts else [])
+    notices = {
+        "lora": "with LoRA {}, not {}",
+        "task": "on task {}, not {}",
+        "fingerprint": "on a model whose config.json has the fingerprint {}, not {}",
+    }
+    found = [text.format(*different.pop(key)) for key, text in notices.items() if key in different]
+    if different:
+        parts = (f"{'' if key == 'checkpoint' else '--'}{key} {values[0]}" for key, values in different.items())
+        found.append(f"with {', '.join(parts)}")
+    return [f"ratio table {table.name} was measured {what}" for what in found]
 
 
 def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None]:
@@ -71,56 +70,59 @@ def fitting_table(task: Task, ckpt_dir: str, size: str) -> tuple[str, str | None
     raise magcache.UnknownTableError(unknown)
 
 
-def find_table(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> tuple[RatioTable, str | None]:
-    """Returns the table that the flags name, or that of the model, and a notice on how it was chosen. Raises the
-    ValueErrors of `fitting_table` and `magcache.load_table`."""
+def choose_table(
+    sampling: Sampling, cache: CacheSettings, machine: Machine
+) -> tuple[RatioTable | None, "magcache.trials.Measured | None"]:
+    """Takes the ratio table that the flags name, or that of the model. Returns it for the MagCache rule; for a speed-up
+    or a quality it returns its trials, None if a speed-up finds none, which needs none. Says where the table was
+    measured on something else. Raises Refused if there is none that can be used."""
+    by_rule = cache.speedup is None and cache.quality is None
+    optional = cache.speedup is not None and not cache.table
     name, notice = cache.table, None
-    if not name:
-        name, notice = fitting_table(sampling.spec, ckpt_dir, sampling.size)
-    return magcache.load_table(name), notice
-
-
-def choose_table(sampling: Sampling, cache: CacheSettings, machine: Machine) -> tuple[RatioTable | None, str]:
-    """Returns the ratio table, None where none is needed, and in words what chooses the steps. Says where the table was
-    measured on something else. Raises Refused if there is no table that can be used."""
-    if cache.speedup is not None:
-        return None, "outputs forecast along the noise level"
     try:
-        table, notice = find_table(sampling, cache, machine.ckpt_dir)
+        if not name:
+            name, notice = fitting_table(sampling.spec, machine.ckpt_dir, sampling.size)
+        table = magcache.load_table(name)
+        measured = None if by_rule else magcache.read_trials(table)
     except magcache.UnknownTableError as fault:
-        other = "" if cache.table else ", or name the table of another model there; --magcache_speedup needs none"
-        raise Refused(f"{fault}; {HOW_TO_CALIBRATE}{other}") from fault
+        if optional:
+            return None, None
+        other = ", or name the table of another model there; --magcache_speedup needs none"
+        remedy = HOW_TO_CALIBRATE + ("" if cache.table else other) if by_rule else HOW_TO_TRY
+        raise Refused(f"{fault}; {remedy}") from fault
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    notices = [notice] if notice else compare_settings(table, settings_of(sampling, machine))
-    if table.steps != sampling.sample_steps:
+    if not by_rule and not measured:
+        if optional:
+            return None, None
+        unused = "and --magcache_speedup takes nothing else of a table: leave --mag_ratios out"
+        without = f"ratio table {table.name} holds no trials"
+        raise Refused(f"{without}, {unused}" if cache.quality is None else f"{without}; {HOW_TO_TRY}")
+    run = settings_of(sampling, machine)
+    if by_rule:
+        del run["sample_steps"]
+    notices = [notice] if notice else compare_settings(table, run)
+    if not by_rule:
+        notices = [f"{line}; its trials hold for that" for line in notices]
+    elif table.steps != sampling.sample_steps:
         notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for line in notices:
         print(f"note: {line}")
-    return table, f"table {table.name}"
+    return (table, None) if by_rule else (None, measured)
 
 
 def make_schedule(sampling: Sampling, cache: CacheSettings | None, table: RatioTable | None) -> Schedule:
     """Makes the schedule of a run. cache: None computes every call. table: None for a speed-up."""
-    steps, per_step = sampling.sample_steps, sampling.calls_per_step
+    steps, given = sampling.sample_steps, {"calls_per_step": sampling.calls_per_step, "sigmas": sampling.noise_levels}
     if cache is None:
-        return all_computed(steps, per_step)
-    if cache.speedup is not None:
-        with refusing(ValueError):
-            given = {"constants": cache.constants} if cache.constants else {}
-            given |= {"sigmas": sampling.noise_levels, "boundary": sampling.spec.boundary}
-            return magcache.plan_speedup(steps, cache.speedup, calls_per_step=per_step, **given)
+        return all_computed(steps, sampling.calls_per_step)
     with refusing(ValueError):
-        given = {"calls_per_step": per_step, "sigmas": sampling.noise_levels}
+        if cache.speedup is not None:
+            given |= {"boundary": sampling.spec.boundary, "constants": cache.constants}
+            return magcache.plan_speedup(steps, cache.speedup, **given)
         return magcache.plan(table.ratios, steps, **asdict(cache.rule), **given)
 
 
 def all_computed(steps: int, calls_per_step: int = 2) -> Schedule:
     """Makes the schedule without the cache."""
     return Schedule((None,) * calls_per_step * steps, calls_per_step)
-
-
-def predict(job: Job) -> dict[str, tuple[float, ...]] | None:
-    """Returns the expected error of every step, by branch, according to the ratio table that made the schedule; None if
-    none did. No error reaches thresh."""
-    return job.table and predict_by_ratios(job.schedule, job.table.ratios)

@@ -19,11 +19,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from magcache.app.backend import device_name
 from magcache.app.job import Job, Request
-from magcache.app.media import write_image, write_video
+from magcache.app.media import to_frames, write_frames
+from magcache.app.progress import Watch
+from magcache.app.render import Renderer
 from magcache.app.requests import comparison_paths
+from magcache.app.results import save_result
+from magcache.app.trials.quality import expectation
 from magcache.files import written_whole
 from magcache.schedule import Schedule
-from magcache.trials import ANOTHER
+from magcache.trials import ANOTHER, closeness
 
 PHASES = {  # of magcache.app.progress, in words
     "text": "text encoder",
@@ -62,9 +66,7 @@ def difference(frames: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, i
     """Returns |frames - reference| times a power of two, at most 32, that leaves all but 0.1 % of it below white; and
     that factor."""
     apart = np.maximum(frames, reference) - np.minimum(frames, reference)
-    # frame by frame, as it takes eight bytes a pixel
-    counts = sum(np.bincount(frame.ravel(), minlength=256) for frame in apart)
-    largest = int(np.searchsorted(np.cumsum(counts), 0.999 * apart.size))
+    largest = int(np.quantile(apart, 0.999, method="inverted_cdf"))
     factor = 2 ** min(5, int(math.log2(255 / max(1, largest))))
     return np.minimum(apart, 255 // factor) * np.uint8(factor), factor
 
@@ -84,21 +86,29 @@ def side_by_side(parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate([header, np.concatenate(row, axis=1)])
 
 
-def write_comparison(job: Job, request: Request, fps: int, cached: tuple, uncached: tuple, scores: dict) -> None:
-    """Writes NAME_compare.mp4 (.png for a single frame) and NAME_compare.html beside the video, each of them whole or
-    not at all. cached, uncached: frames, uint8 [F, H, W, 3], and seconds by phase. scores: of `score`, and the latents'
-    "latent_psnr". Raises OSError where a file cannot be written."""
-    (frames, cached_seconds), (reference, seconds) = cached, uncached
+def compare_results(renderer: Renderer, request: Request, frames: np.ndarray, watch: Watch, plain: Watch) -> dict:
+    """Writes the video without the cache, and beside it its comparison with the one with it, of which there are the
+    frames, uint8 [F, H, W, 3], and what was watched: as a video (a picture for a single frame) and as a page. Returns
+    what a record holds of it."""
+    job, fps = renderer.job, renderer.fps
+    path, both, about = paths = comparison_paths(job, request.path)
+    save_result(plain.video, path, fps)
+    plain.lap("save")
+    close, reference = closeness(watch.latent, plain.latent), to_frames(plain.video)
+    scores = score(frames, reference) | dict(zip(("latent_psnr", "latent_relative_error"), close, strict=True))
     apart, factor = difference(frames, reference)
     parts = {"MagCache": frames, "uncached": reference, f"difference x{factor}": apart}
-    _, both, about = comparison_paths(job, request.path)
-    if both.suffix == ".png":
-        write_image(both, next(side_by_side(parts)))
-    else:
-        write_video(both, side_by_side(parts), fps)
-    text = make_page(job, request, scores, parts, fps, both.name, (cached_seconds, seconds))
+    write_frames(both, side_by_side(parts), fps)
+    text = make_page(job, request, scores, parts, fps, both.name, (watch.seconds, plain.seconds))
     with written_whole(about) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
+    latents = f"latent PSNR {close[0]:.2f} dB: {verdict(close[0])}"
+    print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}, {latents}; {path.name}")
+    if expected := expectation(job):
+        print(f"          of the latent PSNR {expected}, by trials")
+    print(f"          {both}\n          {about}", flush=True)
+    seconds = {name: round(value, 4) for name, value in plain.seconds.items()}
+    return scores | {"uncached_seconds": seconds, "files": [path.name for path in paths]}
 
 
 def make_page(
@@ -153,15 +163,11 @@ def tiles(schedule: Schedule, scores: dict, *seconds: dict[str, float]) -> str:
 def embedded(frames: np.ndarray, fps: int) -> str:
     """Returns a video element, or an image element for a single frame, with all its data."""
     pixelated = ' class="small"' if frames.shape[2] < 256 else ""
-    single = len(frames) == 1
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ("frame.png" if single else "video.mp4")
-        if single:
-            write_image(path, frames[0])
-        else:
-            write_video(path, frames, fps)
+        path = Path(folder) / ("frame.png" if len(frames) == 1 else "video.mp4")
+        write_frames(path, frames, fps)
         content = path.read_bytes()
-    if single:
+    if len(frames) == 1:
         return f'<img{pixelated} alt="" src="{data_url("image/png", content)}">'
     return f'<video{pixelated} src="{data_url("video/mp4", content)}" autoplay loop muted playsinline></video>'
 

@@ -5,8 +5,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TextIO
 
 SIGNALS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}  # the last one is unknown to Windows
@@ -21,10 +20,9 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-@contextmanager
-def stopping_cleanly() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP do in this block what Ctrl-C does: they raise `Stopped`, so that files are cleaned up
-    and results kept. A signal that is ignored, as under nohup, stays ignored."""
+def stop_cleanly() -> None:
+    """Makes SIGTERM and SIGHUP do what Ctrl-C does: they raise `Stopped`, so that files are cleaned up and results
+    kept. A signal that is ignored, as under nohup, stays ignored."""
     latest = -GRACE
 
     def stop(number, frame):
@@ -33,13 +31,9 @@ def stopping_cleanly() -> Iterator[None]:
             latest = time.monotonic()
             raise Stopped(number)
 
-    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in known if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 class Speaker:
@@ -52,39 +46,27 @@ class Speaker:
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return self.silence(len(text))
+        self.trying(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self.silence()
+        self.trying(self.stream.flush)
 
-    def silence(self, written: int = 0) -> int:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())  # also for what the stream still holds, and for child processes
-        os.close(nowhere)
-        return written
+    def trying(self, function: Callable, *args: str) -> None:
+        try:
+            function(*args)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # also for what the stream still holds, and for child processes
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-@contextmanager
-def speaking_safely() -> Iterator[None]:
-    """Makes standard output and error a `Speaker` each in this block; one that was closed goes nowhere. Warnings take
-    one line, without their place in the code."""
-    before_warnings, warnings.formatwarning = warnings.formatwarning, lambda message, *place: f"warning: {message}\n"
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    for name, stream in before.items():
-        setattr(sys, name, Speaker(stream or open(os.devnull, "w")))  # noqa: SIM115
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before_warnings
-        for name, stream in before.items():
-            getattr(sys, name).flush()
-            setattr(sys, name, stream)
+def speak_safely() -> None:
+    """Makes standard output and error a `Speaker` each; one that was closed goes nowhere. Warnings take one line,
+    without their place in the code."""
+    warnings.formatwarning = lambda message, *place: f"warning: {message}\n"
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Speaker(getattr(sys, name) or open(os.devnull, "w")))  # noqa: SIM115

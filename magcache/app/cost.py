@@ -72,9 +72,10 @@ def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int
     return schedule.computed * computed + sum(schedule.reuse) * reused, len(schedule.weights) * computed
 
 
-def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int) -> int:
-    """Returns the memory of the cached residuals or outputs of all branches, in float32, as Wan computes them."""
-    numbers = tokens * {"residual": sizes.dim, "output": prod(PATCH) * sizes.out_dim}[schedule.target]
+def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int, shards: int = 1) -> float:
+    """Returns the memory of the cached residuals or outputs of all branches, in float32, as Wan computes them. shards:
+    processes that share the tokens of a residual; outputs are whole."""
+    numbers = tokens * {"residual": sizes.dim / shards, "output": prod(PATCH) * sizes.out_dim}[schedule.target]
     return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
 
 
@@ -138,13 +139,12 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     activations += tokens * sizes.dim * whole
     cached = 0.0
     if job.cache and not job.cache.offload:
-        cached = cached_bytes(job.schedule, sizes, tokens)
-        cached /= shards if job.schedule.target == "residual" else 1
+        cached = cached_bytes(job.schedule, sizes, tokens, shards)
     text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0
     vae = vae_bytes(*pixels, machine.vae_tiling, sizes.out_dim)
-    again = job.prompt_file or job.output.compare or job.output.trials or not chosen.frugal
+    again = job.prompt_file or job.compare or job.trials or not chosen.frugal
     if chosen.holds_both(machine, again):
         weights *= experts
     all_weights *= experts

@@ -24,12 +24,12 @@ class NotFinite(Failed):
 
 
 @contextmanager
-def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Turns errors of the block, whose first line says what is wrong with the request, into `Refused`."""
+def refusing(*errors: type[Exception], about: str = "") -> Iterator[None]:
+    """Turns errors of the block, whose first line says what is wrong, into `Refused`. about: goes in front of it."""
     try:
         yield
     except errors as fault:
-        raise Refused(first_line(fault)) from fault
+        raise Refused(about + first_line(fault)) from fault
 
 
 def first_line(fault: Exception) -> str:

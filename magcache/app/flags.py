@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from magcache.app.backend import backend
+from magcache.app.prompts import is_text
 from magcache.app.tasks import TASKS, all_sizes
 
 
@@ -14,7 +15,7 @@ class Explicit(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
-        namespace.explicit = {*getattr(namespace, "explicit", ()), self.dest}
+        namespace.explicit |= {self.dest}
 
 
 def is_first(rank: str) -> bool:
@@ -37,10 +38,12 @@ def truth_value(text: str) -> bool:
     return text.lower() in ("yes", "true", "t", "y", "1")
 
 
-def supported(task: str) -> str:
-    if task in ("animate-14B", "s2v-14B"):
-        raise argparse.ArgumentTypeError(f"{task} of Wan2.2 is not supported here")
-    return task
+def utf8(argument: str) -> str:
+    """Takes the bytes of an argument for UTF-8, whatever the locale says."""
+    try:
+        return argument if is_text(argument) else os.fsencode(argument).decode()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not valid UTF-8 text: {argument!r}") from None
 
 
 def make_parser(script: str | Path, description: str | None = None) -> Parser:
@@ -48,7 +51,7 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
     usage = "%(prog)s --task TASK --ckpt_dir DIR --prompt TEXT --use_magcache --magcache_speedup X [any flag below]"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(usage=usage, description=description, formatter_class=formatter, allow_abbrev=False)
-    parser.set_defaults(script=os.path.abspath(script))
+    parser.set_defaults(script=os.path.abspath(script), explicit=frozenset())
     add_first(parser.add_argument_group("the flags that matter first").add_argument)
     add_contents(parser.add_argument_group("what to generate").add_argument)
     add_sampling(parser.add_argument_group("sampling").add_argument)
@@ -62,9 +65,9 @@ def make_parser(script: str | Path, description: str | None = None) -> Parser:
 
 def add_first(add: Callable) -> None:
     what = "what to generate, from what, with which model"
-    add("--task", default=backend().task, type=supported, choices=tuple(TASKS), help=what)
+    add("--task", default=backend().task, choices=tuple(TASKS), help=what)
     add("--ckpt_dir", metavar="DIR", help="checkpoint folder in the official layout")
-    add("--prompt", metavar="TEXT", help="what to show (default: an example)")
+    add("--prompt", metavar="TEXT", type=utf8, help="what to show (default: an example)")
     add("--use_magcache", action="store_true", help="compute only the transformer calls that the schedule names")
     speedup = "compute at most one step in X, chosen by noise level, and forecast the others; needs no calibration"
     add("--magcache_speedup", type=float, metavar="X", help=f"{speedup} (without it: MagCache as published)")
@@ -74,19 +77,14 @@ def add_contents(add: Callable) -> None:
     size = "width*height or widthxheight; only its area counts where an input file decides on the shape"
     add("--size", default="1280*720", type=lambda text: text.lower().replace("x", "*"), choices=all_sizes(), help=size)
     add("--frame_num", type=int, help="frames, 4n+1 (default: by task, mostly 81)")
-    add("--n_prompt", metavar="TEXT", help="what not to show (default: the model's own negative prompt)")
+    unwanted = "what not to show (default: the model's own negative prompt)"
+    add("--n_prompt", metavar="TEXT", type=utf8, help=unwanted)
     add("--prompt_file", metavar="FILE", help="make a video of each line: a prompt, or JSON")
     add("--overwrite", action="store_true", help="with --prompt_file: make finished videos again")
-    add(
-        "--base_seed",
-        type=int,
-        default=-1,
-        help="seed of the noise; negative (default): random, or 0 with --prompt_file",
-    )
-    add(
-        "--save_file",
-        help="file of the result, or with --prompt_file its folder (default: named after settings or prompt file)",
-    )
+    seed = "seed of the noise; negative (default): random, or 0 with --prompt_file"
+    add("--base_seed", type=int, default=-1, help=seed)
+    result = "file of the result, or with --prompt_file its folder (default: named after settings or prompt file)"
+    add("--save_file", help=result)
     add("--image", help="input image (i2v)")
     add("--first_frame", help="first frame (flf2v)")
     add("--last_frame", help="last frame (flf2v)")
@@ -99,9 +97,8 @@ def add_sampling(add: Callable) -> None:
     add("--sample_solver", default="unipc", choices=("unipc", "dpm++"))
     add("--sample_steps", type=int, help="sampling steps (default: by task, 40 or 50)")
     add("--sample_shift", type=float, help="shift of the noise levels (default: by task and size, 3 to 16)")
-    guidance = (
-        "classifier-free guidance (default: 5.0; of two experts, low and high noise: t2v-A14B 3 and 4, i2v-A14B 3.5)"
-    )
+    guidance = "classifier-free guidance (default: 5.0; of two experts, low and high noise: t2v-A14B 3 and 4, "
+    guidance += "i2v-A14B 3.5)"
     add("--sample_guide_scale", type=float, default=5.0, action=Explicit, help=guidance)
 
 
@@ -118,19 +115,14 @@ def add_machine(add: Callable) -> None:
     add("--ring_size", type=int, default=1, help="GPUs that share the sequence in a ring")
     convert = "hold the DiT in bfloat16, like --dit_dtype bfloat16 (Wan2.2's flag)"
     add("--convert_model_dtype", action="store_true", help=convert)
-    dtype = (
-        "dtype of the DiT's large weights (default: bfloat16 on CUDA, which changes no bit of the result; float32 on "
-        "the CPU and with --dit_fsdp)"
-    )
+    dtype = "dtype of the DiT's large weights (default: bfloat16 on CUDA, which changes no bit of the result; float32 "
+    dtype += "on the CPU and with --dit_fsdp)"
     add("--dit_dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help=dtype)
     blocks = "two blocks of the DiT, or one layer of the text encoder, on the GPU at a time; the rest in pinned memory"
     add("--offload_blocks", action="store_true", help=blocks)
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
-    add(
-        "--attn_backend",
-        metavar="NAME",
-        help="attention backend as diffusers calls it: flash, sage, ... (default: torch's own)",
-    )
+    attention = "attention backend as diffusers calls it: flash, sage, ... (default: torch's own)"
+    add("--attn_backend", metavar="NAME", help=attention)
     add("--vae_tiling", action="store_true", help="decode in tiles, for large videos on small GPUs")
 
 
@@ -148,13 +140,8 @@ def add_extension(add: Callable) -> None:
 def add_magcache(add: Callable) -> None:
     thresh = "MagCache as published: bound on the error over reused steps in a row (default: 0.12)"
     add("--magcache_thresh", type=float, default=0.12, action=Explicit, help=thresh)
-    add(
-        "--magcache_K",
-        type=int,
-        default=2,
-        action=Explicit,
-        help="MagCache as published: most steps reused in a row (default: 2)",
-    )
+    most = "MagCache as published: most steps reused in a row (default: 2)"
+    add("--magcache_K", type=int, default=2, action=Explicit, help=most)
     retention = "MagCache as published: share of the steps, at the start, that always compute (default: 0.2)"
     add("--retention_ratio", type=float, default=0.2, action=Explicit, help=retention)
     quality = "choose the largest speed-up for which trials of the model promise this latent PSNR"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from easydict import EasyDict
@@ -16,21 +17,25 @@ from tqdm import tqdm
 from magcache import patch
 from magcache.app.backend import load_pipeline
 from magcache.app.choose_schedule import all_computed
+from magcache.app.compare import compare_results
 from magcache.app.console import Stopped
 from magcache.app.errors import Failed, first_line
-from magcache.app.inputs import Expander, extend_prompt
+from magcache.app.inputs import extend_prompt
 from magcache.app.job import Job, Request
 from magcache.app.media import to_frames
 from magcache.app.processes import Group, gathered, tried
 from magcache.app.progress import Watch
 from magcache.app.record import save_record
 from magcache.app.render import Renderer
-from magcache.app.results import CalibrationFile, compare_results, save_video
+from magcache.app.results import CalibrationFile, save_video
 from magcache.app.tell import summarise
 from magcache.app.trials.run import TrialRuns
 from magcache.calibrate import Calibration
 
 Failures = list[tuple[str, str]]  # "videos" or "comparisons", and the line to say of it
+
+if TYPE_CHECKING:
+    from wan.utils.prompt_extend import PromptExpander
 
 
 def make_all(
@@ -38,7 +43,7 @@ def make_all(
     config: EasyDict,
     group: Group,
     inputs: list | None,
-    expander: Expander | None,
+    expander: "PromptExpander | None",
     requests: list[Request],
 ) -> Failures:
     """Makes this group's share of the requests, and returns what failed in any group. config: the model's, of the `wan`
@@ -46,7 +51,7 @@ def make_all(
     Failed where the user can do something about a failure."""
     seconds, failures = {}, []
     with explained():
-        if job.extension:
+        if job.flags["use_prompt_extend"]:
             with timed(seconds, "extend"):
                 requests = gathered(extended(job, requests, expander, inputs), group.everyone)[0]
         requests = requests[group.index :: group.count]
@@ -54,7 +59,7 @@ def make_all(
             with timed(seconds, "load"):
                 pipeline = load_pipeline(job, config, group)
             renderer = Renderer(job, pipeline, group, inputs, seconds)
-            if job.calibrates:
+            if job.calibration:
                 calibrate(renderer, requests)
             else:
                 failures = make_videos(renderer, requests)
@@ -62,7 +67,9 @@ def make_all(
         return list(itertools.chain(*gathered(failures if group.rank == 0 else [], group.everyone)))
 
 
-def extended(job: Job, requests: list[Request], expander: Expander | None, inputs: list | None) -> list[Request]:
+def extended(
+    job: Job, requests: list[Request], expander: "PromptExpander | None", inputs: list | None
+) -> list[Request]:
     """Returns the requests with the prompts that the expander writes out. Without one they stay as they are."""
     if not expander:
         return requests
@@ -125,7 +132,7 @@ def told(renderer: Renderer, requests: list[Request]) -> Iterator[tuple[int, Req
 
 def make_video(renderer: Renderer, request: Request, runner: patch.Runner, more: bool) -> dict[str, str]:
     """Renders, saves and compares one video. Returns what failed, and why. more: whether another one follows."""
-    job, group, compare = renderer.job, renderer.group, renderer.job.output.compare
+    job, group, compare = renderer.job, renderer.group, renderer.job.compare
     watch, fault = tried(job.goes_on, functools.partial(renderer.render, request, runner, more or compare), group.own)
     if fault:
         return {"videos": fault}
@@ -168,7 +175,7 @@ def calibrate(renderer: Renderer, requests: list[Request]) -> None:
     with every prompt, so that nothing that comes later can take it away."""
     job, group, runs = renderer.job, renderer.group, []
     calibration, table = Calibration(job.schedule.steps, group.sharing), CalibrationFile(job)
-    trials = TrialRuns(job, renderer.pipeline, renderer.generate, group, len(requests)) if job.output.trials else None
+    trials = TrialRuns(job, renderer.pipeline, renderer.generate, group, len(requests)) if job.trials else None
 
     def write() -> None:
         """The table of those that were measured."""

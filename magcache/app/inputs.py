@@ -4,18 +4,23 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from magcache.app.backend import backend
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import Extension, Inputs, Job, Request, Sampling
+from magcache.app.job import Inputs, Job, Sampling
+from magcache.app.media import read_image, video_size
+from magcache.app.prompts import Request
+
+if TYPE_CHECKING:
+    from wan.utils.prompt_extend import PromptExpander
 
 
 def choose_inputs(
     sampling: Sampling, prompt: str | None, inputs: Inputs, folder: Path, needed: bool
 ) -> tuple[str, Inputs]:
-    """Takes the task's example if neither prompt nor inputs are given; else, where they are `needed`, refuses a request
-    that lacks some. folder: of the script."""
+    """Takes the task's example if neither prompt nor inputs are given; else refuses a request that lacks some that are
+    `needed`. folder: of the script."""
     spec = sampling.spec
     for flag, path in asdict(inputs).items():
         if path is not None and flag not in spec.inputs:
@@ -44,8 +49,6 @@ def read_inputs(job: Job) -> list | None:
     sampling, inputs, spec = job.sampling, job.inputs, job.sampling.spec
     if not spec.inputs:
         return []
-    from magcache.app.media import read_image
-
     with refusing(ValueError):
         if spec.images:
             return [read_image(path) for flag in spec.images if (path := getattr(inputs, flag))]
@@ -58,59 +61,45 @@ def video_shape(sampling: Sampling, inputs: list | None) -> tuple[int, int, int]
         return tuple(inputs[0][0].shape[1:])
     width, height = sampling.pixels
     if inputs:
-        from magcache.app.media import video_size
-
         width, height = video_size(inputs[0].size, width * height, sampling.spec)
     return sampling.frame_num, height, width
 
 
-def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int, int]:
-    """Returns (frames, height, width, reference images) of a run with these flags, as far as they show without its
-    files."""
-    frames, height, width = video_shape(sampling, None)
-    if sampling.spec.images:
-        path = getattr(inputs, sampling.spec.images[0])
+def planned_video(sampling: Sampling, inputs: Inputs) -> tuple[int, int, int]:
+    """Returns (frames, height, width) of a run with these flags, as far as they show without its files."""
+    images = []
+    for path in [getattr(inputs, flag) for flag in sampling.spec.images[:1]]:
         if path and os.path.isfile(path):
             try:
-                from magcache.app.media import read_image
-
-                frames, height, width = video_shape(sampling, [read_image(path)])
-            except (ImportError, ValueError) as fault:
+                images.append(read_image(path))
+            except ValueError as fault:
                 print(f"note: {fault}; the shape here is that of --size")
         elif path or sampling.spec.needs_images:
             print(f"note: the image ({path or 'not given'}) decides on the shape; here it is that of --size")
-    if sampling.spec.sources and inputs.src_video:
+    if inputs.src_video:
         print("note: the source video decides on shape and length; the largest possible is assumed here")
-    return frames, height, width, len(inputs.references)
+    return video_shape(sampling, images)
 
 
-class Expander(Protocol):
-    """What writes a prompt out. is_vl: whether it looks at pictures."""
-
-    model_name: str
-    is_vl: bool
-
-    def __call__(self, prompt: str, **settings: Any) -> Any:
-        """Returns an object with the `prompt`, whether it worked (`status`), and a `message`."""
-
-
-def make_expander(task: str, extension: Extension, is_vl: bool) -> Expander:
-    """Returns what extends the prompts. Reads no weights, unless the `wan` here does. task: which only Wan2.2's asks
-    for."""
+def make_expander(job: Job, inputs: list | None) -> "PromptExpander":
+    """Returns what extends the prompts. Reads no weights, unless the `wan` here does. inputs: of `read_inputs`."""
     from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
 
-    method = {"dashscope": DashScopePromptExpander, "local_qwen": QwenPromptExpander}[extension.method]
-    device = {"device": 0} if extension.method == "local_qwen" else {}
+    given = {"model_name": job.flags["prompt_extend_model"], "is_vl": bool(job.sampling.spec.images and inputs)}
+    given |= {"task": job.sampling.task}  # which only Wan2.2's asks for
     with refusing(ValueError, OSError, ImportError):
-        return method(model_name=extension.model, task=task, is_vl=is_vl, **device)
+        if job.flags["prompt_extend_method"] == "dashscope":
+            return DashScopePromptExpander(**given)
+        return QwenPromptExpander(**given, device=0)
 
 
-def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list | None) -> str:
+def extend_prompt(job: Job, request: Request, expander: "PromptExpander", inputs: list | None) -> str:
     """Returns the extension of a request's prompt, or the prompt itself if that fails."""
     print("extending the prompt", flush=True)
     images = inputs_of(request, inputs) if job.sampling.spec.images else []
     image = None if not images else images[0] if len(images) == 1 else images
-    out = expander(request.prompt, tar_lang=job.extension.target_lang, image=image, seed=job.base_seed)
+    language = job.flags["prompt_extend_target_lang"]
+    out = expander(request.prompt, tar_lang=language, image=image, seed=job.base_seed)
     if not out.status:
         print(f"warning: the prompt was not extended: {out.message}", file=sys.stderr)
         return request.prompt
@@ -122,8 +111,4 @@ def extend_prompt(job: Job, request: Request, expander: Expander, inputs: list |
 
 def inputs_of(request: Request, inputs: list | None) -> list:
     """Returns the images of a request: its own, or those that the flags name (`inputs`)."""
-    if not request.image:
-        return inputs
-    from magcache.app.media import read_image
-
-    return [read_image(request.image)]
+    return [read_image(request.image)] if request.image else inputs

@@ -4,14 +4,15 @@ Fields that stand for a flag have its name. A request that makes no sense is `Re
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import magcache
-from magcache.app.errors import Refused, shortened
+from magcache.app.errors import Refused, refusing, shortened
 from magcache.app.lora import Lora
-from magcache.app.prompts import Line
+from magcache.app.prompts import Request
 from magcache.app.tasks import TASKS, Task
+from magcache.speedup import DEFAULT
 
 MOST_STEPS = 10_000
 MOST_FRAMES = 4093  # of 1024 latent frames
@@ -38,26 +39,20 @@ class Sampling:
     sample_guide_scale: float | tuple[float, float]
 
     def __post_init__(self):
-        frames, steps, shift = self.frame_num, self.sample_steps, self.sample_shift
+        frames, steps = self.frame_num, self.sample_steps
         if self.spec.makes_image and frames != 1:
             raise Refused(f"task {self.task} makes one image: --frame_num must be 1, got {frames}")
-        if 1 <= frames < self.spec.least_frames:
-            raise Refused(f"task {self.task} needs --frame_num {self.spec.least_frames} or more, got {frames}")
-        if frames > MOST_FRAMES:
-            most = f"--frame_num must be at most {MOST_FRAMES}, as far as the models' positions go"
-            raise Refused(f"{most}, got {shortened(frames)}")
-        if frames < 1 or frames % 4 != 1:
-            raise Refused(f"--frame_num must be 4n+1 (1, 5, 9, ..., 81, ...), got {frames}")
+        if 1 <= frames < (least := 4 * len(self.spec.images) - 3):  # with a latent frame for every given one
+            raise Refused(f"task {self.task} needs --frame_num {least} or more, got {frames}")
+        if frames % 4 != 1 or not 1 <= frames <= MOST_FRAMES:
+            allowed = f"4n+1 (1, 5, 9, ..., 81, ...) and at most {MOST_FRAMES}, as far as the models' positions go"
+            raise Refused(f"--frame_num must be {allowed}, got {shortened(frames)}")
         if not 1 <= steps <= MOST_STEPS:
             raise Refused(f"--sample_steps must be at least 1 and at most {MOST_STEPS}, got {shortened(steps)}")
-        if not 0 < shift < math.inf:
-            raise Refused(f"--sample_shift must be positive, got {shift}")
         if not all(map(math.isfinite, self.guidance)):
             raise Refused(f"--sample_guide_scale must be finite, got {self.sample_guide_scale}")
-        try:
+        with refusing(ValueError, about="--sample_steps and --sample_shift: "):
             self.noise_levels  # noqa: B018
-        except ValueError as fault:
-            raise Refused(f"--sample_steps and --sample_shift: {fault}") from fault
 
     @property
     def spec(self) -> Task:
@@ -66,8 +61,7 @@ class Sampling:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height), of the video or of its area."""
-        width, height = map(int, self.size.split("*"))
-        return width, height
+        return tuple(map(int, self.size.split("*")))
 
     @property
     def calls_per_step(self) -> int:
@@ -100,6 +94,8 @@ class Inputs:
         return [path.strip() for path in (self.src_ref_images or "").split(",") if path.strip()]
 
 
+OF_RULE = ("magcache_thresh", "magcache_K", "retention_ratio")  # flags of MagCache as published
+OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
 OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")  # flags that upstream's lacks
 
 
@@ -144,15 +140,14 @@ class Machine:
 class CacheSettings:
     """What the cache is to do: follow the MagCache rule, or make a `speedup` if there is one. table: a name or a path,
     None to choose it. offload: whether what is cached is kept in CPU memory. quality: latent PSNR in dB that must be
-    promised; the speed-up is then the fastest for which it is. constants: those of the speed-up rule, None for the
-    defaults."""
+    promised; the speed-up is then the fastest for which it is. constants: those of the speed-up rule."""
 
     rule: magcache.Settings
     speedup: float | None = None
     table: str | None = None
     offload: bool = False
     quality: float | None = None
-    constants: "magcache.Constants | None" = None
+    constants: magcache.Constants = DEFAULT
 
     def __str__(self) -> str:
         if self.speedup is not None:
@@ -162,63 +157,41 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
-class Extension:
-    """Which model writes the prompts out, in which language."""
-
-    method: str
-    model: str | None
-    target_lang: str
-
-
-@dataclass(frozen=True)
-class Output:
-    """What is written, and where. table: file of the ratios, None unless the run measures them. trials: the speed-ups
-    that it then tries, rising."""
-
-    save_file: str | None
-    overwrite: bool
-    compare: bool
-    table: Path | None = None
-    trials: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Job:
     """A run, complete and checked, as far as that is possible without the `wan` package and the input files. lines:
-    what is to be made, one entry per video. prompt_file: where they come from, None for a single prompt. extension,
-    cache: None if they are not wanted. schedule: that of every video; made_by: says what chose it; table: the ratios
-    that did, if any; measured: trials that say what to expect of a speed-up and have chosen its constants, if any.
-    script: path of the command. flags: all flags as they were given."""
+    what is to be made, one entry per video. prompt_file: where they come from, None for a single prompt. cache: None if
+    it is not wanted. schedule: that of every video; table: the ratios that made it, if any; measured: trials that say
+    what to expect of a speed-up and have chosen its constants, if any. calibration: the file of the ratios that the run
+    measures, None if it measures none; trials: the speed-ups that it then tries, rising. script: path of the command.
+    flags: all flags as they were given."""
 
     sampling: Sampling
     inputs: Inputs
     machine: Machine
-    output: Output
-    lines: tuple[Line, ...]
+    lines: tuple[Request, ...]
     base_seed: int
     prompt_file: str | None
-    extension: Extension | None
     cache: CacheSettings | None
     schedule: magcache.Schedule
-    made_by: str | None
     table: magcache.RatioTable | None
     measured: "magcache.trials.Measured | None"
+    compare: bool
+    calibration: Path | None
+    trials: tuple[float, ...]
     script: str
     flags: dict
 
     @property
-    def calibrates(self) -> bool:
-        return self.output.table is not None
+    def made_by(self) -> str | None:
+        """What the schedule was made by, None without the cache."""
+        if self.table:
+            return f"table {self.table.name}"
+        return "outputs forecast along the noise level" if self.cache else None
 
     @property
     def goes_on(self) -> bool:
         """Whether a video that fails does not stop the others."""
-        return self.prompt_file is not None and not self.calibrates
-
-    @property
-    def values(self) -> dict:
-        """The values of all flags, defaults filled in."""
-        return self.flags | asdict(self.sampling) | asdict(self.inputs) | asdict(self.machine)
+        return self.prompt_file is not None and not self.calibration
 
     def describe_video(self, shape: tuple[int, int, int], seed: int | str) -> str:
         """Describes the video in a line. shape: (frames, height, width)."""
@@ -227,15 +200,3 @@ class Job:
         guidance += " (low and high noise)" if len(how.guidance) == 2 else ""
         sampled = f"{how.sample_solver}, shift {how.sample_shift:g}, guidance {guidance}"
         return f"{how.task}, {shape_in_words(shape)}, {how.sample_steps} steps, {sampled}, seed {seed}"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One video. path: of the result. image: path of its own image; None if the flags name the inputs of all videos.
-    n_prompt: its negative prompt, None for the model's."""
-
-    prompt: str
-    seed: int
-    path: Path
-    image: str | None = None
-    n_prompt: str | None = None

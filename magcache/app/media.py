@@ -1,4 +1,4 @@
-"""Pictures and videos as files, and the size of the video that is made from a picture. No torch."""
+"""Pictures and videos as files, and the size of the video that is made from a picture. Importing it is quick."""
 
 import contextlib
 import itertools
@@ -8,12 +8,15 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from magcache.app.tasks import Task
+from magcache.app.tasks import IMAGE_ENDINGS, Task
 from magcache.files import is_special, written_whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
@@ -49,7 +52,7 @@ def read_image(path: str) -> Image.Image:
             f"cannot use {path}: {width}x{height} pixels; a side may be up to {MAX_ASPECT:g} times the other"
         )
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("I", "F"):
         raise ValueError(f"cannot use {path}: it has 32 bits per channel; convert it first")
     if image.convert("RGBA").getextrema()[3][0] < 255:
@@ -92,25 +95,34 @@ def frames_at_most(most: int, path: str) -> int:
     return count
 
 
-def to_uint8(tensor) -> np.ndarray:
+def to_uint8(tensor) -> "np.ndarray":
     """Maps -1 ... 1 of a tensor to 0 ... 255, clamped and rounded; any shape."""
     import torch
 
     return ((tensor.float().clamp(-1, 1) + 1) / 2 * 255 + 0.5).to(torch.uint8).cpu().numpy()
 
 
-def to_frames(video) -> np.ndarray:
+def to_frames(video) -> "np.ndarray":
     """Turns a tensor [3, F, H, W] in [-1, 1] into uint8 [F, H, W, 3]."""
     return to_uint8(video).transpose(1, 2, 3, 0)
 
 
-def write_image(path: str | os.PathLike, picture: np.ndarray) -> None:
+def write_frames(path: Path, frames: Iterable["np.ndarray"], fps: int) -> None:
+    """Writes uint8 frames [H, W, 3], or the first of them if the ending is that of a picture, as `write_image` and
+    `write_video` do."""
+    if path.suffix.lower() in IMAGE_ENDINGS:
+        write_image(path, next(iter(frames)))
+    else:
+        write_video(path, frames, fps)
+
+
+def write_image(path: str | os.PathLike, picture: "np.ndarray") -> None:
     """Writes uint8 [H, W, 3] in the format of the ending, as `magcache.files.written_whole` does."""
     with written_whole(path) as part:
         Image.fromarray(picture).save(part)
 
 
-def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int) -> None:
+def write_video(path: str | os.PathLike, frames: Iterable["np.ndarray"], fps: int) -> None:
     """Writes uint8 frames [H, W, 3] with even sides as H.264 (quality 8) in the colours of BT.709, which browsers play,
     as `magcache.files.written_whole` does. Raises OSError if frames are missing from the file."""
     import imageio_ffmpeg
@@ -127,7 +139,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int)
         written = None
         with contextlib.suppress(OSError, RuntimeError):  # it ended early; there is no video in the file, or no file
             for frame in itertools.chain([first], frames):
-                writer.send(np.ascontiguousarray(frame))
+                writer.send(frame.tobytes())
                 count += 1
             writer.close()
             written, _ = imageio_ffmpeg.count_frames_and_secs(str(part))  # ffmpeg's failures raise nothing

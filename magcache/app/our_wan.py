@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from magcache.app.backend import Backend
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import Inputs, Machine, Sampling
+from magcache.app.media import read_image
 from magcache.app.processes import Processes
 from magcache.app.tasks import located
 
@@ -50,7 +51,6 @@ class OurWan(Backend):
         return groups.sequence.group if groups.sequence else None
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> list:
-        from magcache.app.media import read_image
         from wan.utils.vace_source import prepare_source
 
         files = (inputs.src_video, inputs.src_mask, [read_image(path) for path in inputs.references])

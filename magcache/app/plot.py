@@ -3,15 +3,12 @@
 import os
 from collections.abc import Sequence
 
-from magcache.app.choose_schedule import predict
 from magcache.app.job import Job
-from magcache.app.step_map import reuse_by_branch
+from magcache.app.step_map import BRANCHES, predict, reuse_by_branch
 from magcache.files import written_whole
 from magcache.noise_levels import log_snr
 from magcache.ratios import RatioTable, resample_nearest, split_branches, table_of
 from magcache.trials import ANOTHER, Measured, read_trials
-
-BRANCHES = (("cond", "tab:blue"), ("uncond", "tab:orange"))
 
 
 def new_figure(rows: int, title: str | None, heights: Sequence[float] | None = None, sharex: bool = True):
@@ -31,17 +28,18 @@ def save_figure(figure, path: str | os.PathLike) -> None:
 
 def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable | None = None) -> None:
     """Draws ratio, its spread and the cosine distance over the steps of a calibration, as `make_table` makes it, and
-    its trials, if there are some. published: a table to draw beside it, stretched to the same width if its steps are
-    others."""
+    its trials, if there are some. published: a table to draw beside it, stretched to as many steps."""
     steps, measured_on = table["calibrated_steps"], table["measured_on"]
     at = range(1, steps)
     measured = read_trials(table_of(table))
     figure, (ratio, spread, distance, *more) = new_figure(4 if measured else 3, table["name"], sharex=False)
     for axes in (spread, distance):
         axes.sharex(ratio)
+        axes.set_yscale("log")
     if measured:
         draw_trials(more[0], measured)
-    for branch, (label, color) in enumerate(BRANCHES):
+    for branch, label in enumerate(BRANCHES):
+        color = f"C{branch}"
         values = table["mag_ratio"][branch::2]
         ratio.plot(at, values, marker=".", color=color, label=label)
         spread.plot(at, table["mag_std"][branch::2], marker=".", color=color, label=f"{label}, over tokens")
@@ -59,8 +57,6 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
     ratio.set_ylabel("magnitude ratio")
     spread.set_ylabel("standard deviation")
     distance.set_ylabel("cosine distance")
-    for axes in (spread, distance):
-        axes.set_yscale("log")
     for axes in (ratio, spread):
         axes.legend(fontsize=8)
     keys = ("sample_solver", "sample_shift", "sample_guide_scale", "size")
@@ -73,10 +69,9 @@ def draw_trials(axes, measured: Measured) -> None:
     """Draws latent PSNR over the speed-up: every prompt, their mean and what is promised; also fewer steps and thresh,
     which not all prompts have tried."""
     at = measured.speedups
-    for number, prompt in enumerate(measured.prompts):
-        psnrs = [row.psnr[prompt] for row in measured.forecasts]
-        label = "forecasts, every prompt" if number == 0 else None
-        axes.plot(at, psnrs, color="tab:red", alpha=0.2, linewidth=0.8, label=label)
+    psnrs = [[row.psnr[prompt] for prompt in measured.prompts] for row in measured.forecasts]
+    first, *_ = axes.plot(at, psnrs, color="tab:red", alpha=0.2, linewidth=0.8)
+    first.set_label("forecasts, every prompt")
     expected = [measured.expect(speedup) for speedup in at]
     axes.plot(at, [e.pooled for e in expected], color="tab:red", marker="o", label="of all videos' mean squared error")
     axes.axhline(ANOTHER, color="gray", linewidth=0.8, label="below: another video")
@@ -95,7 +90,7 @@ def draw_trials(axes, measured: Measured) -> None:
 def plan_figure(job: Job, title: str):
     """Draws what decided on the steps of a run, and its skip map: the ratios of the job's table with the predicted
     error, or, if no table made the schedule, the noise levels (as log-SNR)."""
-    schedule, steps, prediction = job.schedule, job.schedule.steps, predict(job)
+    schedule, steps, prediction = job.schedule, job.schedule.steps, predict(job.schedule, job.table)
     branches = reuse_by_branch(schedule)
     if prediction is None:
         figure, (levels, skips) = new_figure(2, title, (4, 1))
@@ -107,9 +102,9 @@ def plan_figure(job: Job, title: str):
         levels.legend(fontsize=8)
     else:
         figure, (ratio, error, skips) = new_figure(3, title, (3, 3, 1))
-        for (label, color), values in zip(BRANCHES[: len(branches)], split_branches(job.table.ratios), strict=False):
-            ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", color=color, label=label)
-            error.step(range(steps), prediction[label], where="mid", color=color, label=label)
+        for label, values in zip(branches, split_branches(job.table.ratios), strict=False):
+            ratio.plot(range(1, steps), resample_nearest(values, steps)[1:], marker=".", label=label)
+            error.step(range(steps), prediction[label], where="mid", label=label)
         ratio.axhline(1, color="gray", linewidth=0.5)
         ratio.set_ylabel("magnitude ratio")
         error.axhline(job.cache.rule.thresh, color="gray", linestyle="--", linewidth=0.8, label="thresh")

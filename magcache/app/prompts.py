@@ -15,9 +15,10 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Line:
-    """What one line asks for. number: of the prompt in its file, from 1. image, save_file, n_prompt: as on the command
-    line."""
+class Request:
+    """One video. number: of the prompt in its file, from 1. image: path of its own; None if the flags name the inputs.
+    save_file: as its line or the flags have it. n_prompt: its negative prompt, None for the model's. path: of the
+    result, once that is known."""
 
     number: int
     prompt: str
@@ -25,9 +26,10 @@ class Line:
     image: str | None = None
     save_file: str | None = None
     n_prompt: str | None = None
+    path: Path | None = None
 
 
-def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
+def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Request]:
     """Reads a text file with a prompt on every line, or JSON Lines: objects with "prompt" and, where wanted, "seed",
     "image", "save_file", "n_prompt". It is JSON Lines if its name ends in .jsonl or its first line begins with a brace.
     Empty lines do not count.
@@ -60,7 +62,7 @@ def read_prompts(path: str | os.PathLike, base_seed: int) -> list[Line]:
                 raise ValueError(f"seed must be between 0 and 2^63 - 1, got {shortened(seed)}")
         except ValueError as fault:
             raise ValueError(f"{path}, line {number}: {fault}") from fault
-        wanted.append(Line(len(wanted) + 1, seed=seed, **values))
+        wanted.append(Request(len(wanted) + 1, seed=seed, **values))
     return wanted
 
 
@@ -97,8 +99,7 @@ def read_object(line: str) -> dict:
 
 
 def is_text(value: str) -> bool:
-    """Whether the text holds only whole characters: JSON may hold halves of one, and bytes of a command line that are
-    not UTF-8 arrive as such."""
+    """Whether there are only whole characters: JSON may hold halves, as which bytes that are not UTF-8 arrive, too."""
     return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -110,10 +111,10 @@ def slug(prompt: str) -> str:
     return safe.encode()[:120].decode(errors="ignore")
 
 
-def result_name(line: Line, settings: dict, ending: str) -> str:
+def result_name(request: Request, settings: dict, ending: str) -> str:
     """Makes a file name that changes with everything the video depends on: prompts, seed, image and the settings
     (anything that JSON can hold). A rerun thus finds what it would make again, and nothing else."""
-    more = [line.n_prompt] if line.n_prompt else []  # without one names are as ever
-    decisive = json.dumps([line.prompt, line.seed, line.image, settings, *more], sort_keys=True)
+    more = [request.n_prompt] if request.n_prompt else []  # without one names are as ever
+    decisive = json.dumps([request.prompt, request.seed, request.image, settings, *more], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
-    return f"{line.number:05d}_{slug(line.prompt)}_{line.seed}_{digest}{ending}"
+    return f"{request.number:05d}_{slug(request.prompt)}_{request.seed}_{digest}{ending}"

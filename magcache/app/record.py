@@ -6,26 +6,23 @@ import json
 import os
 import platform
 import sys
-from argparse import ArgumentParser
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
 import magcache
 from magcache.app.flags import make_parser
-from magcache.app.job import Job, Request
+from magcache.app.job import OF_EXTENSION, OF_RULE, Job
+from magcache.app.prompts import Request
 from magcache.app.step_map import reuse_by_branch
-from magcache.app.trials.quality import describe_expectation
+from magcache.app.trials.quality import expectation
 from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"
-# flags that name a file or a folder each, but for the last one, whose files are separated by commas
-PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask")  # flags that name one each
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "magcache_plan", "compare")
-OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
 
 
 def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int], seconds: dict, calls: list) -> dict:
@@ -35,6 +32,9 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
 
     frames, height, width = pixels
     values = replayed_values(job, request)
+    if expected := expectation(job):
+        prompts, table = len(job.measured.prompts), job.measured.table.name
+        expected = {"latent_psnr": asdict(expected), "table": table, "prompts": prompts}
     return {
         "video": request.path.name,
         "frames": frames,
@@ -43,7 +43,7 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
         "date": datetime.now().isoformat("T", "seconds"),
         "prompt": request.prompt,
         "seed": request.seed,
-        "command": command_of(job, request, group, values),
+        "command": command_of(job, group, values),
         "arguments": values | {"save_file": str(request.path.absolute())},
         "versions": versions() | {"wan": os.path.dirname(os.path.abspath(wan.__file__))},
         "device": device(),
@@ -53,7 +53,7 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
             asdict(lora) | {"path": os.path.abspath(lora.path), "sha256": lora.sha256} for lora in job.machine.lora
         ],
         "schedule": describe_schedule(job.schedule) if job.cache else None,
-        "expected": describe_expectation(job),
+        "expected": expected,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "calls": {"computed": sum(not reused for reused, _ in calls), "reused": sum(reused for reused, _ in calls)},
         "peak_memory": peak_memory(),
@@ -62,8 +62,10 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
 
 def replayed_values(job: Job, request: Request) -> dict:
     """Returns the values of all flags that make the request again, from any folder."""
-    values = job.values | ({"image": request.image} if request.image else {})
-    values |= {name: absolute(name, values[name]) for name in PATHS}
+    values = job.flags | asdict(job.sampling) | asdict(job.inputs) | asdict(job.machine)
+    values["image"] = request.image or values["image"]
+    values |= {name: os.path.abspath(values[name]) for name in PATHS if values[name]}
+    values["src_ref_images"] = ",".join(map(os.path.abspath, job.inputs.references)) or None
     if table := job.table or (job.measured and job.measured.table):
         values["mag_ratios"] = table.name if table.named else str(table.path.absolute())
     values["lora"] = [str(replace(lora, path=os.path.abspath(lora.path))) for lora in job.machine.lora]
@@ -72,12 +74,23 @@ def replayed_values(job: Job, request: Request) -> dict:
     return values | {"base_seed": request.seed, "save_file": str(again)}
 
 
-def command_of(job: Job, request: Request, group, values: dict) -> list[str]:
-    left_out = [*NOT_OF_ONE_VIDEO, *OF_EXTENSION]
+def command_of(job: Job, group, values: dict) -> list[str]:
+    """Returns the command for these values of the flags. What is None, a tuple or a switch that is off has no flag."""
+    left_out = {*NOT_OF_ONE_VIDEO, *OF_EXTENSION}
     if job.cache and job.cache.speedup is not None:  # or a quality, which is one by now
-        left_out += ["magcache_thresh", "magcache_K", "retention_ratio"]
+        left_out |= {*OF_RULE}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(group.size)] if group.size > 1 else []
-    return [sys.executable, *launcher, job.script, *command_line(make_parser(job.script), values, left_out)]
+    command = [sys.executable, *launcher, job.script]
+    for action in make_parser(job.script)._actions:
+        value, flag = values.get(action.dest), action.option_strings[0]
+        if value is None or isinstance(value, tuple) or action.dest in left_out:  # guidance of two is the task's own
+            continue
+        if action.nargs in (0, "?") and isinstance(value, bool):
+            command += [flag] if value else []
+            continue
+        for one in value if isinstance(value, list) else [value]:  # an equals sign for values such as -1
+            command += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
+    return command
 
 
 def save_record(path: Path, entries: dict) -> None:
@@ -99,31 +112,6 @@ def is_record(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return read_json(path)["made_by"].startswith(MADE_BY)
     return False
-
-
-def command_line(parser: ArgumentParser, values: dict, left_out: Iterable[str]) -> list[str]:
-    """Returns the flags that stand for these values of a parser's arguments, except those left out. What is None, a
-    tuple, a switch that is off, or unknown to the parser has no flag."""
-    command = []
-    for action in parser._actions:
-        value, flag = values.get(action.dest), action.option_strings[0]
-        if value is None or isinstance(value, tuple) or action.dest in left_out:  # guidance of two is the task's own
-            continue
-        if action.nargs in (0, "?") and isinstance(value, bool):
-            command += [flag] if value else []
-            continue
-        for one in value if isinstance(value, list) else [value]:  # an equals sign for values such as -1
-            command += [f"{flag}={one}"] if str(one).startswith("-") else [flag, str(one)]
-    return command
-
-
-def absolute(name: str, value: str | None) -> str | None:
-    """Makes a path mean the same from any folder."""
-    if not value or name not in PATHS:
-        return value
-    if name != PATHS[-1]:
-        return os.path.abspath(value)
-    return ",".join(os.path.abspath(part.strip()) for part in value.split(",") if part.strip())
 
 
 def versions() -> dict[str, str]:
@@ -148,8 +136,7 @@ def device() -> dict:
 
 
 def peak_memory() -> dict | None:
-    """Returns the peak memory since the process started, in bytes, and which memory that is; None if the system does
-    not say."""
+    """Returns the peak memory of the process so far, in bytes, and which that is; None if the system does not say."""
     import torch
 
     if torch.cuda.is_available():
@@ -163,7 +150,6 @@ def peak_memory() -> dict | None:
 
 
 def describe_table(table: magcache.RatioTable | None) -> dict | None:
-    """Describes a ratio table and its origin."""
     return table and {
         "name": table.name,
         "file": str(table.path.resolve()),

@@ -4,49 +4,46 @@ import contextlib
 import os
 import secrets
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
 from magcache.app import prompts
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refusing
-from magcache.app.job import OF_OUR_WAN, Job, Request
+from magcache.app.job import OF_EXTENSION, OF_OUR_WAN, Job
+from magcache.app.media import read_image
+from magcache.app.prompts import Request
 from magcache.app.record import is_record, record_path
+from magcache.app.tasks import IMAGE_ENDINGS, VIDEO_ENDINGS
 from magcache.files import is_special, new_part, reason_of
 
-VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
 
-
-def endings_of(job: Job) -> tuple[str, ...]:
-    """Returns the endings that a result of the task may have. The first one is the default."""
-    return IMAGE_ENDINGS if job.sampling.spec.makes_image else VIDEO_ENDINGS
-
-
-def results_folder(job: Job) -> Path:
-    """Returns the folder for videos of a prompt file that name no file."""
-    return Path(job.output.save_file or Path(job.prompt_file).stem)
+def results_folder(job: Job) -> Path | None:
+    """Returns the folder for videos of a prompt file that name no file; None for a single prompt."""
+    if not job.prompt_file:
+        return None
+    folder = Path(job.flags["save_file"] or Path(job.prompt_file).stem)
+    if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS:
+        raise Refused(f"with --prompt_file, --save_file must be a folder, got {folder}")
+    return folder
 
 
 def make_requests(job: Job) -> list[Request]:
-    if not job.prompt_file:
-        (line,) = job.lines
-        named = job.output.save_file
-        path = named_path(job, named) if named else default_path(job, line.prompt)
-        return [Request(line.prompt, line.seed, path, n_prompt=line.n_prompt)]
-    folder, decisive, requests = results_folder(job), decisive_settings(job), []
-    if folder.suffix.lower() in VIDEO_ENDINGS + IMAGE_ENDINGS:
-        raise Refused(f"with --prompt_file, --save_file must be a folder, got {folder}")
+    """Gives every line of the job a path."""
+    folder, requests = results_folder(job), []
+    decisive = decisive_settings(job) if folder else {}
     for line in job.lines:
-        path = folder / prompts.result_name(line, decisive, endings_of(job)[0])
         if line.save_file:
-            try:
+            with refusing(Refused, about=f"prompt {line.number}: " if folder else ""):
                 path = named_path(job, line.save_file)
-            except Refused as refusal:
-                raise Refused(f"prompt {line.number}: {refusal}") from refusal
-        image = line.image if "image" in job.sampling.spec.inputs else None
-        requests.append(Request(line.prompt, line.seed, path, image, line.n_prompt))
-    check_apart(job, requests)
+        elif folder:
+            path = folder / prompts.result_name(line, decisive, job.sampling.spec.endings[0])
+        else:
+            path = default_path(job, line.prompt)
+        requests.append(replace(line, path=path))
+    if folder:
+        check_apart(job, requests)
     return requests
 
 
@@ -63,12 +60,11 @@ def check_apart(job: Job, requests: list[Request]) -> None:
 def decisive_settings(job: Job) -> dict:
     """Returns what a video of a prompt file depends on beside its line."""
     schedule = job.schedule
-    settings = settings_of(job.sampling, job.machine) | {
-        "steps": job.sampling.sample_steps,
-        "plan": [schedule.target, schedule.weights] if job.cache else None,
-    }
-    flags = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
-    settings |= {flag: job.flags[flag] for flag in flags}
+    settings = settings_of(job.sampling, job.machine)
+    settings |= {"steps": settings.pop("sample_steps"), "plan": None}
+    if job.cache:
+        settings["plan"] = [schedule.target, schedule.weights]
+    settings |= {flag: job.flags[flag] for flag in OF_EXTENSION}
     fitting = [flag for flag in OF_OUR_WAN if flag != "offload_blocks"]  # which changes no number
     settings |= {flag: job.flags[flag] for flag in fitting if job.flags[flag]}  # without them names are as ever
     if loras := job.machine.lora:
@@ -82,12 +78,10 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
     if not job.prompt_file:
         return requests
     missing = requests
-    if not job.output.overwrite and not job.calibrates:
+    if not job.flags["overwrite"] and not job.calibration:
         missing = [r for r in requests if not (os.path.isfile(r.path) and os.path.getsize(r.path))]
     finished = len(requests) - len(missing)
     print(f"prompts   {len(requests)} in {job.prompt_file}" + (f", {finished} of them finished" if finished else ""))
-    from magcache.app.media import read_image
-
     with refusing(ValueError):
         for image in dict.fromkeys(request.image for request in missing if request.image):
             read_image(image)
@@ -97,15 +91,10 @@ def choose_requests(job: Job, requests: list[Request]) -> list[Request]:
 def check_targets(job: Job, requests: list[Request]) -> None:
     """Refuses, by trying, what cannot be written, says what will be replaced, and makes the folders that are ours."""
     files = [file for request in requests for file in files_of(job, request.path)]
-    tables = [job.output.table] if job.calibrates else []
-    own = results_folder(job) if job.prompt_file else None  # those that name a file say where there is one
-    for folder in {file.parent for file in (*files, *tables) if file.parent == own or file in tables}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as fault:
-            raise Refused(f"cannot write to {str(folder)!r}: {reason_of(fault)}") from fault
+    tables = [job.calibration] if job.calibration else []
+    ours = {results_folder(job), *(table.parent for table in tables)}  # where a file is named, the user says which
     for file in (*files, *tables):
-        check_target(file)
+        check_target(file, make_folder=file.parent in ours)
     replaced = [file for file in files if file.exists()]
     for file in replaced:
         if file.suffix == ".json" and not is_record(file):
@@ -115,9 +104,11 @@ def check_targets(job: Job, requests: list[Request]) -> None:
         print(f"note: {replaced[0]}{more} will be replaced")
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, make_folder: bool = False) -> None:
     """Refuses a file that cannot be written, by trying."""
     try:
+        if make_folder and not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # finds a name that is too long
         if is_special(path) or path.is_dir():
@@ -129,7 +120,7 @@ def check_target(path: Path) -> None:
 
 def files_of(job: Job, path: Path) -> list[Path]:
     """Lists all files that are written for a video: itself, its record, its comparison."""
-    return [path, record_path(path), *(comparison_paths(job, path) if job.output.compare else ())]
+    return [path, record_path(path), *(comparison_paths(job, path) if job.compare else ())]
 
 
 def comparison_paths(job: Job, path: Path) -> tuple[Path, Path, Path]:
@@ -139,7 +130,7 @@ def comparison_paths(job: Job, path: Path) -> tuple[Path, Path, Path]:
 
 
 def named_path(job: Job, save_file: str) -> Path:
-    path, endings = Path(save_file), endings_of(job)
+    path, endings = Path(save_file), job.sampling.spec.endings
     if save_file.endswith(("/", os.sep)) or not path.name or os.path.isdir(path):
         raise Refused(f"--save_file {save_file} is a folder")
     if not path.suffix:
@@ -162,4 +153,4 @@ def default_path(job: Job, prompt: str) -> Path:
         if cache.speedup is not None:
             settings = f"X{cache.speedup}" if cache.quality is None else f"Q{cache.quality}"
         parts = ["magcache", sampling.task, settings.replace(".", ""), *parts[1:]]
-    return Path("_".join(parts) + endings_of(job)[0])
+    return Path("_".join(parts) + sampling.spec.endings[0])

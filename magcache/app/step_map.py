@@ -5,7 +5,7 @@ Python.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from magcache.ratios import resample_nearest, split_branches
+from magcache.ratios import RatioTable, resample_nearest, split_branches
 from magcache.schedule import Schedule
 
 BRANCHES = ("cond", "uncond")
@@ -22,16 +22,17 @@ def rule_errors(ratios: Sequence[float], reuse: Sequence[bool]) -> tuple[float, 
     return tuple(errors)
 
 
-def predict_by_ratios(schedule: Schedule, ratios: Sequence[float]) -> dict[str, tuple[float, ...]]:
-    """Returns the `rule_errors` of every branch for a ratio table in call order. A table of another number of steps is
-    resampled by nearest index, as by `plan`."""
-    branches = zip(split_branches(ratios), reuse_by_branch(schedule).items(), strict=False)
+def predict(schedule: Schedule, table: RatioTable | None) -> dict[str, tuple[float, ...]] | None:
+    """Returns the `rule_errors` of every branch by the table that made the schedule; None if none did. A table of
+    another number of steps is resampled by nearest index, as by `plan`."""
+    if not table:
+        return None
+    branches = zip(split_branches(table.ratios), reuse_by_branch(schedule).items(), strict=False)
     return {name: rule_errors(resample_nearest(values, schedule.steps), reuse) for values, (name, reuse) in branches}
 
 
 def step_map(reuse: Sequence[bool | None], width: int | None = None) -> str:
-    """Draws one character per step: # computed, . reused, blank for None. A smaller width merges neighbouring steps,
-    into + where they differ."""
+    """Draws a mark per step: # computed, . reused, blank for None. A smaller width merges some, + if they differ."""
     marks = [" " if r is None else "." if r else "#" for r in reuse]
     if width is None or width >= len(marks):
         return "".join(marks)
@@ -46,8 +47,8 @@ def ruler(steps: int) -> str:
 
 def digits(errors: Sequence[float], reuse: Sequence[bool], unit: float) -> str:
     """Writes errors as tenths of `unit`, one character per step, blank where it computes."""
-    tenths = (min(9, int(10 * error / unit)) if unit else 0 for error in errors)
-    return "".join(str(tenth) if reused else " " for tenth, reused in zip(tenths, reuse, strict=True)).rstrip()
+    steps = zip(errors, reuse, strict=True)
+    return "".join(str(min(9, int(10 * error / unit))) if reused else " " for error, reused in steps).rstrip()
 
 
 def reuse_by_branch(schedule: Schedule) -> dict[str, tuple[bool, ...]]:

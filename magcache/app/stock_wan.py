@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from magcache.app.backend import Backend, wan_folder
 from magcache.app.errors import Refused, need_package
 from magcache.app.job import OF_OUR_WAN, Inputs, Machine, Sampling
+from magcache.app.media import frames_at_most, read_image
 from magcache.app.processes import Group, Processes
 from magcache.app.tasks import TASKS, Task, located
 
@@ -86,8 +87,6 @@ class StockWan(Backend):
 
     def read_sources(self, sampling: Sampling, inputs: Inputs) -> None:
         """Checks the sources as far as possible; the pipeline itself reads them."""
-        from magcache.app.media import frames_at_most, read_image
-
         frames = {path: frames_at_most(2, path) for path in (inputs.src_video, inputs.src_mask) if path}
         if inputs.src_mask and not inputs.src_video:
             raise ValueError(f"the mask {inputs.src_mask} needs a source video")

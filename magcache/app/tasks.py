@@ -6,6 +6,8 @@ from pathlib import Path
 from magcache import Settings
 from magcache.app.architecture import CLIP_TOKENS, IMAGE, LATENT_5B, Architecture
 
+VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -17,9 +19,8 @@ class Task:
     without them. token_pixels: of a token, on either side. shifts: the shift by size, where it is another one.
     guidance: of every step, or of those of low and of high noise. boundary: the noise level from which on, downwards,
     a second transformer makes the steps, None for a single one. tables: names of the ratio tables that were measured
-    on its models. published: settings of thresh, K and retention that the method's authors name. config: the model's
-    entry in `wan.configs`, None for the task's name. release: of the model. is_demo: whether the model is one of the
-    small ones in examples/, which what is said of memory is not about.
+    on its models. published: settings of thresh, K and retention that the method's authors name. release: of the model.
+    is_demo: whether the model is one of the small ones in examples/, which what is said of memory is not about.
     """
 
     name: str
@@ -41,7 +42,6 @@ class Task:
     boundary: float | None = None
     tables: tuple[str, ...] = ()
     published: tuple[Settings, ...] = (Settings(),)
-    config: str | None = None
     release: str = "Wan2.1"
     is_demo: bool = False
 
@@ -57,14 +57,14 @@ class Task:
         return f"Wan-AI/{self.release}-{self.model_type.upper()}-{self.name.split('-')[1]}{only}"
 
     @property
+    def endings(self) -> tuple[str, ...]:
+        """The endings that a result may have. The first one is the default."""
+        return IMAGE_ENDINGS if self.makes_image else VIDEO_ENDINGS
+
+    @property
     def transformers(self) -> tuple[str, ...]:
         """The folders of the transformers within that of the checkpoint, in the order of a run."""
         return ("",) if self.boundary is None else ("high_noise_model", "low_noise_model")
-
-    @property
-    def least_frames(self) -> int:
-        """The least number of frames, which has a latent frame for every given one."""
-        return max(1, 4 * len(self.images) - 3)
 
 
 _480P = ("480*832", "832*480")
@@ -89,14 +89,7 @@ _GIRL = (
 )
 
 _T2V = Task(
-    name="t2v-14B",
-    pipeline="WanT2V",
-    model_type="t2v",
-    architecture=_14B,
-    sizes=_VIDEO,
-    example={"prompt": _BOAT},
-    tables=("t2v-14B",),
-    published=(Settings(0.24, 6),),
+    name="t2v-14B", pipeline="WanT2V", model_type="t2v", architecture=_14B, sizes=_VIDEO, example={"prompt": _BOAT}
 )
 _I2V = Task(
     name="i2v-14B",
@@ -107,9 +100,6 @@ _I2V = Task(
     example={"prompt": _CAT, "image": "i2v_input.JPG"},
     images=("image",),
     steps=40,
-    shifts=dict.fromkeys(_480P, 3.0),
-    tables=("i2v-14B-480P", "i2v-14B-720P"),
-    published=(Settings(0.12, 4), Settings(0.24, 6)),
 )
 _FLF2V = Task(
     name="flf2v-14B",
@@ -134,20 +124,14 @@ _VACE = Task(
     tables=("vace-14B",),
     published=(Settings(0.02, 3),),
 )
-_WAN22 = {"release": "Wan2.2", "shifts": {}, "tables": (), "published": (Settings(),)}
+_OF_1_3B = (Settings(0.12, 2), Settings(0.12, 4))
+_OF_I2V = (Settings(0.12, 4), Settings(0.24, 6))
 _DEMO = {"sizes": ("64*64",), "frames": 17, "steps": 50, "is_demo": True}
 
 _ALL = (
-    _T2V,
-    replace(
-        _T2V,
-        name="t2v-1.3B",
-        architecture=_1_3B,
-        sizes=_480P,
-        tables=("t2v-1.3B",),
-        published=(Settings(0.12, 2), Settings(0.12, 4)),
-    ),
-    _I2V,
+    replace(_T2V, tables=("t2v-14B",), published=(Settings(0.24, 6),)),
+    replace(_T2V, name="t2v-1.3B", architecture=_1_3B, sizes=_480P, tables=("t2v-1.3B",), published=_OF_1_3B),
+    replace(_I2V, shifts=dict.fromkeys(_480P, 3.0), tables=("i2v-14B-480P", "i2v-14B-720P"), published=_OF_I2V),
     replace(
         _T2V,
         name="t2i-14B",
@@ -155,18 +139,23 @@ _ALL = (
         example={"prompt": _LIGHTHOUSE},
         makes_image=True,
         frames=1,
-        published=(Settings(),),
+        tables=("t2v-14B",),
     ),
     _FLF2V,
     replace(_VACE, name="vace-1.3B", architecture=replace(_1_3B, vace_blocks=15), sizes=_480P, tables=("vace-1.3B",)),
     _VACE,
-    replace(_T2V, **_WAN22, name="t2v-A14B", steps=40, shift=12.0, guidance=(3.0, 4.0), boundary=0.875),
+    replace(_T2V, release="Wan2.2", name="t2v-A14B", steps=40, shift=12.0, guidance=(3.0, 4.0), boundary=0.875),
     replace(
-        _I2V, **_WAN22, name="i2v-A14B", architecture=replace(_14B, in_dim=IMAGE), guidance=(3.5, 3.5), boundary=0.9
+        _I2V,
+        release="Wan2.2",
+        name="i2v-A14B",
+        architecture=replace(_14B, in_dim=IMAGE),
+        guidance=(3.5, 3.5),
+        boundary=0.9,
     ),
     replace(
         _T2V,
-        **_WAN22,
+        release="Wan2.2",
         name="ti2v-5B",
         pipeline="WanTI2V",
         model_type="ti2v",
@@ -184,7 +173,7 @@ _ALL = (
         architecture=_TINY,
         example={"prompt": "a red circle moves right on a white background"},
         tables=("t2v-tiny",),
-        published=(Settings(0.12, 2), Settings(0.12, 4)),
+        published=_OF_1_3B,
     ),
     replace(
         _I2V,
@@ -193,6 +182,7 @@ _ALL = (
         architecture=replace(_TINY, num_layers=7, in_dim=IMAGE, clip_dim=64, images=1),
         example={"prompt": "a purple triangle moves right on a yellow background", "image": "i2v_tiny_input.png"},
         tables=("i2v-tiny",),
+        published=_OF_I2V,
     ),
 )
 TASKS = {task.name: task for task in _ALL}

@@ -14,14 +14,13 @@ from magcache.trials import expectation_of
 
 def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], groups: int) -> None:
     """Says what is going to happen. shape: (frames, height, width). groups: of processes that share the requests."""
-    schedule, calls = job.schedule, len(job.schedule.weights)
-    first = requests[0]
+    schedule, calls, first = job.schedule, len(job.schedule.weights), requests[0]
     shown = {} if job.prompt_file else {"prompt": first.prompt, "n_prompt": first.n_prompt}
     shown |= {} if first.image else {flag: getattr(job.inputs, flag) for flag in job.sampling.spec.inputs}
     for name, value in shown.items():
         if value:
             print(f"{name:<9} {value}")
-    seed = requests[0].seed if len(requests) == 1 else f"{job.base_seed} and up"
+    seed = first.seed if len(requests) == 1 else f"{job.base_seed} and up"
     print(f"video     {job.describe_video(shape, seed)}")
     for lora in job.machine.lora:
         print(f"LoRA      {lora}")
@@ -37,16 +36,16 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
         print(f"MagCache  off: all {calls} transformer calls computed")
     if not job.sampling.spec.is_demo and not backend().lacks:
         tell_needs(job, shape)
-    if job.calibrates:
-        print(f"          their ratios are measured and written to {job.output.table.parent}/")
-        if speedups := job.output.trials:
-            named = ", ".join(f"{speedup:g}" for speedup in speedups)
+    if job.calibration:
+        print(f"          their ratios are measured and written to {job.calibration.parent}/")
+        if job.trials:
+            named = ", ".join(f"{speedup:g}" for speedup in job.trials)
             print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs per prompt")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")
     else:
-        print(f"result    {requests[0].path}", flush=True)
+        print(f"result    {first.path}", flush=True)
     if groups > len(requests):
         print(f"note: {len(requests)} videos for {groups} groups of processes; the others have nothing to do")
 
@@ -92,7 +91,7 @@ def tell_calls(job: Job, watches: list) -> None:
     calls = [call for watch in watches for call in watch.calls]
     times = {kind: [duration for reused, duration in calls if reused == kind] for kind in (False, True)}
     branches, steps = BRANCHES[: job.schedule.calls_per_step], job.schedule.steps * len(watches)
-    counts = [sum(reused for w in watches for reused, _ in w.calls[i :: len(branches)]) for i in range(len(branches))]
+    counts = [sum(reused for reused, _ in calls[i :: len(branches)]) for i in range(len(branches))]
     reused = " and ".join(f"{count} of {steps} {name}" for count, name in zip(counts, branches, strict=True))
     bound = f"bound {job.schedule.speedup_bound:.2f}x, {job.made_by}"
     print(f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {reused} ({bound})")

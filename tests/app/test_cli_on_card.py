@@ -13,6 +13,7 @@ from pretended_card import PretendedCard
 import magcache_generate
 from magcache.app.tasks import TASKS
 from wan import pipeline
+from wan.configs import WAN_CONFIGS
 
 SMALL = {"sizes": ("48*32",), "frames": 5, "steps": 4, "tables": (), "is_demo": True}
 CACHED = ("--use_magcache", "--magcache_speedup", 2)
@@ -40,8 +41,9 @@ def run(folders, monkeypatch, tmp_path):
     inputs = {"i2v": ("--image",), "flf2v": ("--first_frame", "--last_frame"), "vace": ("--src_ref_images",)}
 
     def run(kind, *flags):
-        task = dataclasses.replace(TASKS[f"{kind}-14B"], name=f"{kind}-small", config=f"{kind}-14B", **SMALL)
+        task = dataclasses.replace(TASKS[f"{kind}-14B"], name=f"{kind}-small", **SMALL)
         monkeypatch.setitem(TASKS, task.name, task)
+        monkeypatch.setitem(WAN_CONFIGS, task.name, WAN_CONFIGS[f"{kind}-14B"])
         given = [part for flag in inputs.get(kind, ()) for part in (flag, picture)]
         flags = ("--task", task.name, "--size", "48*32", "--ckpt_dir", folders[kind], "--base_seed", 1, *given, *flags)
         monkeypatch.setattr(sys, "argv", ["magcache_generate.py", *map(str, flags)])

@@ -17,6 +17,7 @@ import sys
 import termios
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -30,10 +31,10 @@ from magcache.app import compare, plot, progress, record
 from magcache.app.checks import make_job
 from magcache.app.errors import Refused
 from magcache.app.flags import make_parser
-from magcache.app.job import Request
 from magcache.app.media import to_frames, write_video
+from magcache.app.prompts import Request
 from magcache.app.record import save_record
-from magcache.app.requests import check_targets
+from magcache.app.requests import check_targets, make_requests
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 
@@ -122,10 +123,14 @@ def test_record(compared):
 
 def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert record.absolute("image", "cat, dog.png") == f"{tmp_path}/cat, dog.png"
-    assert record.absolute("src_ref_images", "a.png, b.png") == f"{tmp_path}/a.png,{tmp_path}/b.png"
-    assert record.absolute("image", None) is None
-    assert record.absolute("prompt", "a, b") == "a, b"
+    for task, flag, paths, expected in (
+        ("i2v-14B", "image", "cat, dog.png", f"{tmp_path}/cat, dog.png"),
+        ("vace-14B", "src_ref_images", "a.png, b.png", f"{tmp_path}/a.png,{tmp_path}/b.png"),
+    ):
+        flags = ["--task", task, "--ckpt_dir", "x", "--prompt", "a, b", f"--{flag}", paths]
+        job = make_job(make_parser(SCRIPT).parse_args(flags))
+        values = record.replayed_values(job, *make_requests(job))
+        assert (values[flag], values["src_mask"], values["prompt"]) == (expected, None, "a, b")
 
 
 def test_bytes_that_are_no_text_stop_no_record(tmp_path):
@@ -139,11 +144,11 @@ def test_a_record_takes_no_other_files_place(tmp_path, capsys):
     (tmp_path / "film.json").write_text('{"mine": 1}')
     job = make_job(make_parser(SCRIPT).parse_args(["--task", "t2v-tiny", "--ckpt_dir", str(DEMO)]))
     with pytest.raises(Refused, match=r"film.json exists and is not the record of a video"):
-        check_targets(job, [Request("a", 1, tmp_path / "film.mp4")])
+        check_targets(job, [Request(1, "a", 1, path=tmp_path / "film.mp4")])
     save_record(tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
     save_record(tmp_path / "other.mp4", {})
-    check_targets(job, [Request("a", 1, tmp_path / "other.mp4")])
+    check_targets(job, [Request(1, "a", 1, path=tmp_path / "other.mp4")])
     assert capsys.readouterr().out == f"note: {tmp_path}/other.json will be replaced\n"
 
 
@@ -276,9 +281,10 @@ def test_a_single_picture(tmp_path):
     seconds = dict.fromkeys(progress.PHASES, 0.1)
     flags = ["--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_speedup", "2"]
     job = make_job(make_parser(SCRIPT).parse_args([*flags, "--frame_num", "1"]))
-    request = Request("a fox \udce9", 1, tmp_path / "fox\udce9.png")
-    scores = compare.score(picture, picture) | {"latent_psnr": 150.0}
-    compare.write_comparison(job, request, 16, (picture, seconds), (picture, seconds), scores)
+    request = Request(1, "a fox \udce9", 1, path=tmp_path / "fox\udce9.png")
+    video = torch.full((3, 1, 32, 48), 77 / 127.5 - 1)
+    watch = SimpleNamespace(video=video, latent=torch.ones(1), seconds=seconds, lap=lambda phase: None)
+    compare.compare_results(SimpleNamespace(job=job, fps=16), request, picture, watch, watch)
     both, about = (tmp_path / f"fox\udce9_compare.{ending}" for ending in ("png", "html"))
     assert iio.imread(both).shape[1] == 3 * 48
     page = about.read_text()

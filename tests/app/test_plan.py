@@ -19,8 +19,9 @@ import magcache
 from magcache.app import cost
 from magcache.app.architecture import Architecture
 from magcache.app.checkpoint import architecture_of
-from magcache.app.step_map import predict_by_ratios, step_map
+from magcache.app.step_map import predict, step_map
 from magcache.app.tasks import TASKS, all_sizes
+from magcache.ratios import table_of
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
@@ -176,7 +177,7 @@ def test_errors_of_the_rule(values, thresh, K, retention):
     steps = len(values)
     ratios = [v for value in (1.0, *values[1:]) for v in (value, value)]
     schedule = magcache.plan(ratios, steps, thresh, K, retention)
-    errors = predict_by_ratios(schedule, ratios)["cond"]
+    errors = predict(schedule, table_of(ratios))["cond"]
     for step, reused in enumerate(schedule.reuse[::2]):
         start = max((s for s in range(step) if not schedule.reuse[2 * s]), default=0)
         products = list(itertools.accumulate(ratios[::2][start + 1 : step + 1], lambda a, b: a * b))

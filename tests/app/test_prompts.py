@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache.app.prompts import Line, read_prompts, result_name, slug
+from magcache.app.prompts import Request, read_prompts, result_name, slug
 
 PROMPT = st.text(min_size=1).filter(lambda text: text.strip())
 
@@ -18,7 +18,7 @@ def write(folder, text, name="prompts.txt"):
 
 def test_one_prompt_a_line(tmp_path):
     path = write(tmp_path, "\ufeffa cat\n\n  ein Hund im Schnee \r\n")
-    assert read_prompts(path, 7) == [Line(1, "a cat", 7), Line(2, "ein Hund im Schnee", 8)]
+    assert read_prompts(path, 7) == [Request(1, "a cat", 7), Request(2, "ein Hund im Schnee", 8)]
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
@@ -30,9 +30,9 @@ def test_json_lines(tmp_path, name):
     ]
     path = write(tmp_path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), name)
     assert read_prompts(path, 5) == [
-        Line(1, "a cat", 5),
-        Line(2, "b", 3, "b.png", "b.mp4"),
-        Line(3, "c\n\u2028d", 7, n_prompt="blurred"),
+        Request(1, "a cat", 5),
+        Request(2, "b", 3, "b.png", "b.mp4"),
+        Request(3, "c\n\u2028d", 7, n_prompt="blurred"),
     ]
 
 
@@ -50,18 +50,18 @@ def test_texts_come_back(tmp_path_factory, prompts):
 
 @given(PROMPT, st.integers(0, 2**63 - 1))
 def test_names_are_safe(prompt, seed):
-    name = result_name(Line(1, prompt, seed), {}, ".mp4")
+    name = result_name(Request(1, prompt, seed), {}, ".mp4")
     assert len(name.encode()) < 200
     assert not set(slug(prompt)) & set('/\\:*?"<>|\0\n. ')
 
 
 def test_names_change_with_what_decides_on_the_video():
     lines = [
-        Line(1, "x" * 60, 1),
-        Line(1, "x" * 60 + "y", 1),  # beyond what the name shows
-        Line(1, "x" * 60, 2),
-        Line(1, "x" * 60, 1, image="a.png"),
-        Line(1, "x" * 60, 1, n_prompt="blurred"),
+        Request(1, "x" * 60, 1),
+        Request(1, "x" * 60 + "y", 1),  # beyond what the name shows
+        Request(1, "x" * 60, 2),
+        Request(1, "x" * 60, 1, image="a.png"),
+        Request(1, "x" * 60, 1, n_prompt="blurred"),
     ]
     names = {result_name(line, settings, ".mp4") for line in lines for settings in ({}, {"steps": 3})}
     assert len(names) == 10

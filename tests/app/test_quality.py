@@ -18,8 +18,8 @@ import magcache
 import wan
 from magcache.app.checks import make_job
 from magcache.app.flags import make_parser
-from magcache.app.job import Request
 from magcache.app.processes import Group
+from magcache.app.prompts import Request
 from magcache.app.tasks import TASKS
 from magcache.app.trials.run import TrialRuns
 from magcache.patch import shadowed
@@ -74,7 +74,7 @@ def test_costs_and_results(tmp_path):
         return pipeline.generate(request.prompt, (32, 32), 1, sampling_steps=steps, seed=request.seed)
 
     runs = TrialRuns(job, pipeline, generate, Group(), count)
-    requests = [Request(f"{number} circles", 5 + number, Path("x")) for number in range(count)]
+    requests = [Request(number, f"{number} circles", 5 + number) for number in range(count)]
     calls, truths = [], []
     hook = pipeline.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     for request in requests:

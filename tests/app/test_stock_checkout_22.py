@@ -249,7 +249,7 @@ LACKS = "raise ModuleNotFoundError(\"No module named 'librosa'\", name='librosa'
             "",
             "",
             ("--task", "s2v-14B", "--audio", "a.wav"),
-            r"argument --task: s2v-14B of Wan2\.2 is not supported here",
+            r"argument --task: invalid choice: 's2v-14B' \(choose from ",
         ),
         ("", "", ("--ring_size", 2), "--ring_size needs the wan package"),
         ("", "", ("--offload_blocks",), r"--offload_blocks needs the wan package of .*; the one here is Wan2\.2's own"),

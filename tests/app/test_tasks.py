@@ -41,9 +41,10 @@ def test_demo_models_have_the_sizes_of_their_entry(name):
 
 
 def test_a_new_task_is_one_entry(monkeypatch, command, tmp_path):
-    """It is planned, checked and run by nothing but its entry."""
+    """It is planned, checked and run by nothing but its entry, and that of its model in the wan package."""
     sizes, prompt = ("48*32",), {"prompt": "a red circle moves right on a white background"}
-    new = dataclasses.replace(TASKS["t2v-tiny"], name="t2v-new", config="t2v-tiny", sizes=sizes, frames=5, steps=4)
+    new = dataclasses.replace(TASKS["t2v-tiny"], name="t2v-new", sizes=sizes, frames=5, steps=4)
+    monkeypatch.setitem(WAN_CONFIGS, "t2v-new", WAN_CONFIGS["t2v-tiny"])
     monkeypatch.setitem(TASKS, "t2v-new", dataclasses.replace(new, example=prompt, tables=(), shift=3.0))
     flags = ("--task", "t2v-new", "--size", "48*32", "--ckpt_dir", DEMOS["t2v-tiny"])
     said = command(*flags, "--magcache_speedup", 2, "--magcache_plan")

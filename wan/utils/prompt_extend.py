@@ -96,7 +96,7 @@ def _load_picture(picture: Picture, max_area: int) -> Image.Image:
     return image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-class _PromptExpander(abc.ABC):
+class PromptExpander(abc.ABC):
     def __init__(self, model_name: str, is_vl: bool, max_image_size: int):
         self.model_name, self.is_vl, self.max_image_size = model_name, is_vl, max_image_size
 
@@ -134,7 +134,7 @@ class _PromptExpander(abc.ABC):
         return PromptOutput(True, answer, seed, system_prompt, message)
 
 
-class DashScopePromptExpander(_PromptExpander):
+class DashScopePromptExpander(PromptExpander):
     """Extends prompts with a model of Alibaba's DashScope service; pictures are sent along if is_vl.
 
     api_key: default: the environment's DASH_API_KEY. DASH_API_URL there: another base address of the service.
@@ -199,7 +199,7 @@ def _data_url(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class QwenPromptExpander(_PromptExpander):
+class QwenPromptExpander(PromptExpander):
     """Extends prompts with a Qwen2.5 or Qwen2.5-VL model on this machine; nothing is ever downloaded.
 
     model_name: see resolve_model; what the folder holds decides whether pictures are looked at, is_vl only which model

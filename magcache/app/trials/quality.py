@@ -5,14 +5,11 @@ from dataclasses import asdict, replace
 
 import magcache
 from magcache import trials
-from magcache.app.choose_schedule import HOW_TO_CALIBRATE, compare_settings, find_table, settings_of
-from magcache.app.errors import Refused, refusing
-from magcache.app.job import TRIAL_BUDGET, CacheSettings, Job, Machine, Sampling
+from magcache.app.errors import Refused
+from magcache.app.job import TRIAL_BUDGET, CacheSettings, Job, Sampling
 from magcache.schedule import CALLS_PER_STEP
 from magcache.speedup import DEFAULT, FEWEST, computed_steps
 from magcache.trials import ANOTHER
-
-HOW_TO_TRY = HOW_TO_CALIBRATE.replace("--magcache_calibration", "--magcache_calibration 2,2.5,3,4")
 
 
 def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
@@ -39,22 +36,13 @@ def read_speedups(text: str, sampling: Sampling) -> tuple[float, ...]:
     return tuple(speedups)
 
 
-def use_trials(
-    sampling: Sampling, cache: CacheSettings | None, machine: Machine
-) -> tuple[CacheSettings | None, "magcache.trials.Measured | None"]:
-    """Takes from the trials of the model's table what a speed-up or a quality needs: the constants of the rule, and for
-    a quality the speed-up. Returns the settings and the trials, None if there are none. Prints a note if they were run
-    otherwise. Raises Refused if trials are needed and missing, or promise the quality at no speed-up."""
-    if cache is None or (cache.speedup is None and cache.quality is None):
-        return cache, None
-    measured = find_trials(sampling, cache, machine.ckpt_dir)
+def use_trials(cache: CacheSettings, measured: "magcache.trials.Measured | None", steps: int) -> CacheSettings:
+    """Takes from trials what a speed-up or a quality needs: the constants of the rule, and for a quality the speed-up.
+    Raises Refused if they promise the quality at no speed-up."""
     if not measured:
-        return cache, None
-    run = settings_of(sampling, machine) | {"sample_steps": sampling.sample_steps}
-    for line in compare_settings(measured.table, run):
-        print(f"note: {line}; its trials hold for that")
+        return cache
     if cache.quality is not None:
-        speedup = measured.fastest(cache.quality, sampling.sample_steps)
+        speedup = measured.fastest(cache.quality, steps)
         if speedup is None:
             best = max(measured.speedups, key=lambda speedup: measured.expect(speedup).promised)
             raise Refused(
@@ -62,29 +50,7 @@ def use_trials(
                 f"tried: {measured.expect(best).promised:.1f} dB at {best:.3g}x is the most"
             )
         cache = replace(cache, speedup=speedup)
-    return replace(cache, constants=measured.constants), measured
-
-
-def find_trials(sampling: Sampling, cache: CacheSettings, ckpt_dir: str) -> "magcache.trials.Measured | None":
-    needed = cache.quality is not None
-    try:
-        table, notice = find_table(sampling, cache, ckpt_dir)
-    except magcache.UnknownTableError as fault:
-        if needed or cache.table:
-            raise Refused(f"{fault}; {HOW_TO_TRY}") from fault
-        return None
-    except ValueError as fault:
-        raise Refused(str(fault)) from fault
-    with refusing(ValueError):
-        measured = magcache.read_trials(table)
-    without = f"ratio table {table.name} holds no trials"
-    if needed and not measured:
-        raise Refused(f"--magcache_quality: {without}; {HOW_TO_TRY}")
-    if cache.table and not measured:
-        raise Refused(f"{without}, and --magcache_speedup takes nothing else of a table: leave --mag_ratios out")
-    if measured and notice:
-        print(f"note: {notice}")
-    return measured
+    return replace(cache, constants=measured.constants)
 
 
 def expectation(job: Job) -> "magcache.trials.Expectation | None":
@@ -114,19 +80,8 @@ def note_few_steps(job: Job) -> None:
         )
 
 
-def describe_expectation(job: Job) -> dict | None:
-    """Returns what a record holds of the expectation."""
-    expected = expectation(job)
-    if not expected:
-        return None
-    prompts, name = len(job.measured.prompts), job.measured.table.name
-    return {"latent_psnr": asdict(expected), "table": name, "prompts": prompts}
-
-
 def quality_lines(job: Job) -> list[str]:
-    """Lays out the whole curve that the trials have measured, for the plan; returns nothing without trials."""
-    if not job.measured:
-        return []
+    """Lays out the whole curve that the job's trials have measured, for the plan."""
     measured, steps = job.measured, job.sampling.sample_steps
     name, prompts = measured.table.name, len(measured.prompts)
     fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}

@@ -85,7 +85,7 @@ class TrialRuns:
     """
 
     def __init__(self, job: Job, pipeline, generate: Callable, group: Group, count: int):
-        self.sampling, self.speedups = job.sampling, job.output.trials
+        self.sampling, self.speedups = job.sampling, job.trials
         self.pipeline, self.generate, self.group, self.count = pipeline, generate, group, count
         self.choosing = trials.choosing_prompts(count)
         self.candidates = trials.candidates(self.speedups, self.sampling.noise_levels)
