@@ -8,8 +8,8 @@ import math
 import random
 import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
 from magcache.ratios import RatioTable
@@ -42,15 +42,15 @@ EQUAL = 150.0  # dB, of equal latents
 class Trial:
     """One way to spare calls, and how close it came. method: "forecast" (the speed-up rule), "fewer steps" (of the
     sampler, without a cache) or "thresh" (the MagCache rule). settings: the method's, by the names in `SETTINGS`.
-    calls: computed ones. psnr, relative_error: the `closeness` of every prompt, None where it was not tried. schedule:
-    of its runs; None for a trial that was read."""
+    calls: computed ones. schedule: of its runs; None for a trial that was read. psnr, relative_error: the `closeness`
+    of the prompts that tried it, by their numbers."""
 
     method: str
     settings: dict[str, float]
     calls: int
-    psnr: list[float | None] = field(default_factory=list)
-    relative_error: list[float | None] = field(default_factory=list)
     schedule: Schedule | None = None
+    psnr: dict[int, float] = field(default_factory=dict)
+    relative_error: dict[int, float] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[bool, ...]:
@@ -71,36 +71,26 @@ class Trial:
     @property
     def pooled(self) -> float | None:
         """`pooled` PSNR over the prompts that tried it, None where none did."""
-        tried = [psnr for psnr in self.psnr if psnr is not None]
-        return pooled(tried) if tried else None
-
-    def tried(self, prompt: int) -> bool:
-        return prompt < len(self.psnr) and self.psnr[prompt] is not None
+        return pooled(self.psnr.values()) if self.psnr else None
 
     def add(self, prompt: int, close: tuple[float, float]) -> None:
-        rounded = round(close[0], 2), float(f"{close[1]:.4g}")
-        for values, value in zip((self.psnr, self.relative_error), rounded, strict=True):
-            values += [None] * (prompt + 1 - len(values))
-            values[prompt] = value
-
-
-def trial(method: str, schedule: Schedule, *settings: float) -> Trial:
-    """Makes a trial. settings: in the order of `SETTINGS`."""
-    return Trial(method, dict(zip(SETTINGS[method], settings, strict=True)), schedule.computed, schedule=schedule)
+        self.psnr[prompt], self.relative_error[prompt] = round(close[0], 2), float(f"{close[1]:.4g}")
 
 
 def forecast(speedup: float, sigmas: Sequence[float], constants: Constants) -> Trial:
     """Makes a trial of the speed-up rule. sigmas: noise levels of the steps, see `magcache.noise_levels`."""
     schedule = plan_speedup(len(sigmas), speedup, sigmas=sigmas, constants=constants)
-    return trial("forecast", schedule, speedup, *astuple(constants))
+    return Trial("forecast", {"speedup": speedup} | asdict(constants), schedule.computed, schedule)
 
 
 def fewer_steps(count: int) -> Trial:
-    return trial("fewer steps", Schedule((None,) * CALLS_PER_STEP * count, target="output"), count)
+    schedule = Schedule((None,) * CALLS_PER_STEP * count, target="output")
+    return Trial("fewer steps", {"steps": count}, schedule.computed, schedule)
 
 
 def by_ratios(ratios: Sequence[float], steps: int, rule: Settings) -> Trial:
-    return trial("thresh", plan_threshold(ratios, steps, *astuple(rule)), *astuple(rule))
+    schedule = plan_threshold(ratios, steps, **asdict(rule))
+    return Trial("thresh", asdict(rule), schedule.computed, schedule)
 
 
 def candidates(speedups: Sequence[float], sigmas: Sequence[float]) -> list[Trial]:
@@ -125,7 +115,7 @@ def relative_power(psnr: float) -> float:
     return 10 ** (-psnr / 10)
 
 
-def pooled(psnrs: Sequence[float]) -> float:
+def pooled(psnrs: Collection[float]) -> float:
     """Returns the PSNR, in dB, of the mean of the videos' squared errors, each over its squared peak. It is dominated
     by the videos that became others, while a mean of PSNRs is dominated by those that nobody can tell apart."""
     return -10 * math.log10(statistics.fmean(map(relative_power, psnrs)))
@@ -136,30 +126,27 @@ def share_of_others(psnrs: Sequence[float]) -> float:
     return sum(psnr < ANOTHER for psnr in psnrs) / len(psnrs)
 
 
-def choosing_prompts(count: int) -> int:
-    """Returns how many of a calibration's prompts choose among the candidates: none if there are fewer than eight,
-    since a few agree by chance; else half of them, at most eight."""
-    return min(count // 2, 8) if count >= 8 else 0
-
-
 def choose(forecasts: Sequence[Trial]) -> Constants:
-    """Returns the constants of the forecast with the least pooled error over the prompts that tried all of them, if it
-    is ahead of the first forecast in at least `CLEAR` of 1,000 resamples of the prompts, else those of the first."""
-    prompts = [prompt for prompt in range(len(forecasts[0].psnr)) if all(row.tried(prompt) for row in forecasts)]
-    errors = [[relative_power(row.psnr[prompt]) for prompt in prompts] for row in forecasts]
+    """Returns the one of `CANDIDATES`, by their forecasts, with the least pooled error over the prompts that tried all
+    of them, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else the first."""
+    errors = [[relative_power(row.psnr[prompt]) for prompt in tried_by_all(forecasts)] for row in forecasts]
     best = min(range(len(forecasts)), key=lambda i: sum(errors[i]))
     lead, rng = [a - b for a, b in zip(errors[0], errors[best], strict=True)], random.Random(0)
     ahead = sum(sum(rng.choices(lead, k=len(lead))) > 0 for _ in range(1000)) if lead else 0
-    chosen = forecasts[best if ahead >= 1000 * CLEAR else 0].settings
-    return Constants(**{name: chosen[name] for name in SETTINGS["forecast"][1:]})
+    return CANDIDATES[best if ahead >= 1000 * CLEAR else 0]
+
+
+def tried_by_all(rows: Sequence[Trial]) -> tuple[int, ...]:
+    """Returns the numbers of the prompts that tried all of these ways."""
+    return tuple(sorted(set.intersection(*(set(row.psnr) for row in rows))))
 
 
 def entry(rows: Sequence[Trial], prompts: Sequence[str], seeds: Sequence[int], constants: Constants) -> dict:
     """What a table holds. prompts, seeds: by number; the lists have an entry for each, None where it was not tried."""
     written = []
     for row in rows:
-        lists = {"psnr": row.psnr, "relative_error": row.relative_error}
-        lists = {name: values + [None] * (len(prompts) - len(values)) for name, values in lists.items()}
+        found = {"psnr": row.psnr, "relative_error": row.relative_error}
+        lists = {name: [values.get(prompt) for prompt in range(len(prompts))] for name, values in found.items()}
         written.append({"method": row.method} | row.settings | {"calls": row.calls} | lists)
     return {"measure": MEASURE, "prompts": prompts, "seeds": seeds, "constants": asdict(constants), "rows": written}
 
@@ -203,8 +190,7 @@ class Measured:
         return [self.speedup_of(row) for row in self.forecasts]
 
     def psnr_at(self, speedup: float, prompt: int) -> float:
-        """Returns a prompt's PSNR at a speed-up between the slowest and the fastest, interpolated linearly between
-        trials."""
+        """Returns a prompt's PSNR at a speed-up within those that were tried, on straight lines between them."""
         at, rows = self.speedups, self.forecasts
         right = min(bisect_right(at, speedup), len(at) - 1)
         left = max(right - 1, 0)
@@ -226,8 +212,7 @@ class Measured:
         return expectation_of(*([self.psnr_at(each, prompt) for prompt in self.prompts] for each in until))
 
     def fastest(self, psnr: float, steps: int) -> float | None:
-        """Returns the largest speed-up of a run of so many steps for which a PSNR is promised; None if there is
-        none."""
+        """Returns the largest speed-up of a run of so many steps for which a PSNR is promised, None without one."""
         for count in range(1, steps + 1):
             expected = self.expect(steps / count)
             if expected and expected.promised >= psnr:
@@ -239,7 +224,7 @@ class Measured:
         that tried both, and how many prompts these are; None if there are none, or nothing was tried on both sides of
         its speed-up."""
         speedup = self.speedup_of(row)
-        common = [prompt for prompt in self.prompts if row.psnr[prompt] is not None]
+        common = [prompt for prompt in self.prompts if prompt in row.psnr]
         if not common or not self.expect(speedup):
             return None
         lead = pooled([self.psnr_at(speedup, prompt) for prompt in common])
@@ -274,16 +259,12 @@ def read_trials(table: RatioTable) -> Measured | None:
     try:
         constants = Constants(**table.trials["constants"])
         rows = [read_trial(row) for row in table.trials["rows"]]
-        if len({len(row.psnr) for row in rows}) > 1:
-            raise ValueError("lists of different lengths")
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise ValueError(f"the trials of the ratio table {table.path} cannot be read: {fault!r}") from None
     chosen = asdict(constants).items()
     forecasts = [row for row in rows if row.method == "forecast" and row.settings.items() >= chosen]
     forecasts.sort(key=lambda row: -row.calls)
-    count = len(forecasts[0].psnr) if forecasts else 0
-    prompts = tuple(prompt for prompt in range(count) if all(row.psnr[prompt] is not None for row in forecasts))
-    if not prompts:
+    if not (forecasts and (prompts := tried_by_all(forecasts))):
         return None
     others = tuple(row for row in rows if row.method != "forecast")
     return Measured(table, table.steps, constants, tuple(forecasts), others, prompts)
@@ -291,7 +272,7 @@ def read_trials(table: RatioTable) -> Measured | None:
 
 def read_trial(row: dict) -> Trial:
     settings = {name: float(row[name]) for name in SETTINGS[row["method"]]}
-    psnr = [value if value is None else float(value) for value in row["psnr"]]
-    if not all(value is None or math.isfinite(value) for value in psnr) or not row["calls"] > 0:
+    psnr = {prompt: float(value) for prompt, value in enumerate(row["psnr"]) if value is not None}
+    if not all(map(math.isfinite, psnr.values())) or not row["calls"] > 0:
         raise ValueError(f"a row of {row['method']} holds no measurements")
-    return Trial(row["method"], settings, int(row["calls"]), psnr)
+    return Trial(row["method"], settings, int(row["calls"]), psnr=psnr)

@@ -3,11 +3,12 @@
 Only the denoise loop runs. What a trial has in common with the uncached run at its start is taken from that one.
 """
 
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -35,44 +36,24 @@ class Recorded:
     inputs: dict = field(default_factory=dict)
 
 
-class Remembered:
-    """Stands in for an encoder that every trial of a prompt calls alike: it works for the first one only."""
+def remembered(encoder: Callable, results: list) -> Callable:
+    """Stands in for an encoder that all trials of a prompt call alike: it works for the first, and fills `results`."""
+    numbers = itertools.count()
 
-    def __init__(self, encoder: Callable):
-        self.encoder, self.results, self.next = encoder, [], 0
+    def encode(*args, **kwargs):
+        number = next(numbers)
+        if number == len(results):
+            results.append(encoder(*args, **kwargs))
+        return results[number]
 
-    def __call__(self, *args, **kwargs):
-        if self.next == len(self.results):
-            self.results.append(self.encoder(*args, **kwargs))
-        self.next += 1
-        return self.results[self.next - 1]
-
-    @property
-    def model(self):
-        """The text encoder's model, or an empty one when there is nothing to encode, so that none is moved for it."""
-        return torch.nn.Module() if self.results else self.encoder.model
+    # where there is nothing to encode, no model is moved for it
+    encode.model = torch.nn.Module() if results else getattr(encoder, "model", None)
+    return encode
 
 
-class Rerun(patch.Runner):
-    """A cache, for whose first calls there are outputs, which are wanted on a device where they are known. tick: is
-    called once for every call that computes."""
-
-    def __init__(self, cache: patch.Cache, known: Sequence[bool], outputs: list, device, tick: Callable[[], Any]):
-        self.cache, self.known, self.outputs, self.device, self.tick = cache, known, outputs, device, tick
-        super().__init__(cache.schedule)
-
-    def reset(self) -> None:
-        self.cache.reset()
-
-    def run(self, call: int, model: torch.nn.Module, forward: Callable[[], Any]) -> Any:
-        if call < len(self.known) and self.known[call]:
-            out = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, copy=True), self.outputs[call])
-            if self.schedule.target == "residual":
-                return out
-            return self.cache.run(call, model, lambda: out)
-        if not self.skips(call):
-            self.tick()
-        return self.cache.run(call, model, forward)
+def copied(out, device: torch.device | str):
+    """Copies what a transformer returned."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, copy=True), out)
 
 
 class TrialRuns:
@@ -87,7 +68,7 @@ class TrialRuns:
     def __init__(self, job: Job, pipeline, generate: Callable, group: Group, count: int):
         self.sampling, self.speedups = job.sampling, job.trials
         self.pipeline, self.generate, self.group, self.count = pipeline, generate, group, count
-        self.choosing = trials.choosing_prompts(count)
+        self.choosing = min(count // 2, 8) if count >= 8 else 0  # a few agree by chance
         self.candidates = trials.candidates(self.speedups, self.sampling.noise_levels)
         self.constants = None if self.choosing else DEFAULT
         self.forecasts = [] if self.choosing else self.forecasts_by(DEFAULT)
@@ -116,21 +97,18 @@ class TrialRuns:
 
         def keep_output(module, args, out):
             if len(kept.outputs) < self.wanted:
-                kept.outputs.append(tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), out))
+                kept.outputs.append(copied(out, "cpu"))
 
-        hooks = [model.register_forward_hook(keep_output) for model in backend().transformers(self.pipeline)]
-        try:
+        with ExitStack() as stack:
+            for model in backend().transformers(self.pipeline):
+                stack.callback(model.register_forward_hook(keep_output).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.waiting.append(kept)
         self.recorded += 1
 
     def try_prompt(self, latent: torch.Tensor | None, ratios: Sequence[float]) -> None:
         """Makes the trials that are due now, after the uncached run that was recorded last. latent, ratios: its
-        results. The ratios of the first prompt make the schedules of the published settings, since published tables are
-        of one prompt, too."""
+        results. Those of the first prompt make the schedules of the published settings, as in published tables."""
         self.waiting[-1].latent = latent
         if not self.others:
             self.others = self.compared(ratios)
@@ -144,7 +122,7 @@ class TrialRuns:
             self.forecasts = [tried.get(tuple(way.settings.values()), way) for way in chosen]
         for recorded in self.waiting:
             self.allowed += round(TRIAL_BUDGET * CALLS_PER_STEP * self.sampling.sample_steps)
-            ways = [way for way in self.forecasts if not way.tried(recorded.number)]
+            ways = [way for way in self.forecasts if recorded.number not in way.psnr]
             self.try_ways(recorded, ways + self.affordable(sum(way.cost for way in ways)))
         self.waiting.clear()
 
@@ -159,7 +137,7 @@ class TrialRuns:
 
     def try_ways(self, recorded: Recorded, ways: Sequence[trials.Trial]) -> None:
         with tqdm(
-            total=sum(way.cost for way in ways),
+            total=sum(way.calls for way in ways),
             desc=f"trials of prompt {recorded.number + 1} of {self.count}",
             unit="call",
             disable=not self.group.speaks,
@@ -178,13 +156,21 @@ class TrialRuns:
     def latent(self, recorded: Recorded, way: trials.Trial, bar: tqdm, more: bool) -> torch.Tensor | None:
         """Returns the final latent on the CPU, or None where this process gets none. more: whether another trial of the
         prompt follows; the transformer then stays on the GPU once the text encoder no longer needs the room."""
-        pipeline, schedule = self.pipeline, way.schedule
-        cache = patch.CACHES[schedule.target](schedule)
-        rerun = Rerun(cache, way.known, recorded.outputs, pipeline.device, bar.update)
-        patch.attach(backend().transformers(pipeline), rerun)
-        encoded = bool(recorded.inputs) and recorded.inputs["text_encoder"].results
-        stays = {"afterwards": lambda offload_model: None} if more and encoded else {}  # of the `wan` here
-        with self.only_denoising(recorded), bars_replaced(pipeline), patch.shadowed(pipeline, stays):
+        pipeline, schedule, models = self.pipeline, way.schedule, backend().transformers(self.pipeline)
+        known = (out if spared else None for out, spared in zip(recorded.outputs, way.known, strict=False))
+
+        def answer(forward: Callable, *args, **kwargs):
+            out = next(known, None)  # of this call, as those at the start of a trial all compute
+            return forward(*args, **kwargs) if out is None else copied(out, pipeline.device)
+
+        patch.attach(models, patch.CACHES[schedule.target](schedule), lambda call, reused: bar.update(not reused))
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(patch.shadowed(model, {"forward": functools.partial(answer, model.forward)}))
+            if more and recorded.inputs.get("text_encoder"):  # of the `wan` here
+                stack.enter_context(patch.shadowed(pipeline, {"afterwards": lambda offload_model: None}))
+            stack.enter_context(self.only_denoising(recorded))
+            stack.enter_context(bars_replaced(pipeline))
             latent = self.generate(recorded.request, schedule.steps)
         return None if latent is None else latent.cpu()
 
@@ -197,11 +183,9 @@ class TrialRuns:
             stack.enter_context(patch.shadowed(pipeline.vae, {"decode": lambda latents, *args, **kwargs: latents}))
             for owner, name in encoders:
                 if hasattr(owner, name):
-                    known = recorded.inputs.setdefault(name, Remembered(getattr(owner, name)))
-                    known.next = 0
-                    stack.enter_context(patch.shadowed(owner, {name: known}))
-                    if name == "visual" and known.results:  # so that the image encoder is not moved, either
-                        stack.enter_context(patch.shadowed(owner, {"model": torch.nn.Module()}))
+                    encode = remembered(getattr(owner, name), recorded.inputs.setdefault(name, []))
+                    model = {"model": encode.model} if name == "visual" and recorded.inputs[name] else {}
+                    stack.enter_context(patch.shadowed(owner, {name: encode} | model))
             yield
 
     def entry(self, requests: Sequence[Request]) -> dict:
