@@ -21,3 +21,8 @@ class Case:
     args: Arguments
     line: str
     env: dict[str, str] = field(default_factory=dict)
+
+
+def later(function: Callable) -> Callable:
+    """Decorates f(folder, *more), or one that gets a process before the folder: f(*more) returns what takes these."""
+    return lambda *more, **how: lambda *first: function(*first, *more, **how)

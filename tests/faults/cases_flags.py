@@ -1,7 +1,9 @@
 """Flags that contradict each other, lead nowhere, make no sense or would do nothing, and lines of prompt files."""
 
+from commands import DEMO, DEMO_I2V
+
 from faults.case import Case
-from faults.cases_files import DEMO, PICTURE, TINY, TINY_I2V, damaged, file_of, flags_of, original
+from faults.cases_files import PICTURE, TINY, TINY_I2V, damaged, file_of, flags_of, original
 
 
 def torchrun(**changed: str) -> dict[str, str]:
@@ -169,7 +171,7 @@ PROMPTS = {
 
 def image_lines(content: str, *flags) -> object:
     """A prompt file for a model that takes images."""
-    i2v = ["--task", "i2v-tiny", "--ckpt_dir", DEMO.with_name("Wan2.1-I2V-tiny")]
+    i2v = ["--task", "i2v-tiny", "--ckpt_dir", DEMO_I2V]
     return file_of("p.jsonl", content, *i2v, "--prompt_file", "p.jsonl", *flags)
 
 

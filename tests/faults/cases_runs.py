@@ -16,13 +16,14 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import pytest
 import torch
+from commands import DEMO, TINY
 from safetensors.torch import load_file, save_file
 
-from faults.case import Arguments
+import magcache
+from faults.case import Arguments, later
 
-DEMO = Path(__file__).parents[2] / "examples" / "Wan2.1-T2V-tiny"
 DIT, VAE = "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"
-FLAGS = ["--task", "t2v-tiny", "--size", "64*64", "--frame_num", 5, "--sample_steps", 4, "--ckpt_dir", DEMO]
+FLAGS = [*TINY, "--frame_num", 5, "--sample_steps", 4]
 ONE = [*FLAGS, "--prompt", "a red circle moves up on a black background", "--base_seed", 3]
 SAVED = [*ONE, "--save_file", "film.mp4"]
 FAST = ["--use_magcache", "--magcache_speedup", 2]
@@ -53,16 +54,13 @@ def wait_for(folder: Path, pattern: str, what: str = "", seconds: float = 60) ->
         time.sleep(0.01)
 
 
-def signalled(number: int, pattern: str, what: str = "", again: int | None = None) -> Callable:
+@later
+def signalled(process, folder: Path, number: int, pattern: str, what: str = "", again: int | None = None) -> None:
     """Sends a signal once a file holds a text, and another one right behind it."""
-
-    def disturb(process, folder: Path) -> None:
-        wait_for(folder, pattern, what)
-        os.kill(process.pid, number)
-        if again:
-            os.kill(process.pid, again)
-
-    return disturb
+    wait_for(folder, pattern, what)
+    os.kill(process.pid, number)
+    if again:
+        os.kill(process.pid, again)
 
 
 def film(path: Path, frames: int = 5) -> None:
@@ -77,32 +75,25 @@ def nothing(folder: Path) -> None:
     assert names(folder) <= {"model", "prompts.txt", "slow", "started", "tmp", "film.part.mp4"}
 
 
-def said(text: str) -> Callable[[Path], None]:
-    def check(folder: Path) -> None:
-        assert text in (folder / "out").read_text()
-
-    return check
+@later
+def said(folder: Path, text: str) -> None:
+    assert text in (folder / "out").read_text()
 
 
-def both(*checks: Callable[[Path], None]) -> Callable[[Path], None]:
-    def check(folder: Path) -> None:
-        for one in checks:
-            one(folder)
-
-    return check
+@later
+def both(folder: Path, *checks: Callable[[Path], None]) -> None:
+    for one in checks:
+        one(folder)
 
 
-def slow_encoder(flags: list) -> Callable[[Path], list]:
+@later
+def slow_encoder(folder: Path, flags: list) -> list:
     """ffmpeg waits before it starts, so that signals find the script saving."""
-
-    def prepare(folder: Path) -> list:
-        (folder / "tmp").mkdir()
-        encoder = imageio_ffmpeg.get_ffmpeg_exe()
-        (folder / "slow").write_text(f'#!/bin/sh\ntouch started\nsleep 5\nexec {encoder} "$@"\n')
-        (folder / "slow").chmod(0o755)
-        return flags
-
-    return prepare
+    (folder / "tmp").mkdir()
+    encoder = imageio_ffmpeg.get_ffmpeg_exe()
+    (folder / "slow").write_text(f'#!/bin/sh\ntouch started\nsleep 5\nexec {encoder} "$@"\n')
+    (folder / "slow").chmod(0o755)
+    return flags
 
 
 IN_FOLDER = {"TMPDIR": "tmp", "IMAGEIO_FFMPEG_EXE": "./slow"}
@@ -111,83 +102,69 @@ IN_FOLDER = {"TMPDIR": "tmp", "IMAGEIO_FFMPEG_EXE": "./slow"}
 def rescued(folder: Path) -> None:
     """The pixels are in one new file, and there is nothing else."""
     (kept,) = (folder / "tmp").glob("film_*.pt")
-    assert torch.load(kept).shape == (3, 5, 64, 64)
+    pixels = torch.load(kept)
+    assert (pixels.shape, pixels.dtype) == ((3, 5, 64, 64), torch.uint8)
     assert str(kept.name) in (folder / "err").read_text()
     nothing(folder)
 
 
-def prompts(count: int, flags: list) -> Callable[[Path], list]:
-    def prepare(folder: Path) -> list:
-        shapes = ("circle", "square", "triangle")
-        lines = (f"a red {shapes[i % 3]} moves up on a black background" for i in range(count))
-        (folder / "prompts.txt").write_text("\n".join(lines))
-        return [*FLAGS, "--prompt_file", "prompts.txt", *flags]
-
-    return prepare
+@later
+def prompts(folder: Path, count: int, flags: list) -> list:
+    shapes = ("circle", "square", "triangle")
+    lines = (f"a red {shapes[i % 3]} moves up on a black background" for i in range(count))
+    (folder / "prompts.txt").write_text("\n".join(lines))
+    return [*FLAGS, "--prompt_file", "prompts.txt", *flags]
 
 
-def calibrated(count: int, where: str = "calibration") -> Callable[[Path], None]:
+@later
+def calibrated(folder: Path, count: int, where: str = "calibration") -> None:
     """The table is of that many prompts."""
-
-    def check(folder: Path) -> None:
-        (table,) = (folder / where).glob("t2v-tiny_*.json")
-        assert len(json.loads(table.read_text())["measured_on"]["prompts"]) == count
-        assert not list(folder.rglob("*.part*"))
-
-    return check
+    (table,) = (folder / where).glob("t2v-tiny_*.json")
+    assert len(json.loads(table.read_text())["measured_on"]["prompts"]) == count
+    assert not list(folder.rglob("*.part*"))
 
 
-def poisoned(name: str, tensor: str, flags: list, value: float = float("nan")) -> Callable[[Path], list]:
-    """A checkpoint with a tensor of this value."""
-
-    def prepare(folder: Path) -> list:
-        model = shutil.copytree(DEMO, folder / "model")
-        path = model / name
-        tensors = load_file(path) if name == DIT else torch.load(path)
-        tensors[tensor] = torch.full_like(tensors[tensor], value)
-        if name == DIT:
-            save_file(tensors, path)
-        else:
-            torch.save(tensors, path)
-        return [*flags, "--ckpt_dir", "model"]
-
-    return prepare
+def tried_one(folder: Path) -> None:
+    """Of two prompts."""
+    calibrated(2)(folder)
+    (table,) = (folder / "calibration").glob("t2v-tiny_*.json")
+    assert magcache.read_trials(magcache.load_table(table)).prompts == (0,)
 
 
-def folder_for(flags: list | Callable[[Path], list]) -> Callable[[Path], list]:
+@later
+def poisoned(folder: Path, name: str, tensor: str, flags: list) -> list:
+    """A checkpoint with a tensor of NaN."""
+    path = shutil.copytree(DEMO, folder / "model") / name
+    tensors = load_file(path) if name == DIT else torch.load(path)
+    tensors[tensor] = torch.full_like(tensors[tensor], float("nan"))
+    (save_file if name == DIT else torch.save)(tensors, path)
+    return [*flags, "--ckpt_dir", "model"]
+
+
+@later
+def folder_for(folder: Path, flags: list | Callable[[Path], list]) -> list:
     """Makes the folders `gone`, for results, and `tmp`."""
-
-    def prepare(folder: Path) -> list:
-        for name in ("gone", "tmp"):
-            (folder / name).mkdir()
-        return flags(folder) if callable(flags) else flags
-
-    return prepare
+    for name in ("gone", "tmp"):
+        (folder / name).mkdir()
+    return flags(folder) if callable(flags) else flags
 
 
-def existing(name: str, content: bytes | str, flags: list) -> Callable[[Path], list]:
-    def prepare(folder: Path) -> list:
-        (folder / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
-        return flags
-
-    return prepare
+@later
+def existing(folder: Path, name: str, content: bytes, flags: list) -> list:
+    (folder / name).write_bytes(content)
+    return flags
 
 
-def kept_whole(name: str, content: bytes) -> Callable[[Path], None]:
-    def check(folder: Path) -> None:
-        assert (folder / name).read_bytes() == content
-
-    return check
+@later
+def kept_whole(folder: Path, name: str, content: bytes) -> None:
+    assert (folder / name).read_bytes() == content
 
 
-def once(pattern: str, what: str, function: Callable[[Path], object]) -> Callable:
+@later
+def once(process, folder: Path, pattern: str, what: str, function: Callable[[Path], object]) -> None:
     """Something else happens once a file holds a text."""
-
-    def disturb(process, folder: Path) -> None:
-        wait_for(folder, pattern, what)
-        function(folder)
-
-    return disturb
+    wait_for(folder, pattern, what)
+    function(folder)
 
 
 def limit_files(size: int) -> None:
@@ -233,6 +210,12 @@ CASES = [
     RunCase("SIGHUP where it is ignored, as by nohup", SAVED, 0, "",
             arrange=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN),
             disturb=signalled(signal.SIGHUP, "out", "loading"), check=lambda folder: film(folder / "film.mp4")),
+    RunCase("SIGINT in the first prompt of a calibration", [*SAVED, *CALIBRATION, *LONG], 130,
+            r"the calibration stopped in prompt 1 of 1, after \d+ of 1800 calls; nothing is written",
+            disturb=signalled(signal.SIGINT, "err", "denoise"), check=nothing),
+    RunCase("SIGINT in the trials of a calibration", prompts(2, [*CALIBRATION, "2,3", "--sample_steps", 20]), 130,
+            "the calibration stopped in the trials of prompt 2 of 2; what was measured until then is written",
+            disturb=signalled(signal.SIGINT, "err", "trials of prompt 2 of 2"), check=tried_one),
     RunCase("SIGINT in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]), 130,
             "stopped by Ctrl-C", disturb=signalled(signal.SIGINT, "out", "3 of 8"), check=calibrated(2)),
     RunCase("SIGKILL in the third prompt of a calibration", prompts(8, [*CALIBRATION, "--sample_steps", 15]),

@@ -3,16 +3,15 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
+from commands import SCRIPT, python
 
 import magcache_generate
 from faults import cases_files, cases_flags
 from faults.case import prepared
-from faults.cases_files import REPO
 
 CASES = [*cases_files.CASES, *cases_flags.CASES]
 PATIENCE = 60  # seconds, after which something waits for a pipe
@@ -64,11 +63,7 @@ LATER = ["no attention backend", "result a pipe", "VAE malicious old"]
 def test_in_a_process_of_its_own(name, tmp_path):
     """Where nothing is imported yet, and warnings are printed."""
     (case,) = (case for case in CASES if case.name == name)
-    command = [sys.executable, REPO / "magcache_generate.py", *prepared(case.args, tmp_path)]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | case.env, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert result.returncode == 2, result.stderr
+    result = python(SCRIPT, *prepared(case.args, tmp_path), code=2, cwd=tmp_path, env=os.environ | case.env)
     assert re.search(case.line, result.stderr)
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "executed").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+from commands import REPO, SCRIPT, python, torchrun
 
 from faults import warm
 from faults.cases_runs import FAST, FLAGS, ONE, SAVED, names
@@ -62,7 +63,7 @@ def test_a_full_disk(tmp_path):
     """Needs user namespaces, to mount a small file system."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, warm.SCRIPT, *SAVED, "--frame_num", 17, "--save_file", "disk/film.mp4"]
+    command = [sys.executable, SCRIPT, *SAVED, "--frame_num", 17, "--save_file", "disk/film.mp4"]
     mounted = f"mount -t tmpfs -o size=4k none {tmp_path}/disk && exec " + '"$@"'
     result = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", *map(str, command)],
@@ -77,7 +78,7 @@ def test_a_full_disk(tmp_path):
 
 def test_a_reader_that_leaves(tmp_path):
     """As `| head -1` does."""
-    command = [sys.executable, warm.SCRIPT, *SAVED]
+    command = [sys.executable, SCRIPT, *SAVED]
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -120,17 +121,12 @@ def test_a_decoder_that_fails_once(tmp_path):
         "        raise MemoryError('the decoder is full')\n"
         "    return decode(self, latents)\n"
         "WanVAE.decode = once\n"
-        f"sys.argv[0] = {str(warm.SCRIPT)!r}\n"
+        f"sys.argv[0] = {str(SCRIPT)!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, tmp_path / "fails_once.py"]
-    command += [*FLAGS, *FAST, "--ulysses_size", 2, "--prompt_file", tmp_path / "prompts.txt", "--save_file", "films"]
-    repo = warm.SCRIPT.parent
-    result = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repo)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 1, result.stderr
+    flags = [*FLAGS, *FAST, "--ulysses_size", 2, "--prompt_file", tmp_path / "prompts.txt", "--save_file", "films"]
+    command, environment = [*torchrun(2), tmp_path / "fails_once.py", *flags], os.environ | {"PYTHONPATH": str(REPO)}
+    result = python(*command, code=1, cwd=tmp_path, env=environment)
     assert "1 of 2 videos failed; a rerun tries them again" in result.stderr
     assert result.stdout.count("failed    films/00001") == 1 and "MemoryError: the decoder is full" in result.stdout
     (film,) = (tmp_path / "films").glob("*.mp4")

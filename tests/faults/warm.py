@@ -1,6 +1,8 @@
 """Runs the script in processes of its own that start warm: forks of one that has imported torch and the rest."""
 
-import multiprocessing
+import collections
+import json
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -11,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from commands import SCRIPT
+from torch.nn.modules.module import register_module_forward_hook
 
-SCRIPT = Path(__file__).parents[2] / "magcache_generate.py"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["magcache.app.generate", "magcache.app.compare", "wan.text2video", "matplotlib.figure"])
 
@@ -36,16 +39,26 @@ def start(
 
 
 def finished(
-    flags: list, folder: Path, arrange: Callable[[], None] | None = None, script: Path = SCRIPT
+    flags: list, folder: Path, arrange: Callable[[], None] | None = None, script: Path = SCRIPT, code: int = 0
 ) -> subprocess.CompletedProcess:
-    """Waits for such a process and returns its result."""
+    """Waits for such a process and returns its result. code: the expected exit code."""
     threads = torch.get_num_threads()  # the number decides on the last bits, and a codec on more
     with tempfile.TemporaryDirectory() as streams:
         process = start(flags, folder, {}, arrange, script, Path(streams), threads)
         process.join(300)
         process.kill()
-        said = (Path(streams, name).read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(flags, process.exitcode, *said)
+        out, err = (Path(streams, name).read_text() for name in ("out", "err"))
+    assert process.exitcode == code, err
+    return subprocess.CompletedProcess(flags, code, out, err)
+
+
+def counting(path: Path) -> None:
+    """Writes, as the process ends, how often modules of each class were called."""
+    counts = collections.Counter()
+    register_module_forward_hook(
+        lambda module, *_: counts.update([f"{type(module).__module__}.{type(module).__name__}"])
+    )
+    multiprocessing.util.Finalize(None, lambda: path.write_text(json.dumps(counts)), exitpriority=1)
 
 
 def only_from(folder: Path) -> None:
