@@ -15,6 +15,9 @@ from .modules.vace_model import VaceWanModel
 
 SHAPE = (16, 3, 4, 4)  # of the latent, whatever video is asked for
 TOKENS = 12
+# arguments of every `generate`
+DEFAULTS = {"frame_num": 81, "shift": 5.0, "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0}
+DEFAULTS |= {"n_prompt": "", "seed": -1, "offload_model": True}
 
 
 class Vae:
@@ -34,8 +37,9 @@ def usp_forwards():
 
 
 class Pipeline:
-    model_class = WanModel
-    shape = SHAPE
+    """own: further arguments of `generate`."""
+
+    model_class, shape, own = WanModel, SHAPE, ("size",)
 
     def __init__(
         self, config, checkpoint_dir, device_id=0, rank=0, t5_fsdp=False, dit_fsdp=False, use_usp=False, t5_cpu=False
@@ -79,20 +83,27 @@ class Pipeline:
     def after_step(self, latent):
         return latent
 
-    def run(self, prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings):
-        self.record |= settings | {"prompt": prompt, "frame_num": frame_num, "shift": shift, "guide_scale": guide_scale}
-        generator = torch.Generator().manual_seed(seed)
+    def arguments(self):
+        """Of the model, by the inputs."""
+        return {}
+
+    def generate(self, input_prompt, *inputs, **given):
+        assert given.keys() <= DEFAULTS.keys() | {*self.own}
+        settings, arguments = DEFAULTS | given, self.arguments(*inputs)
+        self.record |= settings | {"prompt": input_prompt}
+        steps, shift = settings["sampling_steps"], settings["shift"]
+        generator = torch.Generator().manual_seed(settings["seed"])
         latent = self.after_step(torch.randn(self.shape, generator=generator))
         contexts = [
             torch.randn(4, 8, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
-            for text in (prompt, self.config.sample_neg_prompt)
+            for text in (input_prompt, self.config.sample_neg_prompt)
         ]
-        sigmas = torch.linspace(0.999, 0, sampling_steps + 1)
+        sigmas = torch.linspace(0.999, 0, steps + 1)
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         with amp.autocast(dtype=self.config.param_dtype), torch.no_grad():
             for sigma, following in pairwise(sigmas):
                 timestep = torch.stack([(sigma * 1000).long()])
-                model, scale = self.expert(timestep, guide_scale)
+                model, scale = self.expert(timestep, settings["guide_scale"])
                 velocities = []
                 for context in contexts:
                     self.record["calls"].append(0)
@@ -104,20 +115,15 @@ class Pipeline:
             distributed.barrier()
         self.record["latent"] = latent
         torch.save(self.record, f"record.{distributed.get_rank() if distributed.is_initialized() else 0}.pt")
-        self.vae.frames = frame_num
+        self.vae.frames = settings["frame_num"]
         return self.vae.decode([latent])[0] if self.rank == 0 else None
 
 
 class WanT2V(Pipeline):
-    def generate(
-        self, input_prompt, size=(1280, 720), frame_num=81, shift=5.0, sample_solver="unipc", sampling_steps=50,
-        guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model, "n_prompt": n_prompt}
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)
+    pass
 
 
-def image_arguments(images):
+def image_arguments(*images):
     colour = sum(sum(image.getpixel((0, 0))) for image in images)
     generator = torch.Generator().manual_seed(colour)
     y = torch.randn(20, *SHAPE[1:], generator=generator)
@@ -125,23 +131,15 @@ def image_arguments(images):
 
 
 class WanI2V(Pipeline):
-    def generate(
-        self, input_prompt, img, max_area=720 * 1280, frame_num=81, shift=5.0, sample_solver="unipc",
-        sampling_steps=40, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"max_area": max_area, "sample_solver": sample_solver, "offload_model": offload_model}
-        arguments = image_arguments([img])
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+    own = ("max_area",)
+
+    def arguments(self, img):
+        return image_arguments(img)
 
 
-class WanFLF2V(Pipeline):
-    def generate(
-        self, input_prompt, first_frame, last_frame, max_area=720 * 1280, frame_num=81, shift=16.0,
-        sample_solver="unipc", sampling_steps=50, guide_scale=5.5, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"max_area": max_area, "sample_solver": sample_solver, "offload_model": offload_model}
-        arguments = image_arguments([first_frame, last_frame])
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+class WanFLF2V(WanI2V):
+    def arguments(self, first_frame, last_frame):
+        return image_arguments(first_frame, last_frame)
 
 
 class WanVace(Pipeline):
@@ -152,11 +150,5 @@ class WanVace(Pipeline):
         frames = [torch.full(SHAPE, 0.5, device=device)]
         return frames, [torch.ones(SHAPE, device=device)], src_ref_images
 
-    def generate(
-        self, input_prompt, input_frames, input_masks, input_ref_images, size=(1280, 720), frame_num=81,
-        context_scale=1.0, shift=5.0, sample_solver="unipc", sampling_steps=50, guide_scale=5.0, n_prompt="",
-        seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"size": size, "sample_solver": sample_solver, "offload_model": offload_model}
-        arguments = {"vace_context": [input_frames[0] * input_masks[0]], "vace_context_scale": context_scale}
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+    def arguments(self, input_frames, input_masks, input_ref_images):
+        return {"vace_context": [input_frames[0] * input_masks[0]], "vace_context_scale": 1.0}

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from . import pipelines
-from .distributed.sequence_parallel import sp_attn_forward, sp_dit_forward
+from .distributed.sequence_parallel import sp_dit_forward
+from .distributed.xdit_context_parallel import usp_attn_forward
 from .modules.model_with_times import WanModel
-from .pipelines import TOKENS, Pipeline, image_arguments
+from .pipelines import TOKENS, Pipeline
 
 
 class Pipeline22(Pipeline):
@@ -19,7 +20,7 @@ class Pipeline22(Pipeline):
     ):  # fmt: skip
         converted = {"use_sp": use_sp, "convert_model_dtype": convert_model_dtype}
         self.begin(config, device_id=device_id, rank=rank, **converted, experts=[])
-        self.load_models(Path(checkpoint_dir), (sp_attn_forward, sp_dit_forward) if use_sp else None, dit_fsdp)
+        self.load_models(Path(checkpoint_dir), (usp_attn_forward, sp_dit_forward) if use_sp else None, dit_fsdp)
 
 
 class TwoExperts(Pipeline22):
@@ -34,26 +35,28 @@ class TwoExperts(Pipeline22):
         return (self.high_noise_model, high) if is_high else (self.low_noise_model, low)
 
 
-class WanT2V(TwoExperts, pipelines.WanT2V):
+class WanT2V(TwoExperts):
     pass
 
 
-class WanI2V(TwoExperts):
-    def generate(
-        self, input_prompt, img, max_area=720 * 1280, frame_num=81, shift=5.0, sample_solver="unipc",
-        sampling_steps=40, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"max_area": max_area, "offload_model": offload_model}
-        arguments = {"y": image_arguments([img])["y"]}
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, arguments, **settings)
+class WanI2V(TwoExperts, pipelines.WanI2V):
+    def arguments(self, img):
+        return {"y": super().arguments(img)["y"]}
 
 
 class WanTI2V(Pipeline22):
-    shape = (48, 3, 4, 4)
-    first = None  # latent frame, which an image gives
+    shape, own = (48, 3, 4, 4), ("size", "max_area")
 
     def load_models(self, folder, *how):
         self.model = self.load(folder, *how)
+
+    def arguments(self, img=None):
+        """first: latent frame, which an image gives."""
+        self.first = None
+        if img is not None:
+            generator = torch.Generator().manual_seed(sum(img.getpixel((0, 0))))
+            self.first = torch.randn(48, 1, 4, 4, generator=generator)
+        return {}
 
     def times(self, timestep):
         """Zero for the tokens of a given frame."""
@@ -63,14 +66,3 @@ class WanTI2V(Pipeline22):
 
     def after_step(self, latent):
         return latent if self.first is None else torch.cat([self.first, latent[:, 1:]], dim=1)
-
-    def generate(
-        self, input_prompt, img=None, size=(1280, 704), max_area=704 * 1280, frame_num=81, shift=5.0,
-        sample_solver="unipc", sampling_steps=50, guide_scale=5.0, n_prompt="", seed=-1, offload_model=True,
-    ):  # fmt: skip
-        settings = {"size": size, "max_area": max_area, "image": img and img.size}
-        self.first = None
-        if img is not None:
-            generator = torch.Generator().manual_seed(sum(img.getpixel((0, 0))))
-            self.first = torch.randn(48, 1, 4, 4, generator=generator)
-        return self.run(input_prompt, frame_num, shift, sampling_steps, guide_scale, seed, {}, **settings)

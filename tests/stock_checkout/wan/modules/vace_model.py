@@ -20,10 +20,10 @@ class VaceWanModel(WanModel):
     def __init__(self, dim=24, **kwargs):
         super().__init__(dim=dim, **kwargs)
         self.vace_blocks = nn.ModuleList([VaceWanAttentionBlock(dim)])
-        self.vace_patch_embedding = nn.Conv3d(16, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.vace_patch_embedding = nn.Conv3d(16, dim, kernel_size=(1, 2, 2), stride=(1, 2, 2))
 
     def forward_vace(self, x, vace_context, seq_len, kwargs):
-        c = torch.cat([self.vace_patch_embedding(u.unsqueeze(0)).flatten(2).transpose(1, 2) for u in vace_context])
+        c = self.vace_patch_embedding(torch.stack(vace_context)).flatten(2).transpose(1, 2)
         return [block(c, x, **kwargs) for block in self.vace_blocks]
 
     def forward(self, x, t, vace_context, context, seq_len, vace_context_scale=1.0, clip_fea=None, y=None):

@@ -8,11 +8,3 @@ def init_distributed_environment(rank, world_size):
 def initialize_model_parallel(sequence_parallel_degree, ring_degree, ulysses_degree):
     assert CALLS
     CALLS.append(("initialize_model_parallel", sequence_parallel_degree, ring_degree, ulysses_degree))
-
-
-def get_sequence_parallel_world_size():
-    return CALLS[1][1]
-
-
-def get_sequence_parallel_rank():
-    return CALLS[0][1]

@@ -1,4 +1,4 @@
-"""The names that upstream's configs have, no more."""
+"""Names that upstream's configs have, no others."""
 
 from .wan_i2v_A14B import i2v_A14B
 from .wan_t2v_A14B import t2v_A14B

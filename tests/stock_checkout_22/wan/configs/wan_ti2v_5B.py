@@ -4,8 +4,6 @@ from .shared_config import wan_shared_cfg
 
 ti2v_5B = EasyDict(wan_shared_cfg)
 ti2v_5B.vae_checkpoint = "Wan2.2_VAE.pth"
-ti2v_5B.vae_stride = (4, 16, 16)
-ti2v_5B.num_heads = 24
 ti2v_5B.sample_fps = 24
 ti2v_5B.sample_shift = 5.0
 ti2v_5B.sample_steps = 50

@@ -1,10 +1,6 @@
 """The forwards that a model instance gets where several processes share the sequence, and its times."""
 
-from .util import gather, own_part
-
-
-def sp_attn_forward(self, x, seq_lens, grid_sizes, freqs):
-    return self.o(self.attend(self.q(x), gather(self.k(x)), gather(self.v(x)), seq_lens))
+from .xdit_context_parallel import gather, own_part
 
 
 def sp_dit_forward(self, x, t, context, seq_len, y=None):
