@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import torch
@@ -61,3 +62,15 @@ def write_checkpoint(kind: str, target: Path) -> Path:
     torch.save(read_tensors("vae/Wan2.1_VAE.safetensors"), target / "Wan2.1_VAE.pth")
     shutil.copytree(GOLDEN / "pipelines/common/tokenizer", target / "google" / "umt5-xxl")
     return target
+
+
+def write_sparse_weights(path: Path, shapes: dict) -> None:
+    """Float32 tensors of which only the header is there."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(torch.Size(shape).numel())
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(8 + len(content) + end)

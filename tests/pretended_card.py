@@ -34,6 +34,21 @@ TAKE_A_GUARD = ("getitem", "setitem", "float", "int", "bool", "index", "invert")
 TAKE_A_GUARD = (*(f"__{name}__" for name in TAKE_A_GUARD), "contiguous", "item")
 
 
+def named_phases(monkeypatch, places: dict[type, tuple[str, ...]]) -> list["PretendedCard"]:
+    """Makes these methods of classes phases of the card that stands last in the list that it returns."""
+    current = []
+    for owner, names in places.items():
+        for name in names:
+            method = getattr(owner, name)
+
+            def run(*args, method=method, name=name, **kwargs):
+                with current[-1].phase(name) if current else contextlib.nullcontext():
+                    return method(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, functools.wraps(method)(run))
+    return current
+
+
 class OnCard(torch.Tensor):
     """Stands for the tensor `inner`. Its dispatch keys are CUDA's, so autocast treats it as a CUDA tensor."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from commands import DEMO, TINY
 from diffusers.models import attention_dispatch as attention
 from PIL import Image
 from torch.distributed.tensor.debug import CommDebugMode
@@ -25,9 +26,7 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.groups import start_groups
 from wan.modules.model import WanModel
 
-DEMO = Path(__file__).parent.parent / "examples" / "Wan2.1-T2V-tiny"
 PROMPT = "a red circle moves right on a white background"
-T2V = ("--task", "t2v-tiny", "--ckpt_dir", DEMO, "--size", "64*64", "--frame_num", 5, "--sample_steps", 3)
 STEPS = 6
 EVEN, ODD = ((64, 64), 9), ((48, 48), 9)  # 48 and 27 tokens
 # name: (ulysses_size, flags of the pipeline), kind, size and frames
@@ -248,8 +247,9 @@ def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
     """What one of two processes of the command line does."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    flags = (*T2V, "--prompt", PROMPT, "--base_seed", 3, "--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp")
-    flags += ("--t5_fsdp", "--save_file", folder / "dumps" / "film.mp4")
+    flags = [*TINY, "--frame_num", 5, "--sample_steps", 3, "--prompt", PROMPT, "--base_seed", 3]
+    flags += ["--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp", "--t5_fsdp"]
+    flags += ["--save_file", folder / "dumps" / "film.mp4"]
     (folder / "dumps").mkdir(exist_ok=True)
     sys.argv = ["magcache_generate.py", *map(str, flags)]
     magcache_generate.main()

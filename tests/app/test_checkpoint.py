@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from golden_data import GOLDEN, write_checkpoint
+from full_size import make_model
+from golden_data import GOLDEN, write_checkpoint, write_sparse_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -23,63 +24,36 @@ from magcache.app.architecture import Architecture, tensor_shapes
 from magcache.app.backend import backend, check_checkpoint
 from magcache.app.errors import Refused
 from magcache.app.job import Inputs, Machine, Sampling
+from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
-from wan.modules.t5 import tensor_names
+from wan.modules.t5 import load_encoder, tensor_names
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import load_vae
 from wan.utils.checkpoints import DamagedFile
 
-_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
-_1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
-_VACE = {"vace_in_dim": 96, "model_type": "vace"}
-CONFIGS = {
-    "t2v-1.3B": _1_3B | {"model_type": "t2v"},
-    "t2v-14B": _14B | {"model_type": "t2v"},
-    "i2v-14B": _14B | {"model_type": "i2v", "in_dim": 36},
-    "i2v-A14B": _14B | {"model_type": "i2v", "in_dim": 36, "clip_dim": 0},
-    "ti2v-5B": {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48}
-    | {"model_type": "ti2v"},
-    "flf2v-14B": _14B | {"model_type": "flf2v", "in_dim": 36, "clip_positions": 514},
-    "vace-1.3B": _1_3B | _VACE | {"vace_layers": list(range(0, 30, 2))},
-    "vace-14B": _14B | _VACE | {"vace_layers": list(range(0, 40, 5))},
-    "vace of old": _1_3B | _VACE | {"vace_layers": None},
-}
+REAL = [name for name, task in TASKS.items() if not task.is_demo and not task.makes_image]
 SHARDS = 7
 T5, VAE, CLIP = (WAN_CONFIGS["i2v-14B"][f"{part}_checkpoint"] for part in ("t5", "vae", "clip"))
 DIT = "diffusion_pytorch_model.safetensors"
 
 
-def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
-    model_class = VaceWanModel if config["model_type"] == "vace" else WanModel
+def full_size(task: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """The entries of a model's config.json, and the shapes of its tensors."""
     with torch.device("meta"):
-        model = model_class(**config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = make_model(task)
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def complete(config: dict, folder: Path) -> dict:
-    (folder / "config.json").write_text(json.dumps(config))
-    return checkpoint.read_config(folder)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_expected_tensors_are_those_of_the_models(name, tmp_path):
-    shapes = shapes_of(CONFIGS[name])
-    images = {"i2v-14B": 1, "flf2v-14B": 2}.get(name, 0)
-    usual = Architecture(0, 0, 0, images=images)
-    assert tensor_shapes(checkpoint.sizes_in(complete(CONFIGS[name], tmp_path), usual)) == shapes
-
-
-def write_sparse_weights(path: Path, shapes: dict) -> None:
-    """Float32 tensors of which only the header is there."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * int(torch.Size(shape).numel())
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    content = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(content)) + content)
-        file.truncate(8 + len(content) + end)
+@pytest.mark.parametrize(("task", "change"), [*((task, {}) for task in REAL), ("vace-1.3B", {"vace_layers": None})])
+def test_expected_tensors_are_those_of_the_models(task, change, tmp_path):
+    """Which the registry of tasks has, too."""
+    (config, shapes), sizes = full_size(task), TASKS[task].architecture
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    found = checkpoint.read_config(tmp_path)
+    assert tensor_shapes(checkpoint.sizes_in(found, Architecture(0, 0, 0, images=sizes.images))) == shapes
+    assert tensor_shapes(sizes) == shapes
 
 
 def write_sparse_pth(path: Path, shapes: dict, dtype: torch.dtype) -> None:
@@ -101,9 +75,8 @@ def clip_shapes(width: int, layers: int) -> dict:
 
 def write_official_folder(folder: Path) -> None:
     """I2V 14B with real headers and without data: 76 GB that take no room."""
-    config = CONFIGS["i2v-14B"]
+    (config, shapes), places = full_size("i2v-14B"), {}
     (folder / "config.json").write_text(json.dumps(config))
-    shapes, places = shapes_of(config), {}
     for number in range(SHARDS):
         file = f"diffusion_pytorch_model-0000{number + 1}-of-0000{SHARDS}.safetensors"
         part = {name: shapes[name] for name in list(shapes)[number::SHARDS]}
@@ -165,6 +138,8 @@ def test_the_oldest_format_is_accepted(copied):
     for name in (VAE, T5):
         torch.save(torch.load(folder / name), folder / name, _use_new_zipfile_serialization=False)
     check(folder, "t2v-1.3B")
+    load_vae(folder / VAE, torch.float32, "cpu")
+    load_encoder(folder / T5, torch.float32, "cpu")
 
 
 # what follows may refuse in one line, or succeed, and then the models must load

@@ -1,10 +1,10 @@
 """Which table a run takes, and what is said of one that was measured on something else."""
 
-import pytest
+import json
+import re
 
-import magcache
-from magcache.app.choose_schedule import compare_settings, fitting_table
-from magcache.app.tasks import TASKS
+import pytest
+from commands import TINY
 
 
 @pytest.mark.parametrize(
@@ -17,28 +17,30 @@ from magcache.app.tasks import TASKS
         ("i2v-14B", "./480P-and-720P", "1280*720", "i2v-14B-720P", "fits several tables"),
     ],
 )
-def test_the_table_of_a_model(task, folder, size, name, said):
-    chosen, notice = fitting_table(TASKS[task], folder, size)
-    assert chosen == name
-    assert said in notice if said else notice is None
+def test_the_table_of_a_model(task, folder, size, name, said, plan):
+    text = "\n".join(plan("--task", task, "--ckpt_dir", folder, "--size", size))
+    assert f"table {name}" in text
+    assert said in text if said else not re.search("note: .* (uses|fits|chosen)", text)
 
 
-def test_a_model_without_a_table():
-    for task, size in (("flf2v-14B", "1280*720"), ("i2v-14B", "64*64")):
-        with pytest.raises(magcache.UnknownTableError, match="no ratio table fits task"):
-            fitting_table(TASKS[task], "./renamed", size)
+@pytest.mark.parametrize(("task", "size"), [("flf2v-14B", "1280*720"), ("i2v-14B", "1024*1024")])
+def test_a_model_without_a_table(task, size, command):
+    assert "no ratio table fits task" in command("--task", task, "--size", size, "--magcache_plan")
 
 
-def table_of(named=False, **measured_on):
-    return magcache.RatioTable("mine", (1.0, 1.0, 0.9, 0.9), measured_on, named)
-
-
-def test_a_table_of_another_model_is_said():
-    run = {"task": "t2v-14B", "fingerprint": "abc", "size": "832*480", "sample_shift": 5.0}
-    assert compare_settings(table_of(**run), run) == []
-    assert compare_settings(table_of(), run) == []
-    for other in ({"task": "t2v-1.3B"}, {"fingerprint": "xyz"}):
-        (notice,) = compare_settings(table_of(**other), run)
-        assert "mine was measured on" in notice
-    (notice,) = compare_settings(table_of(**run | {"size": "64*64", "sample_shift": 3.0}), run)
-    assert notice == "ratio table mine was measured with --size 64*64, --sample_shift 3.0"
+@pytest.mark.parametrize(
+    ("measured_on", "said"),
+    [
+        ({}, None),
+        ({"task": "t2v-tiny", "size": "64*64", "sample_shift": 5.0}, None),
+        ({"task": "i2v-14B"}, "measured on task i2v-14B, not t2v-tiny"),
+        ({"fingerprint": "xyz"}, "measured on a model whose config.json has the fingerprint xyz, not "),
+        ({"size": "832*480", "sample_shift": 3.0}, "measured with --size 832*480, --sample_shift 3.0"),
+    ],
+)
+def test_a_table_of_something_else_is_said(measured_on, said, plan, tmp_path):
+    table = tmp_path / "mine.json"
+    table.write_text(json.dumps({"mag_ratio": [0.9] * 98, "measured_on": measured_on}))
+    notes = [line for line in plan(*TINY, "--mag_ratios", table) if "note: " in line]
+    assert len(notes) == bool(said)
+    assert not said or f"note: ratio table {table} was {said}" in notes[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_data import write_checkpoint
 from PIL import Image
-from pretended_card import PretendedCard
+from pretended_card import PretendedCard, named_phases
 
 import magcache_generate
 from magcache.app.tasks import TASKS
@@ -27,15 +27,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def run(folders, monkeypatch, tmp_path):
     """run(kind, *flags) is the card after the command, whose phases are those of the pipeline."""
-    for name in ("encode_text", "denoise", "decode"):
-        method = getattr(pipeline.WanPipeline, name)
-
-        def phase(self, *args, method=method, name=name, **kwargs):
-            with current[-1].phase(name):
-                return method(self, *args, **kwargs)
-
-        monkeypatch.setattr(pipeline.WanPipeline, name, phase)
-    current = []
+    current = named_phases(monkeypatch, {pipeline.WanPipeline: ("encode_text", "denoise", "decode")})
     picture = tmp_path / "picture.png"
     Image.new("RGB", (48, 32), (200, 30, 30)).save(picture)
     inputs = {"i2v": ("--image",), "flf2v": ("--first_frame", "--last_frame"), "vace": ("--src_ref_images",)}

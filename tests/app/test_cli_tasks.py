@@ -1,22 +1,20 @@
 """Every task from the command line, with tiny random checkpoints: uncached, cached, calibrating."""
 
+import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from checkpoints_22 import write_checkpoint_22
+from commands import EXAMPLES
+from faults import warm
 from golden_data import GOLDEN, read_json, write_checkpoint
 from tiny_qwen import save_model
 
 import magcache
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parents[1]
-EXAMPLES = TESTS.parent / "examples"
 STEPS = 4
 CACHE = ["--use_magcache", "--magcache_thresh", "1", "--magcache_K", "2", "--retention_ratio", "0.2"]
 SOURCES = GOLDEN / "vace_source"
@@ -28,7 +26,7 @@ TASKS = {
         "--size", "832*480", "--frame_num", "1", "--image", EXAMPLES / "wan_i2v_2.png",
     ], (1, 464, 832, 3)),
     "flf2v-14B": ("flf2v", "Wan2.1-FLF2V-14B-720P", [
-        "--size", "832*480", "--frame_num", "5", "--mag_ratios", "i2v-14B-720P",
+        "--size", "832*480", "--frame_num", "5",
         "--first_frame", EXAMPLES / "flf2v_input_first_frame.png",
         "--last_frame", EXAMPLES / "flf2v_input_last_frame.png",
     ], (5, 464, 832, 3)),
@@ -39,41 +37,41 @@ TASKS = {
 }  # fmt: skip
 
 
+def counted(folder, *flags):
+    """The result of a run, and how often it called modules of each class."""
+    result = warm.finished(flags, folder, functools.partial(warm.counting, folder / "counts.json"))
+    return result, json.loads((folder / "counts.json").read_text())
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task(task, tmp_path):
     kind, folder, flags, shape = TASKS[task]
     checkpoint = write_checkpoint(kind, tmp_path / folder)
-    ending = ".png" if task == "t2i-14B" else ".mp4"
     common = ["--task", task, "--ckpt_dir", checkpoint, "--sample_steps", STEPS, "--base_seed", 1, "--prompt", "a bird"]
-    plain_flags = [flag for flag in flags if flag not in ("--mag_ratios", "i2v-14B-720P")]
-    files = [("--save_file", tmp_path / f"{name}{ending}") for name in ("plain", "cached", "calibration")]
-    variants = (plain_flags, [*flags, *CACHE], [*plain_flags, "--magcache_calibration"])
-    commands = [[*common, *more, *file] for more, file in zip(variants, files, strict=True)]
-    (tmp_path / "commands.json").write_text(json.dumps([[str(flag) for flag in command] for command in commands]))
-    arguments = [TESTS / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
-    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-
     table = {"t2i-14B": "t2v-14B", "i2v-14B": "i2v-14B-480P", "flf2v-14B": "i2v-14B-720P"}.get(task, task)
     schedule = magcache.plan(magcache.load_ratios(table), STEPS, 1, 2, 0.2)
     assert any(schedule.reuse)
     model = read_json(f"pipelines/{kind}/config.json")
-    computed = (2 * STEPS, schedule.computed, 2 * STEPS)
-    for counts, calls in zip(json.loads((tmp_path / "counts.json").read_text()), computed, strict=True):
-        blocks = {"model.WanAttentionBlock": model["num_layers"]}
-        if kind == "vace":
-            blocks = {"vace_model.BaseWanAttentionBlock": model["num_layers"]}
-            blocks["vace_model.VaceWanAttentionBlock"] = len(model["vace_layers"])
+    blocks = {"model.WanAttentionBlock": model["num_layers"]}
+    if kind == "vace":
+        blocks = {"vace_model.BaseWanAttentionBlock": model["num_layers"]}
+        blocks["vace_model.VaceWanAttentionBlock"] = len(model["vace_layers"])
+    results = []
+    for more, calls in (
+        ([], 2 * STEPS),
+        ([*CACHE, "--mag_ratios", table], schedule.computed),
+        (["--magcache_calibration"], 2 * STEPS),
+    ):
+        path = tmp_path / f"{calls}{'.png' if task == 't2i-14B' else '.mp4'}"
+        result, counts = counted(tmp_path, *common, *flags, *more, "--save_file", path)
         for name, layers in blocks.items():
             assert counts[f"wan.modules.{name}"] == calls * layers
         assert counts["wan.modules.model.Head"] == 2 * STEPS
-
-    results = [iio.imread(tmp_path / f"{name}{ending}") for name in ("plain", "cached", "calibration")]
-    assert all(pixels.shape == shape for pixels in results)
+        results.append(iio.imread(path))
+        assert results[-1].shape == shape
+        assert not (calls < 2 * STEPS) or f"{calls} of {2 * STEPS} calls computed" in result.stdout
     assert np.array_equal(results[0], results[2])
     assert not np.array_equal(results[0], results[1])
-    assert f"{schedule.computed} of {2 * STEPS} calls computed" in result.stdout
-    assert f"table {table}" in result.stdout
     (measured,) = tmp_path.glob(f"{task}_*.json")
     magcache.plan(magcache.load_ratios(measured), STEPS, 0.1, 2)
 
@@ -95,15 +93,11 @@ def test_wan22(name, tmp_path):
     command = ["--task", task, "--ckpt_dir", checkpoint, *flags, "--frame_num", shape[0], "--sample_steps", STEPS]
     command += ["--prompt", "a bird", "--base_seed", 1, "--save_file", tmp_path / "cached.mp4"]
     command += ["--use_magcache", "--magcache_speedup", 2, "--compare"]
-    (tmp_path / "commands.json").write_text(json.dumps([[str(flag) for flag in command]]))
-    arguments = [TESTS / "run_and_count.py", tmp_path / "counts.json", tmp_path / "commands.json"]
-    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    (counts,) = json.loads((tmp_path / "counts.json").read_text())
+    result, counts = counted(tmp_path, *command)
+    assert "please report" not in result.stderr
     assert counts["wan.modules.model.WanAttentionBlock"] == 2 * (STEPS + 2 * STEPS)
     record = json.loads((tmp_path / "cached.json").read_text())
     assert record["calls"] == {"computed": STEPS, "reused": STEPS}
-    assert "please report" not in result.stderr
     guidance = {"t2v-A14B": [3.0, 4.0], "i2v-A14B": [3.5, 3.5], "ti2v-5B": 5.0}[task]
     assert record["arguments"]["sample_guide_scale"] == guidance
     assert ("--sample_guide_scale" in record["command"]) == (task == "ti2v-5B")
@@ -112,26 +106,20 @@ def test_wan22(name, tmp_path):
     assert not np.array_equal(plain, video)
     if name != "t2v":
         return
-    again = subprocess.run(record["command"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
+    warm.finished(record["command"][2:], tmp_path)
     assert np.array_equal(iio.imread(tmp_path / "cached_again.mp4"), video)
 
 
-@pytest.mark.slow
 def test_trials_with_input_files(tmp_path):
     """What a trial has measured is what a run of the same prompt and noise gives, with a video, a mask, references."""
     task = "vace-1.3B"
     kind, folder, flags, _ = TASKS[task]
     checkpoint = write_checkpoint(kind, tmp_path / folder)
-    common = [sys.executable, TESTS.parent / "magcache_generate.py", "--task", task, "--ckpt_dir", checkpoint, *flags]
-    common += ["--sample_steps", 6, "--base_seed", 1, "--prompt", "a bird", "--save_file", tmp_path / "film.mp4"]
-    tried = ["--magcache_calibration", "2"]
-    for more in (tried, ["--use_magcache", "--magcache_speedup", "2", "--compare"]):
-        if more is not tried:
-            (path,) = tmp_path.glob(f"{task}_*.json")
-            more += ["--mag_ratios", path]
-        result = subprocess.run(list(map(str, [*common, *more])), capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+    common = ["--task", task, "--ckpt_dir", checkpoint, *flags, "--sample_steps", 6, "--base_seed", 1]
+    common += ["--prompt", "a bird", "--save_file", tmp_path / "film.mp4"]
+    warm.finished([*common, "--magcache_calibration", 2], tmp_path)
+    (path,) = tmp_path.glob(f"{task}_*.json")
+    warm.finished([*common, "--use_magcache", "--magcache_speedup", 2, "--compare", "--mag_ratios", path], tmp_path)
     (forecast,) = magcache.read_trials(magcache.load_table(path)).forecasts
     record = json.loads((tmp_path / "film.json").read_text())
     assert record["comparison"]["latent_psnr"] == pytest.approx(forecast.psnr[0], abs=0.01)
@@ -144,10 +132,8 @@ def test_prompt_extension(tmp_path):
     flags = ["--task", "i2v-14B", "--size", "832*480", "--frame_num", "1", "--ckpt_dir", checkpoint]
     flags += ["--sample_steps", "1", "--image", EXAMPLES / "wan_i2v.png", "--prompt", "a boat", "--base_seed", "1"]
     flags += ["--use_prompt_extend", "--prompt_extend_model", tmp_path / "qwen", "--prompt_extend_target_lang", "en"]
-    command = [sys.executable, TESTS.parent / "magcache_generate.py", *flags, "--save_file", tmp_path / "film.mp4"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    given, extended = (line[10:] for line in result.stdout.splitlines() if line.startswith("prompt "))
+    said = warm.finished([*flags, "--save_file", tmp_path / "film.mp4"], tmp_path).stdout
+    given, extended = (line[10:] for line in said.splitlines() if line.startswith("prompt "))
     assert given == "a boat"
     assert set(extended) <= set("abcdefghijklmnop ")
     assert len(extended) > 10

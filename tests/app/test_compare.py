@@ -1,36 +1,28 @@
 """Watching a run, its record, and the comparison with the uncached run."""
 
-import contextlib
-import fcntl
 import html
 import importlib.util
 import itertools
 import json
 import math
 import os
-import pty
 import re
+import shlex
 import shutil
-import struct
 import subprocess
 import sys
-import termios
-import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from commands import DEMO, REPO, SCRIPT, TINY, job_of
 from faults import warm
 
 import magcache
 import wan
 from magcache.app import compare, plot, progress, record
-from magcache.app.checks import make_job
-from magcache.app.errors import Refused
-from magcache.app.flags import make_parser
 from magcache.app.media import to_frames, write_video
 from magcache.app.prompts import Request
 from magcache.app.record import save_record
@@ -38,9 +30,6 @@ from magcache.app.requests import check_targets, make_requests
 from wan import pipeline as wan_pipeline
 from wan.configs import WAN_CONFIGS
 
-REPO = Path(__file__).parents[2]
-SCRIPT = REPO / "magcache_generate.py"
-DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = '-a "red" circle; moves $left on a <b>white</b> background'
 
@@ -58,31 +47,17 @@ def compared(tmp_path_factory):
     return folder, demo(*cache, "--compare", "--save_file", folder / "a film.mp4")
 
 
-def in_a_terminal(command, rows=30, columns=90):
-    """Runs a command with a terminal for stderr; returns what it wrote there."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    seen = []
-
-    def read():
-        with contextlib.suppress(OSError):  # closed by the other end
-            while data := os.read(ours, 4096):
-                seen.append(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=300, cwd="/")
-    os.close(theirs)
-    reader.join(timeout=10)
-    os.close(ours)
-    assert result.returncode == 0
-    return b"".join(seen).decode()
+def in_a_terminal(command):
+    """Runs a command in a terminal of 90 columns; returns what it wrote there."""
+    sized = f"stty cols 90 rows 30; exec {shlex.join(command)}"
+    done = subprocess.run(["script", "-qec", sized, os.devnull], capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0
+    return done.stdout
 
 
 def test_the_record_repeats_the_run(compared):
     """From another folder, with stderr on a terminal, where one bar shows what each step did."""
-    folder, result = compared
-    assert result.returncode == 0, result.stderr
+    folder, _ = compared
     found = json.loads((folder / "a film.json").read_text())
     seen = in_a_terminal(found["command"])
     assert (folder / "a film_again.mp4").read_bytes() == (folder / "a film.mp4").read_bytes()
@@ -128,7 +103,7 @@ def test_paths_of_a_record_mean_the_same_from_anywhere(monkeypatch, tmp_path):
         ("vace-14B", "src_ref_images", "a.png, b.png", f"{tmp_path}/a.png,{tmp_path}/b.png"),
     ):
         flags = ["--task", task, "--ckpt_dir", "x", "--prompt", "a, b", f"--{flag}", paths]
-        job = make_job(make_parser(SCRIPT).parse_args(flags))
+        job = job_of(*flags)
         values = record.replayed_values(job, *make_requests(job))
         assert (values[flag], values["src_mask"], values["prompt"]) == (expected, None, "a, b")
 
@@ -139,16 +114,12 @@ def test_bytes_that_are_no_text_stop_no_record(tmp_path):
     assert json.loads((tmp_path / "film.json").read_text(encoding="utf-8"))["prompt"] == "caf\udce9 ü"
 
 
-def test_a_record_takes_no_other_files_place(tmp_path, capsys):
+def test_a_record_takes_its_own_place(tmp_path, capsys):
     """One that cannot be written stops nothing."""
-    (tmp_path / "film.json").write_text('{"mine": 1}')
-    job = make_job(make_parser(SCRIPT).parse_args(["--task", "t2v-tiny", "--ckpt_dir", str(DEMO)]))
-    with pytest.raises(Refused, match=r"film.json exists and is not the record of a video"):
-        check_targets(job, [Request(1, "a", 1, path=tmp_path / "film.mp4")])
     save_record(tmp_path / "gone" / "film.mp4", {})
     assert "the record could not be written" in capsys.readouterr().err
     save_record(tmp_path / "other.mp4", {})
-    check_targets(job, [Request(1, "a", 1, path=tmp_path / "other.mp4")])
+    check_targets(job_of(*TINY), [Request(1, "a", 1, path=tmp_path / "other.mp4")])
     assert capsys.readouterr().out == f"note: {tmp_path}/other.json will be replaced\n"
 
 
@@ -180,7 +151,7 @@ def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     lines = [{"prompt": name, "save_file": str(tmp_path / f"{name}.mp4")} for name in ("first", "second", "third")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [sys.executable, SCRIPT, "--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, "--sample_steps", 4]
+    command = [sys.executable, SCRIPT, *TINY, "--sample_steps", 4]
     command += ["--prompt_file", tmp_path / "prompts.jsonl", "--use_magcache", "--magcache_thresh", 1, "--compare"]
     process = subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -219,8 +190,7 @@ def test_page_stands_alone(compared):
 
 
 def test_the_drawings():
-    flags = ("--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_K", "4")
-    job = make_job(make_parser(SCRIPT).parse_args(flags))
+    job = job_of(*TINY, "--use_magcache", "--magcache_K", 4)
     (skips,) = plot.plan_figure(job, None).axes[-1].images
     assert np.array_equal(skips.get_array(), np.array(job.schedule.reuse).reshape(-1, 2).T)
     assert skips.get_clim()[0] < 0 < 1 < skips.get_clim()[1]  # reused ones, 1, are the light end of Blues_r
@@ -279,8 +249,7 @@ def test_a_single_picture(tmp_path):
     """Equal ones at that: nothing to draw or to divide by."""
     picture = np.full((1, 32, 48, 3), 77, np.uint8)
     seconds = dict.fromkeys(progress.PHASES, 0.1)
-    flags = ["--task", "t2v-tiny", "--ckpt_dir", str(DEMO), "--use_magcache", "--magcache_speedup", "2"]
-    job = make_job(make_parser(SCRIPT).parse_args([*flags, "--frame_num", "1"]))
+    job = job_of(*TINY, "--use_magcache", "--magcache_speedup", 2, "--frame_num", 1)
     request = Request(1, "a fox \udce9", 1, path=tmp_path / "fox\udce9.png")
     video = torch.full((3, 1, 32, 48), 77 / 127.5 - 1)
     watch = SimpleNamespace(video=video, latent=torch.ones(1), seconds=seconds, lap=lambda phase: None)
@@ -333,5 +302,5 @@ def test_a_missing_package_is_said_first(package, monkeypatch, command):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     flags = ["--use_magcache", "--compare"] if package == "skimage" else ["--magcache_plan", "plan.png"]
-    err = command("--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", DEMO, *flags)
+    err = command(*TINY, *flags)
     assert f"pip install {'scikit-image' if package == 'skimage' else package}" in err

@@ -3,25 +3,21 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import diffusers
 import imageio.v3 as iio
 import pytest
 import torch
 from checkpoints_22 import write_checkpoint_22
+from commands import DEMO, SCRIPT, TINY, job_of, python, torchrun
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from faults import warm
-from golden_data import write_dit_folder
+from golden_data import write_dit_folder, write_sparse_weights
 from safetensors.torch import load_file, save_file
 
 import wan
 from magcache.app.architecture import tensor_shapes
-from magcache.app.checks import make_job
 from magcache.app.errors import Refused
-from magcache.app.flags import make_parser
 from magcache.app.lora import Lora, check_lora, flat, merging, place_of, spellings
 from magcache.app.requests import decisive_settings
 from magcache.app.tasks import TASKS
@@ -29,10 +25,8 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 
-REPO = Path(__file__).parents[2]
-DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = ("--task", "t2v-tiny", "--size", "64*64", "--frame_num", 5, "--sample_steps", 2, "--base_seed", 1)
+SHORT = (*TINY, "--frame_num", 5, "--sample_steps", 2, "--base_seed", 1)
 
 
 def powers_of_two(*shape):
@@ -274,8 +268,7 @@ FLAGS = ("--lora", "style:1.safetensors:0.5", "--lora", "few.safetensors")
 
 
 def made(folder, name, *flags, ckpt_dir=DEMO):
-    result = warm.finished([*TINY, "--ckpt_dir", ckpt_dir, "--save_file", name, *flags], folder)
-    assert result.returncode == 0, result.stderr
+    result = warm.finished([*SHORT, "--ckpt_dir", ckpt_dir, "--save_file", name, *flags], folder)
     return result.stdout, iio.imread(folder / name)
 
 
@@ -297,7 +290,7 @@ def test_command_line(demo, by_hand):
         content = (demo / name).read_bytes()
         expected = {"path": str(demo / name), "strength": strength, "sha256": hashlib.sha256(content).hexdigest()}
         assert entry == expected | {"expert": None}
-    again = make_job(make_parser("s.py").parse_args(record["command"][record["command"].index("--task") :]))
+    again = job_of(*record["command"][2:])
     assert [(lora.path, lora.strength) for lora in again.machine.lora] == [
         (str(demo / "style:1.safetensors"), 0.5),
         (str(demo / "few.safetensors"), 1.0),
@@ -306,16 +299,8 @@ def test_command_line(demo, by_hand):
 
 @pytest.mark.slow
 def test_sharded_over_two_processes(demo, by_hand):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = [*TINY, "--ckpt_dir", DEMO, *FLAGS, "--dit_fsdp", "--save_file", "sharded.mp4"]
-    command = [*torchrun, REPO / "magcache_generate.py", *flags]
-    result = subprocess.run(list(map(str, command)), cwd=demo, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    python(*torchrun(2), SCRIPT, *SHORT, *FLAGS, "--dit_fsdp", "--save_file", "sharded.mp4", cwd=demo)
     assert abs(iio.imread(demo / "sharded.mp4").astype(int) - by_hand).max() <= 2
-
-
-def job_of(*flags):
-    return make_job(make_parser(REPO / "magcache_generate.py").parse_args(list(map(str, flags))))
 
 
 def test_names_of_a_batch(demo, monkeypatch):
@@ -323,7 +308,7 @@ def test_names_of_a_batch(demo, monkeypatch):
     monkeypatch.chdir(demo)
     (demo / "prompts.txt").write_text("a fox")
     shutil.copy("few.safetensors", "same.safetensors")
-    batch = (*TINY, "--ckpt_dir", DEMO, "--prompt_file", "prompts.txt")
+    batch = (*SHORT, "--prompt_file", "prompts.txt")
     files = ("few.safetensors", "same.safetensors", "few.safetensors:0.5", "style:1.safetensors")
     first, *others, none = (
         json.dumps(decisive_settings(job_of(*batch, *flags))) for flags in (*(("--lora", f) for f in files), ())
@@ -334,7 +319,7 @@ def test_names_of_a_batch(demo, monkeypatch):
 
 def test_few_steps(demo, monkeypatch, plan):
     monkeypatch.chdir(demo)
-    cached = (*TINY, "--ckpt_dir", DEMO, "--lora", "few.safetensors", "--magcache_thresh", 0.5)
+    cached = (*SHORT, "--lora", "few.safetensors", "--magcache_thresh", 0.5)
     few, many = ("\n".join(plan(*cached, "--sample_steps", steps)) for steps in (4, 20))
     assert "4 steps leave a cache nothing" in few
     assert "leave a cache nothing" not in many
@@ -343,17 +328,12 @@ def test_few_steps(demo, monkeypatch, plan):
 
 def test_plan(tmp_path, monkeypatch, command):
     """A LoRA of everything in a 14B model, of which the file holds no data, takes no more memory than none."""
-    header, position = {}, 0
+    shapes = {}
     for name, shape in tensor_shapes(TASKS["t2v-14B"].architecture).items():
         if len(shape) == 2:
-            for half, size in (("A", (64, shape[1])), ("B", (shape[0], 64))):
-                entry = {"dtype": "BF16", "shape": size, "data_offsets": [position, position + 2 * size[0] * size[1]]}
-                header[f"diffusion_model.{name.removesuffix('weight')}lora_{half}.weight"] = entry
-                position = entry["data_offsets"][1]
-    text = json.dumps(header).encode()
-    with open(tmp_path / "a.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + position)
+            module = f"diffusion_model.{name.removesuffix('weight')}lora"
+            shapes |= {f"{module}_A.weight": (64, shape[1]), f"{module}_B.weight": (shape[0], 64)}
+    write_sparse_weights(tmp_path / "a.safetensors", shapes)
     monkeypatch.chdir(tmp_path)
     flags, lora = ("--task", "t2v-14B", "--magcache_speedup", 2, "--magcache_plan"), ("--lora", "a.safetensors:0.8")
     plain = command(*flags)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from magcache.app.prompts import Request, read_prompts, result_name, slug
@@ -48,6 +48,8 @@ def test_texts_come_back(tmp_path_factory, prompts):
     assert [line.prompt for line in read_prompts(path, 0)] == prompts
 
 
+@example("𝔘𝔫𝔦𝔠𝔬𝔡𝔢" * 30, 0)
+@example("../../etc/passwd", 0)
 @given(PROMPT, st.integers(0, 2**63 - 1))
 def test_names_are_safe(prompt, seed):
     name = result_name(Request(1, prompt, seed), {}, ".mp4")

@@ -2,45 +2,30 @@
 
 import json
 import re
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import DEMO, REPO, TINY, job_of
 from faults import warm
 from golden_data import write_checkpoint
-from interrupted import interrupted
 from PIL import Image
 from trial_tables import fewer, table_with
 
 import magcache
 import wan
-from magcache.app.checks import make_job
-from magcache.app.flags import make_parser
 from magcache.app.processes import Group
 from magcache.app.prompts import Request
-from magcache.app.tasks import TASKS
 from magcache.app.trials.run import TrialRuns
 from magcache.patch import shadowed
 from wan.configs import WAN_CONFIGS
 
-REPO = Path(__file__).parents[2]
-SCRIPT = REPO / "magcache_generate.py"
-DEMO = REPO / "examples" / "Wan2.1-T2V-tiny"
 PROMPTS = ["a red circle moves left on a black background", "a blue square moves up on a white background"]
-FLAGS = ["--task", "t2v-tiny", "--size", "64*64", "--ckpt_dir", str(DEMO)]
 SPEEDUPS = (2, 2.5, 3, 4, 5)
 
 
-def command(*arguments):
-    return [sys.executable, str(SCRIPT), *FLAGS, *map(str, arguments)]
-
-
 def run(*arguments):
-    result = warm.finished([*FLAGS, *arguments], REPO)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return warm.finished([*TINY, *arguments], REPO).stdout
 
 
 def latent_of(pipeline, prompt, seed, steps, schedule=None, size=(64, 64), frames=17):
@@ -68,7 +53,7 @@ def test_costs_and_results(tmp_path):
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-1.3B"], str(tmp_path))
     steps, count, ratios = 16, 8, [0.99, 0.98] * 15
     flags = ["--sample_steps", steps, "--magcache_calibration", ",".join(map(str, SPEEDUPS))]
-    job = make_job(make_parser(SCRIPT).parse_args(list(map(str, (*FLAGS, *flags)))))
+    job = job_of(*TINY, *flags)
 
     def generate(request, steps):
         return pipeline.generate(request.prompt, (32, 32), 1, sampling_steps=steps, seed=request.seed)
@@ -96,15 +81,6 @@ def test_costs_and_results(tmp_path):
         request, schedule = requests[prompt], None if plain else way.schedule
         again = latent_of(pipeline, request.prompt, request.seed, way.schedule.steps, schedule, (32, 32), 1)
         assert way.psnr[prompt] == pytest.approx(psnr(again, truths[prompt]), abs=0.006)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_published_settings_of_every_task(task):
-    rules = {(rule.thresh, rule.K) for rule in TASKS[task].published}
-    commands = re.findall(rf"--task {task} .*--use_magcache(.*)$", (REPO / "calibration/README.md").read_text(), re.M)
-    for flags in commands:
-        given = [float(re.search(rf"--magcache_{flag} (\S+)", flags)[1]) for flag in ("thresh", "K")] if flags else None
-        assert given is None or tuple(given) in rules
 
 
 @pytest.mark.slow
@@ -144,29 +120,13 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     record = json.loads(film.with_suffix(".json").read_text())
     assert record["expected"]["latent_psnr"] == asdict(e)
     assert record["comparison"]["latent_psnr"] == pytest.approx(at_2.psnr[1], abs=0.01)
-    again = make_job(make_parser(SCRIPT).parse_args(record["command"][2:]))
+    again = job_of(*record["command"][2:])
     assert again.schedule == magcache.plan_speedup(16, 2, constants=measured.constants)
-
-
-@pytest.mark.slow
-def test_what_was_tried_before_a_stop_is_kept(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = ("--prompt_file", tmp_path / "prompts.txt", "--sample_steps", 20, "--base_seed", 5)
-    where = ("--save_file", tmp_path / "films")
-    stopped = command("--magcache_calibration", "2,3", *flags, *where)
-    code, err = interrupted(stopped, b"trials of prompt 2 of 2")
-    assert code == 130
-    assert b"stopped in the trials of prompt 2 of 2; what was measured until then is written" in err
-    (path,) = (tmp_path / "films").glob("t2v-tiny_*.json")
-    measured = magcache.read_trials(magcache.load_table(path))
-    assert measured.prompts == (0,)
-    assert len(json.loads(path.read_text())["trials"]["rows"][0]["psnr"]) == 2
-    assert len(json.loads(path.read_text())["measured_on"]["prompts"]) == 2
 
 
 @pytest.fixture
 def demo_plan(plan):
-    return lambda *flags: plan(*FLAGS, *flags)
+    return lambda *flags: plan(*TINY, *flags)
 
 
 @pytest.fixture
@@ -225,5 +185,5 @@ def test_too_few_steps_for_a_cache_are_said(demo_plan, table):
 
 
 def test_a_quality_that_none_reaches(command, table):
-    line = command(*FLAGS, "--use_magcache", "--magcache_quality", 61, "--mag_ratios", table).strip()
+    line = command(*TINY, "--use_magcache", "--magcache_quality", 61, "--mag_ratios", table).strip()
     assert line.endswith(f"promised at no speed-up that table {table} has tried: 59.0 dB at 2x is the most")

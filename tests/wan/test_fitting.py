@@ -73,13 +73,6 @@ def test_bfloat16_weights_give_the_same_to_the_bit(folders, kind):
     assert rounded_weights == linear
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_error_of_float8_weights(folders, kind):
-    plain, small = (load(folders, kind, dtype) for dtype in (torch.float32, torch.float8_e4m3fn))
-    error = relative_error(velocities(small, kind), velocities(plain, kind))
-    assert 0 < error < FLOAT8_ERROR
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +88,7 @@ def test_every_combination(folders, kind, dtype):
             offload_transformer(model, torch.device("cpu"))
         for name, cache in CACHES.items():
             error = relative_error(velocities(model, kind, cache=cache), expected[name])
-            assert error < FLOAT8_ERROR if dtype == torch.float8_e4m3fn else error == 0, (offload, compiled, name)
+            assert 0 < error < FLOAT8_ERROR if dtype == torch.float8_e4m3fn else error == 0, (offload, compiled, name)
             magcache.remove_magcache(model)
 
 
@@ -150,17 +143,6 @@ def make_t2v(checkpoints, **how):
 
 def generate(pipeline, size=(32, 32), **how):
     return pipeline.generate("a fox", size, 5, sampling_steps=2, seed=1, **how)
-
-
-def test_pipelines_with_everything(checkpoints):
-    plain = generate(make_t2v(checkpoints))
-    assert torch.equal(generate(make_t2v(checkpoints, dit_dtype=torch.float32)), plain)
-    assert relative_error(generate(make_t2v(checkpoints, offload_blocks=True)), plain) < 1e-5
-    rounded = generate(make_t2v(checkpoints, dit_dtype=torch.bfloat16))
-    offloaded = generate(make_t2v(checkpoints, dit_dtype=torch.bfloat16, offload_blocks=True))
-    assert relative_error(offloaded, rounded) < 1e-3 < relative_error(rounded, plain) < 0.05
-    tiled = make_t2v(checkpoints, vae_tiling=True)
-    assert relative_error(generate(tiled), plain) < 1e-5  # smaller than a tile
 
 
 def test_tiles(checkpoints):

@@ -6,6 +6,8 @@ from full_size import VACE_LAYERS, conditioning, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import magcache
+from magcache.app import cost
+from magcache.app.tasks import TASKS
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 
 FRAMES = 81
@@ -47,7 +49,7 @@ def test_computed_and_reused_forward(task, size, tokens, gigabytes):
             assert len(calls) == len(blocks) * min(call + 1, 2)
         outputs = [x for out in calls for x in (out if isinstance(out, tuple) else (out,))]  # vace: tokens and hint
         assert {x.shape for x in outputs} == {(1, tokens, config.dim)}
-    assert max(peak) == 2 * tokens * config.dim * 4  # one float32 residual per branch
+    assert max(peak) == cost.cached_bytes(SCHEDULE, TASKS[task].architecture, tokens)  # one per branch, in float32
     assert max(peak) / 2e9 == pytest.approx(gigabytes, abs=1e-3)
     assert not any(cache.kept)
 
@@ -71,7 +73,7 @@ def test_forecasts_hold_outputs_only(task, size):
             assert (out.shape, out.dtype) == (latent_shape, torch.float32)
             held.append(sum(v.nbytes for branch in cache.kept for output in branch for v in output))
     assert len(ran) == schedule.computed
-    assert max(held) == 4 * 4 * torch.Size(latent_shape).numel() < 80e6
+    assert max(held) == cost.cached_bytes(schedule, TASKS[task].architecture, tokens) < 80e6
     assert held[-1] == 0
 
 

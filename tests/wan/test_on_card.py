@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import gc
 
 import pytest
@@ -12,7 +11,7 @@ from easydict import EasyDict
 from full_size import make_model
 from golden_data import read_json, write_checkpoint
 from PIL import Image
-from pretended_card import PretendedCard
+from pretended_card import PretendedCard, named_phases
 from torch.utils._pytree import tree_map_only
 
 import magcache
@@ -44,18 +43,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """Names the phases of the pipelines to the card in use."""
-    current = []
-    for owner, names in PHASES.items():
-        for name in names:
-            method = getattr(owner, name)
-
-            def run(*args, method=method, name=name, **kwargs):
-                with current[-1].phase(name) if current else contextlib.nullcontext():
-                    return method(*args, **kwargs)
-
-            monkeypatch.setattr(owner, name, functools.wraps(method)(run))
-    return current
+    return named_phases(monkeypatch, PHASES)
 
 
 def picture(seed):
@@ -197,6 +185,7 @@ def test_the_plan_knows_these_bytes(folders):
     assert cost.weight_bytes(sizes, "bfloat16") == ALL_DIT
     tokens = cost.token_count(5, 32, 48)
     outputs, _ = (cost.cached_bytes(cache, sizes, tokens) for cache in (CACHES["output"], CACHES["residual"]))
+    assert cost.cached_bytes(magcache.Schedule((None, None)), sizes, tokens) == 0
     # three of four at once: the older one of a branch goes before the next is computed
     assert WAYS["outputs"][3]["denoise"][1] - BYTES["t2v"]["denoise"][1] == outputs * 3 / 4
     block = cost.weight_bytes(sizes, "bfloat16", "blocks.0.")

@@ -14,6 +14,7 @@ import pytest
 import ranks
 import torch
 from checkpoints_22 import write_checkpoint_22
+from commands import DEMO, DEMO_I2V, EXAMPLES, REPO, SCRIPT, python, torchrun
 from diffusers.models.attention_dispatch import attention_backend as diffusers_backend
 from golden_data import write_checkpoint
 from PIL import Image
@@ -26,14 +27,8 @@ from wan.configs import WAN_CONFIGS
 from wan.utils.attention import shared_backend
 
 pytestmark = pytest.mark.slow
-REPO = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
 REFERENCE = {}  # of one process
-
-
-def torchrun_command(processes: int, *arguments) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*command, *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +44,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(folder):
     """What each of four processes saw."""
-    command = [sys.executable, ranks.__file__, str(folder)]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    python(ranks.__file__, folder, env=ENVIRONMENT)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 
@@ -134,7 +127,7 @@ def test_two_processes_calibrate_once(seen, folder):
     (path,) = (folder / "dumps").glob("t2v-tiny_*.json")
     assert len(list((folder / "dumps").iterdir())) == 7
     assert iio.imread(folder / "dumps" / "film.mp4").shape == (5, 64, 64, 3)
-    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(ranks.DEMO))
+    pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     calibration = magcache.apply_calibration(pipeline.model, 3)
     pipeline.generate(ranks.PROMPT, (64, 64), 5, sampling_steps=3, seed=3)
     for key, values in calibration.lists().items():
@@ -143,15 +136,14 @@ def test_two_processes_calibrate_once(seen, folder):
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
-SCRIPT = REPO / "magcache_generate.py"
-IMAGE = REPO / "examples" / "i2v_tiny_input.png"
-I2V = ("--task", "i2v-tiny", "--ckpt_dir", REPO / "examples" / "Wan2.1-I2V-tiny", *ranks.T2V[4:-1], 2)
+IMAGE = EXAMPLES / "i2v_tiny_input.png"
+I2V = ("--task", "i2v-tiny", "--ckpt_dir", DEMO_I2V, "--size", "64*64", "--frame_num", 5, "--sample_steps", 2)
 
 
 def in_one_process(prompt: str, seed: int, path: Path):
     """The frames of the same i2v request from the Python API."""
     if "i2v-tiny" not in REFERENCE:
-        REFERENCE["i2v-tiny"] = wan.WanI2V(WAN_CONFIGS["i2v-tiny"], str(I2V[3]))
+        REFERENCE["i2v-tiny"] = wan.WanI2V(WAN_CONFIGS["i2v-tiny"], str(DEMO_I2V))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's processes have: the number decides on the last bits, and a codec on more
     video = REFERENCE["i2v-tiny"].generate(prompt, Image.open(IMAGE), 64 * 64, 5, sampling_steps=2, seed=seed)
@@ -183,8 +175,9 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
     def made(ending="mp4"):
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob(f"*.{ending}") if ".part" not in path.name}
 
+    command = list(map(str, [sys.executable, *torchrun(2), SCRIPT, *flags]))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
-    with subprocess.Popen(torchrun_command(2, SCRIPT, *flags), **pipes) as first:
+    with subprocess.Popen(command, **pipes) as first:
         while len(made("json")) < 4:  # their records, so that none is being written
             time.sleep(0.02)
             assert first.poll() is None, first.stdout.read()
@@ -196,7 +189,7 @@ def test_many_prompts_of_which_a_rank_dies(tmp_path, monkeypatch, capsys):
     before, unfinished = made(), {*tmp_path.rglob("*.part*")}  # the killed one may have been writing
     assert 4 <= len(before) < 11
 
-    with subprocess.Popen(torchrun_command(2, SCRIPT, *flags), **pipes) as second:
+    with subprocess.Popen(command, **pipes) as second:
         for line in second.stdout:
             if f"12 in {tmp_path / 'list.jsonl'}, {len(before)} of them finished" in line:
                 break

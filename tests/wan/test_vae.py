@@ -42,11 +42,3 @@ def test_latent_statistics(vae):
     constants = read_json("vae/constants.json")
     assert vae.mean.flatten().tolist() == pytest.approx(constants["latent_mean"])
     assert vae.std.flatten().tolist() == pytest.approx(constants["latent_std"])
-
-
-def test_the_oldest_file_format(vae, tmp_path):
-    tensors = read_tensors("vae/Wan2.1_VAE.safetensors")
-    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    old = WanVAE(vae_pth=tmp_path / "old.pth").model.state_dict()
-    for name, tensor in vae.model.state_dict().items():
-        assert torch.equal(old[name], tensor)
