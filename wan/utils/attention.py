@@ -1,6 +1,7 @@
 """Everything that is used of diffusers without having a public name there, mostly its attention. Tried with diffusers
 0.41 and 0.42; what only several processes need is missing in older versions, and is imported only when they run."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -33,11 +34,9 @@ def attention_backends(device: torch.device | str) -> list[str]:
     """Lists the backends of diffusers that run on the device, without those that would be downloaded."""
     found = []
     for backend in AttentionBackendName:
-        try:
+        with contextlib.suppress(ValueError):
             try_attention(backend.value, device)
-        except ValueError:
-            continue
-        found.append(backend.value)
+            found.append(backend.value)
     return found
 
 
