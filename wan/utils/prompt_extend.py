@@ -3,7 +3,6 @@
 Importing this and making an expander loads neither torch nor weights, so that a bad request fails at once.
 """
 
-import abc
 import base64
 import contextlib
 import functools
@@ -72,11 +71,10 @@ def resolve_model(model_name: str | None, is_vl: bool) -> tuple[Path, bool]:
             raise FileNotFoundError("config.json")
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         known = kind in _SEES_PICTURES
-        index = folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
+        index, places = folder / "model.safetensors.index.json", {"": "model.safetensors"}
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = ("tokenizer_config.json", *sorted(names))
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = ("tokenizer_config.json", *sorted(set(places.values())))
         missing = [name for name in files if not os.path.isfile(folder / name)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise ValueError(f"prompt extension model {folder} has no usable config.json or index: {fault!r}") from None
@@ -96,11 +94,10 @@ def _load_picture(picture: Picture, max_area: int) -> Image.Image:
     return image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-class PromptExpander(abc.ABC):
+class PromptExpander:
     def __init__(self, model_name: str, is_vl: bool, max_image_size: int):
         self.model_name, self.is_vl, self.max_image_size = model_name, is_vl, max_image_size
 
-    @abc.abstractmethod
     def _answer(self, prompt: str, system_prompt: str, pictures: list[Image.Image], seed: int) -> str:
         """The model's answer; may raise anything."""
 
