@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args(arguments)
     subject = Subject(args.task, args.size, args.frame_num, args.layers)
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     sides = f"{args.size}, {args.frame_num} frames, {subject.tokens} tokens, {subject.shape.num_layers} layers"
     print(f"{name}, torch {torch.__version__}; {args.task}, {sides}, {subject.flops():.3g} FLOPs a call", flush=True)
     report = {"device": name, "torch": torch.__version__} | vars(args) | {"tokens": subject.tokens, "rows": []}

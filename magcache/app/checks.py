@@ -175,8 +175,9 @@ def make_cache(args: Namespace, sampling: Sampling) -> CacheSettings | None:
         rule = magcache.Settings(args.magcache_thresh, args.magcache_K, args.retention_ratio)
     wanted = args.use_magcache or args.magcache_plan
     if wanted and args.magcache_calibration:
+        flag = "use_magcache" if args.use_magcache else "magcache_plan"
         first = "calibrate first, then use the table"
-        raise Refused(f"--use_magcache and --magcache_calibration exclude each other: {first}")
+        raise Refused(f"--{flag} and --magcache_calibration exclude each other: {first}")
     speedup, quality, of_rule = args.magcache_speedup, args.magcache_quality, args.explicit.intersection(OF_RULE)
     ways = [f for f in ("magcache_quality", "magcache_speedup") if getattr(args, f) is not None] + sorted(of_rule)[:1]
     if ways[1:]:

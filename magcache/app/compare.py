@@ -105,7 +105,7 @@ def compare_results(renderer: Renderer, request: Request, frames: np.ndarray, wa
     latents = f"latent PSNR {close[0]:.2f} dB: {verdict(close[0])}"
     print(f"compared  PSNR {psnr_in_words(scores['psnr'])}, SSIM {scores['ssim']:.4f}, {latents}; {path.name}")
     if expected := expectation(job):
-        print(f"          of the latent PSNR {expected}, by trials")
+        print(f"          expected from trials: {expected}")
     print(f"          {both}\n          {about}", flush=True)
     seconds = {name: round(value, 4) for name, value in plain.seconds.items()}
     return scores | {"uncached_seconds": seconds, "files": [path.name for path in paths]}

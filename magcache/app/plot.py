@@ -124,5 +124,6 @@ def score_figure(rows: dict[str, Sequence[float | None]]):
         axes.plot([float("nan") if value is None else value for value in values], marker=".")
         axes.set_ylabel(name)
         axes.set_xlim(0, len(values) - 1)
+        axes.ticklabel_format(useOffset=False)
     all_axes[-1].set_xlabel("frame")
     return figure

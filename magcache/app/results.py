@@ -127,5 +127,6 @@ class CalibrationFile:
             published = magcache.load_table(fitting_table(sampling.spec, ckpt_dir, sampling.size)[0])
         try:
             draw_calibration(self.table, path.with_suffix(".png"), published)
+            print(f"picture   {path.with_suffix('.png')}")
         except ImportError:
             print("note: there is no picture of it without matplotlib")

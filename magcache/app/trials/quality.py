@@ -85,14 +85,15 @@ def quality_lines(job: Job) -> list[str]:
     measured, steps = job.measured, job.sampling.sample_steps
     name, prompts = measured.table.name, len(measured.prompts)
     fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}
-    rows = [("speed-up", "calls", "all videos", "nine of ten", "others", "mean", "fewer steps", "ahead by")]
+    rows = [("speed-up", "calls", "all videos", "nine of ten", "others", "mean", "ahead of fewer steps")]
     rows += [curve_row(measured, forecast, fewer.get(forecast.calls)) for forecast in measured.forecasts]
-    said = expectation(job) or "not tried at these settings"
+    said, chosen = expectation(job) or "not tried at these settings", measured.constants
     lines = [
         f"quality   {said}",
         f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; all videos: "
-        f"of their mean squared error; others: share below {ANOTHER:.0f} dB; fewer steps: all videos of these",
+        f"of their mean squared error; others: share below {ANOTHER:.0f} dB; ahead of as many calls by fewer steps",
         *(" " * 10 + "".join(f"{cell:<13}" for cell in row) for row in rows),
+        f"          the speed-up rule by these: floor {chosen.floor:g}, early {chosen.early:g}, decay {chosen.decay:g}",
     ]
     for row in measured.others:
         if row.method == "thresh":
@@ -119,6 +120,4 @@ def curve_row(measured, forecast, fewer) -> tuple[str, ...]:
     expected, ahead = measured.expect(speedup), fewer and measured.ahead(fewer)
     cells = (f"{speedup:.2f}x", str(forecast.calls), f"{expected.pooled:.1f}", f"{expected.promised:.1f}")
     cells = (*cells, f"{expected.others:.0%}", f"{expected.mean:.1f}")
-    if not ahead:
-        return (*cells, "not tried", "")
-    return (*cells, f"{fewer.pooled:.1f}", lead_in_words(ahead))
+    return (*cells, lead_in_words(ahead) if ahead else "not tried")
