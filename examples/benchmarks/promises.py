@@ -94,7 +94,7 @@ def draw(checks: dict[str, tuple], path: str) -> None:
         ends = (min(means), max(means))
         axes.plot(ends, ends, color="gray", linewidth=0.8, label="as expected")
         axes.set_title(f"{task}, {len(found)} unseen pairs, {len(measured.prompts)} prompts in its trials", fontsize=10)
-        axes.set_xlabel("expected latent PSNR, dB")
+        axes.set_xlabel("expected mean of the latent PSNRs, dB")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("measured, dB")
     figure.axes[0].legend(fontsize=8)
