@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -137,7 +138,8 @@ def test_the_video_is_that_of_the_pipeline(name, tmp_path):
     reused = schedule.reuse if schedule else (False,) * 12
     assert record["calls"] == {"computed": reused.count(False), "reused": sum(reused)}
     first, again = job_of(*command), job_of(*record["command"][2:])
-    assert (again.sampling, again.lines, again.schedule) == (first.sampling, first.lines, first.schedule)
+    asked = [(job.sampling, job.schedule, replace(*job.lines, save_file=None)) for job in (first, again)]
+    assert asked[0] == asked[1]
     assert line in said
     if schedule:
         assert any(reused)
