@@ -20,7 +20,9 @@ try:
     from magcache.app.show_plan import show_plan
     from magcache.app.tell import announce, tell_failures
 except ImportError as fault:
-    remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
+    remedies = "activate its environment, or install its requirements.txt"
+    if (fault.name or "").startswith("magcache"):
+        remedies = "`pip install .` in its repository, or copy its folder magcache/ beside magcache_generate.py"
     print(f"magcache_generate.py: error: package magcache cannot be imported ({fault}): {remedies}", file=sys.stderr)
     sys.exit(2)
 

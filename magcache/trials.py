@@ -128,12 +128,16 @@ def share_of_others(psnrs: Sequence[float]) -> float:
 
 def choose(forecasts: Sequence[Trial]) -> Constants:
     """Returns the one of `CANDIDATES`, by their forecasts, with the least pooled error over the prompts that tried all
-    of them, if it is ahead of the first in at least `CLEAR` of 1,000 resamples of the prompts, else the first."""
+    of them, if it is clearly ahead of the first, else the first."""
     errors = [[relative_power(row.psnr[prompt]) for prompt in tried_by_all(forecasts)] for row in forecasts]
     best = min(range(len(forecasts)), key=lambda i: sum(errors[i]))
-    lead, rng = [a - b for a, b in zip(errors[0], errors[best], strict=True)], random.Random(0)
-    ahead = sum(sum(rng.choices(lead, k=len(lead))) > 0 for _ in range(1000)) if lead else 0
-    return CANDIDATES[best if ahead >= 1000 * CLEAR else 0]
+    return CANDIDATES[best if is_clear([a - b for a, b in zip(errors[0], errors[best], strict=True)]) else 0]
+
+
+def is_clear(leads: Sequence[float]) -> bool:
+    """Whether the sum of these, one for each prompt, is positive in at least `CLEAR` of 1,000 resamples of them."""
+    rng = random.Random(0)
+    return bool(leads) and sum(sum(rng.choices(leads, k=len(leads))) > 0 for _ in range(1000)) >= 1000 * CLEAR
 
 
 def tried_by_all(rows: Sequence[Trial]) -> tuple[int, ...]:
@@ -231,12 +235,15 @@ class Measured:
         return lead - pooled([row.psnr[prompt] for prompt in common]), len(common)
 
     def better_without_cache(self) -> list[Trial]:
-        """Returns the rows of fewer sampler steps that come closer than any cache with no more computed calls."""
+        """Returns the rows of fewer sampler steps that clearly come closer than forecasts at equal calls, and closer
+        than any other cache with no more computed calls."""
         found = []
         for row in (row for row in self.others if row.method == "fewer steps"):
             thresh = [o.pooled for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.pooled]
-            ahead = self.ahead(row)
-            if ahead and ahead[0] < 0 and row.pooled > max(thresh, default=-math.inf):
+            speedup, common = self.speedup_of(row), [prompt for prompt in self.prompts if prompt in row.psnr]
+            pairs = [(self.psnr_at(speedup, prompt), row.psnr[prompt]) for prompt in common] if self.ahead(row) else []
+            leads = [relative_power(forecast) - relative_power(plain) for forecast, plain in pairs]
+            if is_clear(leads) and row.pooled > max(thresh, default=-math.inf):
                 found.append(row)
         return found
 

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from magcache.app.tasks import IMAGE_ENDINGS, Task
 from magcache.files import is_special, written_whole
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 5.0  # longer side over shorter side; the models know nothing like it
@@ -26,9 +25,11 @@ BT709 = "scale=out_color_matrix=bt709:out_range=tv,"
 BT709 += "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str) -> "Image.Image":
     """Returns an upright RGB image. Raises ValueError with one line for a file that is missing, damaged or no image,
     for transparency, 32 bits a channel, and for sides that are too small or too unequal."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     if is_special(path):
         raise ValueError(f"cannot read {path}: it is not a regular file")
     try:
@@ -118,8 +119,10 @@ def write_frames(path: Path, frames: Iterable["np.ndarray"], fps: int) -> None:
 
 def write_image(path: str | os.PathLike, picture: "np.ndarray") -> None:
     """Writes uint8 [H, W, 3] in the format of the ending, as `magcache.files.written_whole` does."""
+    import PIL.Image
+
     with written_whole(path) as part:
-        Image.fromarray(picture).save(part)
+        PIL.Image.fromarray(picture).save(part)
 
 
 def write_video(path: str | os.PathLike, frames: Iterable["np.ndarray"], fps: int) -> None:

@@ -91,6 +91,9 @@ def test_others_are_compared_prompt_by_prompt():
     thresh = ("thresh", {"thresh": 0.1, "K": 2, "retention_ratio": 0.2}, 46, [66, 38])
     both = measured({50: [60, 30], 20: [40, 10]}, [fewer(50, [None, 32]), thresh])
     assert both.better_without_cache() == []  # with fewer calls another cache comes closer
+    level = measured({50: [30, 31, 30, 31], 20: [10] * 4}, [fewer(50, [31, 30, 31.1, 30])])
+    assert level.ahead(level.others[0])[0] < 0
+    assert level.better_without_cache() == []  # the lead is chance
 
 
 def test_prompts_that_did_not_try_all_do_not_count():
