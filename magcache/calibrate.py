@@ -45,9 +45,8 @@ class Calibration(Runner):
         residual = residual[is_token.to(residual.device)]  # [tokens of all samples, C]
         branch = call % CALLS_PER_STEP
         before = self.previous[branch]
-        self.previous[branch] = (
-            residual if call + CALLS_PER_STEP < len(self.schedule.weights) else None
-        )  # the VAE decodes next
+        last = call + CALLS_PER_STEP >= len(self.schedule.weights)
+        self.previous[branch] = None if last else residual  # the VAE decodes next
         if before is not None:
             ratio = (residual.norm(dim=-1) / before.norm(dim=-1)).double()
             cosine = torch.nn.functional.cosine_similarity(residual, before, dim=-1, eps=1e-8)

@@ -227,12 +227,17 @@ class Measured:
         """Returns by how many dB of pooled PSNR forecasts at equal calls were ahead of another way, over the prompts
         that tried both, and how many prompts these are; None if there are none, or nothing was tried on both sides of
         its speed-up."""
-        speedup = self.speedup_of(row)
-        common = [prompt for prompt in self.prompts if prompt in row.psnr]
-        if not common or not self.expect(speedup):
+        if not (pairs := self.pairs(row)):
             return None
-        lead = pooled([self.psnr_at(speedup, prompt) for prompt in common])
-        return lead - pooled([row.psnr[prompt] for prompt in common]), len(common)
+        forecast, other = (pooled(psnrs) for psnrs in zip(*pairs, strict=True))
+        return forecast - other, len(pairs)
+
+    def pairs(self, row: Trial) -> list[tuple[float, float]]:
+        """Returns the PSNRs of forecasts at equal calls and of another way, of the prompts that tried both; none where
+        nothing was tried on both sides of its speed-up."""
+        speedup = self.speedup_of(row)
+        common = [prompt for prompt in self.prompts if prompt in row.psnr] if self.expect(speedup) else []
+        return [(self.psnr_at(speedup, prompt), row.psnr[prompt]) for prompt in common]
 
     def better_without_cache(self) -> list[Trial]:
         """Returns the rows of fewer sampler steps that clearly come closer than forecasts at equal calls, and closer
@@ -240,9 +245,7 @@ class Measured:
         found = []
         for row in (row for row in self.others if row.method == "fewer steps"):
             thresh = [o.pooled for o in self.others if o.method == "thresh" and o.calls <= row.calls and o.pooled]
-            speedup, common = self.speedup_of(row), [prompt for prompt in self.prompts if prompt in row.psnr]
-            pairs = [(self.psnr_at(speedup, prompt), row.psnr[prompt]) for prompt in common] if self.ahead(row) else []
-            leads = [relative_power(forecast) - relative_power(plain) for forecast, plain in pairs]
+            leads = [relative_power(forecast) - relative_power(plain) for forecast, plain in self.pairs(row)]
             if is_clear(leads) and row.pooled > max(thresh, default=-math.inf):
                 found.append(row)
         return found

@@ -66,7 +66,9 @@ def difference(frames: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, i
     """Returns |frames - reference| times a power of two, at most 32, that leaves all but 0.1 % of it below white; and
     that factor."""
     apart = np.maximum(frames, reference) - np.minimum(frames, reference)
-    largest = int(np.quantile(apart, 0.999, method="inverted_cdf"))
+    # by counting, frame by frame: sorting all pixels takes five times as long, and a copy of them
+    counts = sum(np.bincount(frame.ravel(), minlength=256) for frame in apart)
+    largest = int(np.searchsorted(np.cumsum(counts), 0.999 * apart.size))
     factor = 2 ** min(5, int(math.log2(255 / max(1, largest))))
     return np.minimum(apart, 255 // factor) * np.uint8(factor), factor
 
