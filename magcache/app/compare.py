@@ -147,7 +147,9 @@ def psnr_in_words(psnr: float | None) -> str:
 
 
 def verdict(latent_psnr: float) -> str:
-    return "another video" if latent_psnr < ANOTHER else "the same video"
+    if latent_psnr < ANOTHER:
+        return "another video"
+    return "the same video" if latent_psnr >= ANOTHER + 5 else "close to another video"
 
 
 def tiles(schedule: Schedule, scores: dict, *seconds: dict[str, float]) -> str:

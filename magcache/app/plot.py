@@ -70,12 +70,12 @@ def draw_trials(axes, measured: Measured) -> None:
     which not all prompts have tried."""
     at = measured.speedups
     psnrs = [[row.psnr[prompt] for prompt in measured.prompts] for row in measured.forecasts]
-    first, *_ = axes.plot(at, psnrs, color="tab:red", alpha=0.2, linewidth=0.8)
+    first, *_ = axes.plot(at, psnrs, color="tab:red", marker=".", alpha=0.2, linewidth=0.8)
     first.set_label("forecasts, every prompt")
     expected = [measured.expect(speedup) for speedup in at]
     axes.plot(at, [e.pooled for e in expected], color="tab:red", marker="o", label="of all videos' mean squared error")
     axes.axhline(ANOTHER, color="gray", linewidth=0.8, label="below: another video")
-    axes.plot(at, [e.promised for e in expected], color="tab:red", linestyle="--", label="promised to nine of ten")
+    axes.plot(at, [e.promised for e in expected], color="tab:red", marker="v", linestyle="--", label="promised to nine of ten")
     for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
         points = [(measured.speedup_of(row), row.pooled) for row in measured.others if row.method == method]
         if points:

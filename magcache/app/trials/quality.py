@@ -93,8 +93,10 @@ def quality_lines(job: Job) -> list[str]:
         f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; all videos: "
         f"of their mean squared error; others: share below {ANOTHER:.0f} dB; ahead of as many calls by fewer steps",
         *(" " * 10 + "".join(f"{cell:<13}" for cell in row) for row in rows),
-        f"          the speed-up rule by these: floor {chosen.floor:g}, early {chosen.early:g}, decay {chosen.decay:g}",
     ]
+    if chosen != DEFAULT:
+        by_these = f"floor {chosen.floor:g}, early {chosen.early:g}, decay {chosen.decay:g}"
+        lines.append(f"          the speed-up rule by these: {by_these}")
     for row in measured.others:
         if row.method == "thresh":
             thresh, K, share = (f"{row.settings[key]:g}" for key in ("thresh", "K", "retention_ratio"))
