@@ -36,6 +36,7 @@ CANDIDATES = (
 ANOTHER = 30.0  # dB: below it the eye sees another video
 CLEAR = 0.84  # share of resampled prompts by which a candidate is clearly ahead: one standard error
 EQUAL = 150.0  # dB, of equal latents
+ENOUGH = 8  # prompts, to choose constants by; a few agree by chance
 
 
 @dataclass
@@ -158,17 +159,19 @@ def entry(rows: Sequence[Trial], prompts: Sequence[str], seeds: Sequence[int], c
 @dataclass(frozen=True)
 class Expectation:
     """Latent PSNR in dB, see `MEASURE`. pooled: see `pooled`. promised: what nine of ten videos reach. others: the
-    share of videos below `ANOTHER`. mean: over the prompts."""
+    share of videos below `ANOTHER`. mean: over the prompts. prompts: how many tell."""
 
     pooled: float
     promised: float
     others: float
     mean: float
+    prompts: int
 
     def __str__(self) -> str:
+        guess = f" (a guess from {self.prompts})" if self.prompts < 9 else ""
         return (
-            f"{self.pooled:.1f} dB over all videos, {self.promised:.1f} dB or more in nine of ten, "
-            f"{self.others:.0%} below {ANOTHER:.0f} dB (another video), mean {self.mean:.1f} dB"
+            f"{self.promised:.1f} dB or more in nine of ten videos{guess}, {self.others:.0%} below {ANOTHER:.0f} dB "
+            f"(another video), {self.pooled:.1f} dB pooled (of the mean squared error of all)"
         )
 
 
@@ -254,7 +257,7 @@ class Measured:
 def expectation_of(psnrs: Sequence[float], *slower: Sequence[float]) -> Expectation:
     """Returns what to expect. slower: PSNRs at smaller speed-ups, none of which promises less."""
     promised = min(map(lower_tenth, (psnrs, *slower)))
-    return Expectation(pooled(psnrs), promised, share_of_others(psnrs), statistics.fmean(psnrs))
+    return Expectation(pooled(psnrs), promised, share_of_others(psnrs), statistics.fmean(psnrs), len(psnrs))
 
 
 def lower_tenth(values: Sequence[float]) -> float:

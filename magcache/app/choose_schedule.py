@@ -103,7 +103,7 @@ def choose_table(
         del run["sample_steps"]
     notices = [notice] if notice else compare_settings(table, run)
     if not by_rule:
-        notices = [f"{line}; its trials hold for that" for line in notices]
+        notices = [f"{line}; its trials choose the rule's constants all the same" for line in notices]
     elif table.steps != sampling.sample_steps:
         notices.append(f"the ratios of {table.steps} calibrated steps are resampled to this run's by nearest index")
     for line in notices:

@@ -95,7 +95,7 @@ def explained() -> Iterator[None]:
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def make_videos(renderer: Renderer, requests: list[Request]) -> Failures:
@@ -193,7 +193,8 @@ def calibrate(renderer: Renderer, requests: list[Request]) -> None:
             runs.append(calibration.lists())
             watch.video = None
             if trials:
-                trials.try_prompt(watch.latent, runs[-1]["mag_ratio"])
+                with timed(renderer.seconds, "trials"):
+                    trials.try_prompt(watch.latent, runs[-1]["mag_ratio"])
             watch.latent = None
             if group.speaks and more:
                 write()

@@ -52,7 +52,14 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
         if published:
             theirs = split_branches(published.ratios)[branch][1:]
             stretched = [1 + i * (steps - 2) / max(1, len(theirs) - 1) for i in range(len(theirs))]
-            ratio.plot(stretched, theirs, linestyle="--", color=color, alpha=0.6, label=f"{label}, {published.name}")
+            ratio.plot(
+                stretched,
+                theirs,
+                linestyle="--",
+                color=color,
+                alpha=0.6,
+                label=f"{label}, {published.name} ({published.steps} steps)",
+            )
     ratio.axhline(1, color="gray", linewidth=0.5)
     ratio.set_ylabel("magnitude ratio")
     spread.set_ylabel("standard deviation")
@@ -73,18 +80,19 @@ def draw_trials(axes, measured: Measured) -> None:
     first, *_ = axes.plot(at, psnrs, color="tab:red", marker=".", alpha=0.2, linewidth=0.8)
     first.set_label("forecasts, every prompt")
     expected = [measured.expect(speedup) for speedup in at]
-    axes.plot(at, [e.pooled for e in expected], color="tab:red", marker="o", label="of all videos' mean squared error")
+    axes.plot(at, [e.pooled for e in expected], color="tab:red", marker="o", label="forecasts, pooled")
     axes.axhline(ANOTHER, color="gray", linewidth=0.8, label="below: another video")
-    axes.plot(at, [e.promised for e in expected], color="tab:red", marker="v", linestyle="--", label="promised to nine of ten")
+    promised = [e.promised for e in expected]
+    axes.plot(at, promised, color="tab:red", marker="v", linestyle="--", label="reached by nine of ten")
     for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
         points = [(measured.speedup_of(row), row.pooled) for row in measured.others if row.method == method]
         if points:
-            line, label = "-" if method == "fewer steps" else "", f"{method}, of the prompts that tried it"
+            line, label = "-" if method == "fewer steps" else "", f"{method}, pooled\n(prompts that tried it)"
             axes.plot(*zip(*points, strict=True), color=color, marker="s", linestyle=line, markersize=4, label=label)
     constants = measured.constants
     axes.set_xlabel(f"speed-up bound (floor {constants.floor:g}, early {constants.early:g}, decay {constants.decay:g})")
     axes.set_ylabel("latent PSNR, dB")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, which may be anywhere
 
 
 def plan_figure(job: Job, title: str):

@@ -33,8 +33,9 @@ def make_record(job: Job, request: Request, group, pixels: tuple[int, int, int],
     frames, height, width = pixels
     values = replayed_values(job, request)
     if expected := expectation(job):
-        prompts, table = len(job.measured.prompts), job.measured.table.name
-        expected = {"latent_psnr": asdict(expected), "table": table, "prompts": prompts}
+        psnr = asdict(expected)
+        prompts = psnr.pop("prompts")
+        expected = {"latent_psnr": psnr, "table": job.measured.table.name, "prompts": prompts}
     return {
         "video": request.path.name,
         "frames": frames,

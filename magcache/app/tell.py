@@ -37,10 +37,11 @@ def announce(job: Job, shape: tuple[int, int, int], requests: list[Request], gro
     if not job.sampling.spec.is_demo and not backend().lacks:
         tell_needs(job, shape)
     if job.calibration:
-        print(f"          their ratios are measured and written to {job.calibration.parent}/")
+        print(f"          the model's magnitude ratios are measured and written to {job.calibration.parent}/")
         if job.trials:
             named = ", ".join(f"{speedup:g}" for speedup in job.trials)
-            print(f"trials    speed-ups {named}, and others; at most {TRIAL_BUDGET} uncached runs per prompt")
+            others = "fewer steps and MagCache as published for comparison"
+            print(f"trials    speed-ups {named}, and {others}; at most {TRIAL_BUDGET} uncached runs per prompt")
     if len(requests) > 1:
         folders = sorted({str(request.path.parent) for request in requests})
         print(f"results   {len(requests)} files in {', '.join(folders)}")

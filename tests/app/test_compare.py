@@ -170,7 +170,8 @@ def test_a_comparison_that_fails_among_several_prompts(tmp_path, monkeypatch):
     assert ["comparison" in found for found in records] == [False, True, True]
     errors = [10 ** (-found["comparison"]["latent_psnr"] / 10) for found in records[1:]]
     pooled = -10 * math.log10(sum(errors) / 2)
-    assert f"compared  2 videos: latent PSNR {pooled:.1f} dB over all videos, " in out
+    assert "compared  2 videos: latent PSNR " in out
+    assert f"(another video), {pooled:.1f} dB pooled (of the mean squared error of all)" in out
     assert records[0]["calls"] == records[1]["calls"]
     assert records[1]["calls"]["reused"] > 0
 

@@ -88,9 +88,9 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     where = ("--save_file", tmp_path / "films")
     tried = ("--magcache_calibration", "1.5,2,3", "--sample_steps", 16, "--base_seed", 5)
-    assert "speed-ups 1.5, 2, 3, and others; at most 2.5" in run(
-        "--prompt_file", tmp_path / "prompts.txt", *tried, *where
-    )
+    said = run("--prompt_file", tmp_path / "prompts.txt", *tried, *where)
+    assert "speed-ups 1.5, 2, 3, and fewer steps and MagCache as published for comparison; at most 2.5" in said
+    assert re.search(r"^time .*, trials \d", said, re.M)
     (path,) = (tmp_path / "films").glob("t2v-tiny_*.json")
     table = json.loads(path.read_text())
     assert len(table["mag_ratio"]) == 30
@@ -110,15 +110,17 @@ def test_calibrate_with_trials_then_ask_for_a_quality(tmp_path, pipeline):
     said = run("--use_magcache", "--magcache_quality", asked - 1e-3, "--mag_ratios", path, "--compare", *flags)
     assert "16 of 32 transformer calls computed" in said
     e = measured.expect(2)
-    expected = f"{e.pooled:.1f} dB over all videos, {asked:.1f} dB or more in nine of ten, "
-    expected += f"{e.others:.0%} below 30 dB (another video), mean {e.mean:.1f} dB"
+    expected = f"{asked:.1f} dB or more in nine of ten videos (a guess from {len(PROMPTS)}), "
+    expected += f"{e.others:.0%} below 30 dB (another video), "
+    expected += f"{e.pooled:.1f} dB pooled (of the mean squared error of all)"
     assert f"quality   latent PSNR {expected}" in said
     verdict = "the same video" if at_2.psnr[1] >= 35 else "close to another video"
     assert f", latent PSNR {at_2.psnr[1]:.2f} dB: {verdict}; film_uncached.mp4" in said
     assert f"expected from trials: {expected}" in said
     assert "note: " not in said
     record = json.loads(film.with_suffix(".json").read_text())
-    assert record["expected"]["latent_psnr"] == asdict(e)
+    found = record["expected"]
+    assert found["latent_psnr"] | {"prompts": found["prompts"]} == asdict(e)
     assert record["comparison"]["latent_psnr"] == pytest.approx(at_2.psnr[1], abs=0.01)
     again = job_of(*record["command"][2:])
     assert again.schedule == magcache.plan_speedup(16, 2, constants=measured.constants)
@@ -144,16 +146,19 @@ def table(tmp_path):
 
 def test_the_plan_of_a_quality(demo_plan, table):
     lines = demo_plan("--magcache_quality", 40, "--mag_ratios", table)
-    assert lines[0] == "28 of 100 DiT calls computed, at most 3.57x"  # on the way from 49 dB at 2.5x to 29 dB at 5x
+    assert (
+        lines[0] == "28 of 100 transformer calls computed, at most 3.57x"
+    )  # on the way from 49 dB at 2.5x to 29 dB at 5x
     assert lines[1].endswith("speed-up 3.57143, the fastest for 40 dB")
-    quality = "43.9 dB over all videos, 40.4 dB or more in nine of ten, 0% below 30 dB (another video), mean 44.4 dB"
+    quality = "40.4 dB or more in nine of ten videos (a guess from 4), 0% below 30 dB (another video), 43.9 dB pooled "
+    quality += "(of the mean squared error of all)"
     assert f"quality   {quality}" in lines
     text = "\n".join(lines)
     assert re.search(r"^ +2\.00x +50 +62\.4 +59\.0 +0% +63\.0 +10\.0 on 2 prompts$", text, re.M)
     assert re.search(r"^ +2\.50x +40 +52\.4 +49\.0 +0% +53\.0 +not tried$", text, re.M)
     assert re.search(r"^ +5\.00x +20 +32\.4 +29\.0 +0% +33\.0 +-4\.0 on 2 prompts$", text, re.M)
-    assert "thresh 0.12, K 2, retention 0.2: 40 calls, 40.0 dB; forecasts ahead by 10.0 on 1 prompt" in text
-    assert "the speed-up rule by these: floor 0.016, early 0.25, decay 0.1" in text
+    assert "thresh 0.12, K 2, retention 0.2, 40 calls: forecasts are ahead by 10.0 on 1 prompt" in text
+    assert "constants of the speed-up rule" not in text
     (better,) = (line.strip() for line in lines if "closer than any cache" in line)
     assert better == ("at 5x fewer sampler steps come closer than any cache: leave it out and take 10 of 50 steps")
     assert "note: " not in text
@@ -162,9 +167,17 @@ def test_the_plan_of_a_quality(demo_plan, table):
     assert [mark == "." for mark in row] == list(schedule.reuse[::2])
 
 
+def test_constants_that_trials_chose_are_said(demo_plan):
+    text = "\n".join(demo_plan("--magcache_speedup", 2))
+    assert "the trials chose these constants of the speed-up rule: floor 0.001, early 0.6, decay 0.25\n" in text
+
+
 def test_a_speedup_takes_the_constants_of_a_table(demo_plan, table):
     lines = demo_plan("--magcache_speedup", 2.5, "--mag_ratios", table)
-    assert any(line.startswith("quality   52.4 dB over all videos, 49.0 dB or more in nine of ten, ") for line in lines)
+    assert any(
+        line.startswith("quality   49.0 dB or more in nine of ten videos (a guess from 4), 0% below 30 dB ")
+        for line in lines
+    )
     assert "quality   not tried at these settings" in demo_plan("--magcache_speedup", 8, "--mag_ratios", table)
 
 

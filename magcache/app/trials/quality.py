@@ -85,24 +85,28 @@ def quality_lines(job: Job) -> list[str]:
     measured, steps = job.measured, job.sampling.sample_steps
     name, prompts = measured.table.name, len(measured.prompts)
     fewer = {row.calls: row for row in measured.others if row.method == "fewer steps"}
-    rows = [("speed-up", "calls", "all videos", "nine of ten", "others", "mean", "ahead of fewer steps")]
+    rows = [("speed-up", "calls", "pooled", "nine of ten", "others", "mean", "ahead of fewer steps")]
     rows += [curve_row(measured, forecast, fewer.get(forecast.calls)) for forecast in measured.forecasts]
     said, chosen = expectation(job) or "not tried at these settings", measured.constants
     lines = [
         f"quality   {said}",
-        f"trials    latent PSNR in dB by table {name}, of {prompts} prompts at {measured.steps} steps; all videos: "
-        f"of their mean squared error; others: share below {ANOTHER:.0f} dB; ahead of as many calls by fewer steps",
+        f"trials    latent PSNR in dB by table {name}, of {prompts_in_words(prompts)} at {measured.steps} steps; "
+        f"pooled: of all videos' mean squared error; others: share below {ANOTHER:.0f} dB; the last column: pooled, "
+        "at as many calls, on the prompts that tried both",
         *(" " * 10 + "".join(f"{cell:<13}" for cell in row) for row in rows),
     ]
-    if chosen != DEFAULT:
-        by_these = f"floor {chosen.floor:g}, early {chosen.early:g}, decay {chosen.decay:g}"
-        lines.append(f"          the speed-up rule by these: {by_these}")
+    if prompts >= trials.ENOUGH:
+        values = f"floor {chosen.floor:g}, early {chosen.early:g}, decay {chosen.decay:g}"
+        kept = " (the defaults)" if chosen == DEFAULT else ""
+        lines.append(f"          the trials chose these constants of the speed-up rule: {values}{kept}")
     for row in measured.others:
         if row.method == "thresh":
             thresh, K, share = (f"{row.settings[key]:g}" for key in ("thresh", "K", "retention_ratio"))
-            setting = f"thresh {thresh}, K {K}, retention {share}: {row.calls} calls, {row.pooled:.1f} dB"
-            ahead = measured.ahead(row)
-            lines.append(f"          {setting}" + (f"; forecasts ahead by {lead_in_words(ahead)}" if ahead else ""))
+            found = f"{row.pooled:.1f} dB on {prompts_in_words(len(row.psnr))}"
+            if ahead := measured.ahead(row):
+                found = f"forecasts are ahead by {lead_in_words(ahead)}"
+            setting = f"MagCache as published, thresh {thresh}, K {K}, retention {share}"
+            lines.append(f"          {setting}, {row.calls} calls: {found}")
     for row in measured.better_without_cache():
         speedup, count = measured.speedup_of(row), int(row.settings["steps"])
         share = f"{count} of {measured.steps}" if steps == measured.steps else f"{count / measured.steps:.0%} of the"
@@ -113,7 +117,11 @@ def quality_lines(job: Job) -> list[str]:
 
 def lead_in_words(ahead: tuple[float, int]) -> str:
     lead, prompts = ahead
-    return f"{lead:.1f} on {prompts} prompt{'s' if prompts > 1 else ''}"
+    return f"{lead:.1f} on {prompts_in_words(prompts)}"
+
+
+def prompts_in_words(count: int) -> str:
+    return f"{count} prompt{'s' if count > 1 else ''}"
 
 
 def curve_row(measured, forecast, fewer) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class TrialRuns:
     def __init__(self, job: Job, pipeline, generate: Callable, group: Group, count: int):
         self.sampling, self.speedups = job.sampling, job.trials
         self.pipeline, self.generate, self.group, self.count = pipeline, generate, group, count
-        self.choosing = min(count // 2, 8) if count >= 8 else 0  # a few agree by chance
+        self.choosing = min(count // 2, 8) if count >= trials.ENOUGH else 0
         self.candidates = trials.candidates(self.speedups, self.sampling.noise_levels)
         self.constants = None if self.choosing else DEFAULT
         self.forecasts = [] if self.choosing else self.forecasts_by(DEFAULT)
@@ -113,7 +113,7 @@ class TrialRuns:
         if not self.others:
             self.others = self.compared(ratios)
         if self.constants is None:
-            self.try_ways(self.waiting[-1], self.candidates)
+            self.try_ways(self.waiting[-1], self.candidates, "constants of the rule, ")
             if len(self.waiting) < self.choosing:
                 return
             self.constants = trials.choose(self.candidates)
@@ -135,10 +135,10 @@ class TrialRuns:
             self.turn = (self.turn + 1) % len(self.others)
         return ways
 
-    def try_ways(self, recorded: Recorded, ways: Sequence[trials.Trial]) -> None:
+    def try_ways(self, recorded: Recorded, ways: Sequence[trials.Trial], of: str = "") -> None:
         with tqdm(
-            total=sum(way.calls for way in ways),
-            desc=f"trials of prompt {recorded.number + 1} of {self.count}",
+            total=sum(way.cost for way in ways),
+            desc=f"trials of {of}prompt {recorded.number + 1} of {self.count}",
             unit="call",
             disable=not self.group.speaks,
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
@@ -163,7 +163,10 @@ class TrialRuns:
             out = next(known, None)  # of this call, as those at the start of a trial all compute
             return forward(*args, **kwargs) if out is None else copied(out, pipeline.device)
 
-        patch.attach(models, patch.CACHES[schedule.target](schedule), lambda call, reused: bar.update(not reused))
+        def count(call: int, reused: bool) -> None:
+            bar.update(not reused and not any(way.known[call : call + 1]))
+
+        patch.attach(models, patch.CACHES[schedule.target](schedule), count)
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(patch.shadowed(model, {"forward": functools.partial(answer, model.forward)}))
