@@ -190,15 +190,7 @@ def make_parser(description: str, **defaults) -> argparse.ArgumentParser:
     return parser
 
 
-def fit(
-    trained: torch.nn.ModuleDict,
-    predict: Callable[[list[int], list[torch.Tensor], torch.Tensor, list[torch.Tensor]], list[torch.Tensor]],
-    captions: list[str],
-    latents: torch.Tensor,
-    args: argparse.Namespace,
-    out: Path,
-    make_more: Callable[[torch.nn.ModuleDict, int], tuple[list[str], torch.Tensor, torch.Tensor]] | None = None,
-) -> None:
+class Training:
     """Trains `trained`, which has a "text_encoder" and a "dit", by flow matching. Writes its moving average to `out`
     and, beside it, the state from which an interrupted training continues.
 
@@ -213,78 +205,104 @@ def fit(
     args: those of `make_parser`. predict(indices of the clips, noisy latents, timesteps [B], text features) returns the
     velocities.
     """
-    average = deepcopy(trained)
-    for block in [*trained["dit"].blocks, *average["dit"].blocks]:
-        block.compile()
-    matrices = [p for block in trained["dit"].blocks for p in block.parameters() if p.ndim == 2]
-    others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizer = MuonAdamW(matrices, others, betas=(0.9, 0.99))
-    tokenizer, clips, made, wanted = make_tokenizer(), len(latents), latents, latents
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    start, losses, first, state_file = time.time(), [], 0, out.with_suffix(".state")
-    of = [str(vars(args)), checksum(trained)]
-    if state_file.exists():  # left by an interrupted training
-        state = torch.load(state_file, weights_only=False)
-        check_origin(state_file, state["of"], of)
-        first = state["step"]
-        print(f"continuing from step {first} of {state_file}")
-        trained.load_state_dict(state["trained"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        rng.setstate(state["rng"])
-        captions, made, wanted = captions + state["captions"], *(torch.cat([latents, own]) for own in state["own"])
-    for step in range(first, args.steps):
-        if make_more and step % CHECKPOINT_STEPS == 0:
-            texts, *own = make_more(average, step)
-            captions = captions + texts
-            made, wanted = (torch.cat(pair) for pair in zip((made, wanted), own, strict=True))
-        count = BATCH // 2 if args.agreement else BATCH
-        index = [rng.randrange(clips) for _ in range(count // 2 if make_more else count)]
-        index += [rng.randrange(clips, len(made)) for _ in range(count - len(index))]
-        texts = ["" if rng.random() < CAPTION_DROPOUT and not args.agreement else captions[i] for i in index]
-        noise = torch.randn(len(index), *made.shape[1:], generator=generator)
-        sigma = torch.sigmoid(LOGIT_STD * torch.randn(len(index), generator=generator))
+
+    def __init__(
+        self,
+        trained: torch.nn.ModuleDict,
+        predict: Callable[[list[int], list[torch.Tensor], torch.Tensor, list[torch.Tensor]], list[torch.Tensor]],
+        captions: list[str],
+        latents: torch.Tensor,
+        args: argparse.Namespace,
+        out: Path,
+        make_more: Callable[[torch.nn.ModuleDict, int], tuple[list[str], torch.Tensor, torch.Tensor]] | None = None,
+    ):
+        self.trained, self.average, self.predict, self.make_more = trained, deepcopy(trained), predict, make_more
+        self.captions, self.made, self.wanted, self.clips = captions, latents, latents, len(latents)
+        self.args, self.out, self.state_file, self.step = args, out, out.with_suffix(".state"), 0
+        for block in [*trained["dit"].blocks, *self.average["dit"].blocks]:
+            block.compile()
+        matrices = [p for block in trained["dit"].blocks for p in block.parameters() if p.ndim == 2]
+        others = [p for p in trained.parameters() if not any(p is matrix for matrix in matrices)]
+        self.optimizer, self.tokenizer = MuonAdamW(matrices, others, betas=(0.9, 0.99)), make_tokenizer()
+        self.rng, self.generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+        self.of = [str(vars(args)), checksum(trained)]
+        if self.state_file.exists():  # left by an interrupted training
+            self.resume()
+
+    def resume(self) -> None:
+        state = torch.load(self.state_file, weights_only=False)
+        check_origin(self.state_file, state["of"], self.of)
+        self.step = state["step"]
+        print(f"continuing from step {self.step} of {self.state_file}")
+        for part in ("trained", "average", "optimizer"):
+            getattr(self, part).load_state_dict(state[part])
+        self.generator.set_state(state["generator"])
+        self.rng.setstate(state["rng"])
+        self.add(state["captions"], *state["own"])
+
+    def save(self) -> None:
+        save(self.average.state_dict(), self.out)
+        state = {part: getattr(self, part).state_dict() for part in ("trained", "average", "optimizer")}
+        state |= {"of": self.of, "step": self.step, "generator": self.generator.get_state(), "rng": self.rng.getstate()}
+        state["captions"] = self.captions[self.clips :]
+        state["own"] = [own[self.clips :].clone() for own in (self.made, self.wanted)]  # views would be saved whole
+        save(state, self.state_file)
+
+    def add(self, captions: list[str], made: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Adds what the model itself made."""
+        self.captions = self.captions + captions
+        self.made, self.wanted = torch.cat([self.made, made]), torch.cat([self.wanted, wanted])
+
+    def run(self) -> None:
+        start, losses = time.time(), []
+        while self.step < self.args.steps:
+            if self.make_more and self.step % CHECKPOINT_STEPS == 0:
+                self.add(*self.make_more(self.average, self.step))
+            losses.append(self.update())
+            self.step += 1
+            if self.step % 50 == 0:
+                recent = sum(losses[-50:]) / 50
+                print(f"{self.step}/{self.args.steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
+            if self.step % CHECKPOINT_STEPS == 0 or self.step == self.args.steps:
+                assert math.isfinite(losses[-1]), "the training diverged"
+                self.save()
+        self.state_file.unlink()
+
+    def batch(self) -> tuple[list[int], list[str], torch.Tensor, torch.Tensor]:
+        """Draws the clips' numbers, captions, noise and noise levels [B, 1, 1, 1, 1]; with `args.agreement` everything
+        twice, with the captions and without."""
+        agreement, rng = self.args.agreement, self.rng
+        count = BATCH // 2 if agreement else BATCH
+        index = [rng.randrange(self.clips) for _ in range(count // 2 if self.make_more else count)]
+        index += [rng.randrange(self.clips, len(self.made)) for _ in range(count - len(index))]
+        texts = ["" if rng.random() < CAPTION_DROPOUT and not agreement else self.captions[i] for i in index]
+        noise = torch.randn(len(index), *self.made.shape[1:], generator=self.generator)
+        sigma = torch.sigmoid(LOGIT_STD * torch.randn(len(index), generator=self.generator))
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-        if args.agreement:  # everything twice, with the caption and without
+        if agreement:
             index, texts = index * 2, texts + [""] * len(texts)
             noise, sigma = torch.cat([noise, noise]), torch.cat([sigma, sigma])
-        s = sigma[:, None, None, None, None]
-        noisy = (1 - s) * made[index] + s * noise
-        context = text_features(tokenizer, trained["text_encoder"], texts)
-        velocity = torch.stack(predict(index, list(noisy), 1000 * sigma, context))
-        loss = (velocity - (noisy - wanted[index]) / s).square().mean()
-        losses.append(loss.item())
+        return index, texts, noise, sigma[:, None, None, None, None]
+
+    def update(self) -> float:
+        """Makes one step. Returns the loss of the velocities."""
+        args, (index, texts, noise, sigma) = self.args, self.batch()
+        noisy = (1 - sigma) * self.made[index] + sigma * noise
+        context = text_features(self.tokenizer, self.trained["text_encoder"], texts)
+        velocity = torch.stack(self.predict(index, list(noisy), 1000 * sigma.flatten(), context))
+        loss = of_velocities = (velocity - (noisy - self.wanted[index]) / sigma).square().mean()
         if args.agreement:
             cond, uncond = velocity.chunk(2)
-            clear = ((1 - s) / s).square().clamp(max=1)[: len(cond)]
+            clear = ((1 - sigma) / sigma).square().clamp(max=1)[: len(cond)]
             loss = loss + args.agreement * (clear * (cond - uncond).square()).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step(args.peak_lr * min((step + 1) / WARMUP, 1 - step / args.steps, 1))
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step(args.peak_lr * min((self.step + 1) / WARMUP, 1 - self.step / args.steps, 1))
         with torch.no_grad():
-            decay = min(args.ema_decay, step / (step + 10))
-            for mean, p in zip(average.parameters(), trained.parameters(), strict=True):
+            decay = min(args.ema_decay, self.step / (self.step + 10))
+            for mean, p in zip(self.average.parameters(), self.trained.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
-        if (step + 1) % 50 == 0:
-            recent = sum(losses[-50:]) / 50
-            print(f"{step + 1}/{args.steps} {time.time() - start:.0f}s loss {recent:.4f}", flush=True)
-        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == args.steps:
-            assert math.isfinite(losses[-1]), "the training diverged"
-            save(average.state_dict(), out)
-            state = {
-                "of": of,
-                "step": step + 1,
-                "trained": trained.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "rng": rng.getstate(),
-                "captions": captions[clips:],
-                "own": (made[clips:].clone(), wanted[clips:].clone()),  # views would be saved with all they are of
-            }
-            save(state, state_file)
-    state_file.unlink()
+        return of_velocities.item()
 
 
 def main():
@@ -334,7 +352,7 @@ def main():
     def make_more(average, step):
         return make_own(average, vae, args.own, args.seed * 1_000_000 + step, args.open)
 
-    fit(trained, predict, captions, latents, args, args.out / "dit.pt", make_more if args.own else None)
+    Training(trained, predict, captions, latents, args, args.out / "dit.pt", make_more if args.own else None).run()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from examples.train_tiny.shapes import TRAINABLE, render
 from examples.train_tiny.train_dit import (
     BATCH,
     TEXT_LEN,
+    Training,
     checksum,
     encode,
-    fit,
     latent_statistics,
     made_once,
     make_dit,
@@ -115,7 +115,7 @@ def main():
         features = image_encoder(pixels[index]).last_hidden_state
         return dit(noisy, timesteps, context, tokens, clip_fea=features, y=list(conditions[index]))
 
-    fit(trained, predict, captions, latents, args, args.out / "i2v.pt")
+    Training(trained, predict, captions, latents, args, args.out / "i2v.pt").run()
 
 
 if __name__ == "__main__":
