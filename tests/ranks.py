@@ -248,7 +248,7 @@ def calibrate(rank: int, world: int, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     flags = [*TINY, "--frame_num", 5, "--sample_steps", 3, "--prompt", PROMPT, "--base_seed", 3]
-    flags += ["--magcache_calibration", "--ulysses_size", 2, "--dit_fsdp", "--t5_fsdp"]
+    flags += ["--magcache_calibration", 1.5, "--ulysses_size", 2, "--dit_fsdp", "--t5_fsdp"]
     flags += ["--save_file", folder / "dumps" / "film.mp4"]
     (folder / "dumps").mkdir(exist_ok=True)
     sys.argv = ["magcache_generate.py", *map(str, flags)]

@@ -1,5 +1,6 @@
 """Two and four processes against one."""
 
+import functools
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ import magcache
 import magcache_generate
 import wan
 from magcache.app.media import to_frames, write_video
+from magcache.patch import shadowed
+from magcache.trials import closeness
 from wan.configs import WAN_CONFIGS
 from wan.utils.attention import shared_backend
 
@@ -123,15 +126,21 @@ def test_attention_that_cannot_share_is_refused():
 
 
 def test_two_processes_calibrate_once(seen, folder):
-    """One set of files, with the figures of one process to four decimals."""
+    """One set of files, with the figures of one process to four decimals, and with trials of the same quality."""
     (path,) = (folder / "dumps").glob("t2v-tiny_*.json")
     assert len(list((folder / "dumps").iterdir())) == 7
     assert iio.imread(folder / "dumps" / "film.mp4").shape == (5, 64, 64, 3)
     pipeline = wan.WanT2V(WAN_CONFIGS["t2v-tiny"], str(DEMO))
     calibration = magcache.apply_calibration(pipeline.model, 3)
-    pipeline.generate(ranks.PROMPT, (64, 64), 5, sampling_steps=3, seed=3)
+    generate = functools.partial(pipeline.generate, ranks.PROMPT, (64, 64), 5, sampling_steps=3, seed=3)
+    with shadowed(pipeline.vae, {"decode": lambda latents: latents}):
+        truth = generate()
+        magcache.apply_magcache(pipeline.model, magcache.plan_speedup(3, 1.5))
+        expected, _ = closeness(generate(), truth)
     for key, values in calibration.lists().items():
         assert json.loads(path.read_text())[key] == pytest.approx(values, abs=5e-5)
+    (forecast,) = magcache.read_trials(magcache.load_table(path)).forecasts
+    assert forecast.psnr[0] == pytest.approx(expected, abs=0.05)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

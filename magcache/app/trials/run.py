@@ -56,6 +56,26 @@ def copied(out, device: torch.device | str):
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, copy=True), out)
 
 
+class Continued(patch.Runner):
+    """Runs a cache, whose first calls return what the uncached run has returned there, without the model. known: that,
+    None for calls that compute all the same. device: for it."""
+
+    def __init__(self, cache: patch.Cache, known: list, device: torch.device):
+        self.cache, self.known, self.device = cache, known, device
+        super().__init__(cache.schedule)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def knows(self, call: int) -> bool:
+        return call < len(self.known) and self.known[call] is not None
+
+    def run(self, call: int, model: torch.nn.Module, forward: Callable):
+        if self.knows(call):
+            forward = functools.partial(copied, self.known[call], self.device)
+        return self.cache.run(call, model, forward)
+
+
 class TrialRuns:
     """Tries the prompts of a calibration. generate(request, steps): makes a video with the pipeline. count: of the
     prompts.
@@ -157,19 +177,10 @@ class TrialRuns:
         """Returns the final latent on the CPU, or None where this process gets none. more: whether another trial of the
         prompt follows; the transformer then stays on the GPU once the text encoder no longer needs the room."""
         pipeline, schedule, models = self.pipeline, way.schedule, backend().transformers(self.pipeline)
-        known = (out if spared else None for out, spared in zip(recorded.outputs, way.known, strict=False))
-
-        def answer(forward: Callable, *args, **kwargs):
-            out = next(known, None)  # of this call, as those at the start of a trial all compute
-            return forward(*args, **kwargs) if out is None else copied(out, pipeline.device)
-
-        def count(call: int, reused: bool) -> None:
-            bar.update(not reused and not any(way.known[call : call + 1]))
-
-        patch.attach(models, patch.CACHES[schedule.target](schedule), count)
+        known = [out if spared else None for out, spared in zip(recorded.outputs, way.known, strict=False)]
+        runner = Continued(patch.CACHES[schedule.target](schedule), known, pipeline.device)
+        patch.attach(models, runner, lambda call, reused: bar.update(not (reused or runner.knows(call))))
         with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(patch.shadowed(model, {"forward": functools.partial(answer, model.forward)}))
             if more and recorded.inputs.get("text_encoder"):  # of the `wan` here
                 stack.enter_context(patch.shadowed(pipeline, {"afterwards": lambda offload_model: None}))
             stack.enter_context(self.only_denoising(recorded))
