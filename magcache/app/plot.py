@@ -73,8 +73,8 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
 
 
 def draw_trials(axes, measured: Measured) -> None:
-    """Draws latent PSNR over the speed-up: every prompt, their mean and what is promised; also fewer steps and thresh,
-    which not all prompts have tried."""
+    """Draws latent PSNR over the speed-up: that of every prompt, the pooled one and what is promised. Others than
+    forecasts are left out, since not all prompts tried them: beside these they would show the wrong lead."""
     at = measured.speedups
     psnrs = [[row.psnr[prompt] for prompt in measured.prompts] for row in measured.forecasts]
     first, *_ = axes.plot(at, psnrs, color="tab:red", marker=".", alpha=0.2, linewidth=0.8)
@@ -84,15 +84,10 @@ def draw_trials(axes, measured: Measured) -> None:
     axes.axhline(ANOTHER, color="gray", linewidth=0.8, label="below: another video")
     promised = [e.promised for e in expected]
     axes.plot(at, promised, color="tab:red", marker="v", linestyle="--", label="reached by nine of ten")
-    for method, color in (("fewer steps", "black"), ("thresh", "tab:blue")):
-        points = [(measured.speedup_of(row), row.pooled) for row in measured.others if row.method == method]
-        if points:
-            line, label = "-" if method == "fewer steps" else "", f"{method}, pooled\n(prompts that tried it)"
-            axes.plot(*zip(*points, strict=True), color=color, marker="s", linestyle=line, markersize=4, label=label)
     constants = measured.constants
     axes.set_xlabel(f"speed-up bound (floor {constants.floor:g}, early {constants.early:g}, decay {constants.decay:g})")
     axes.set_ylabel("latent PSNR, dB")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the points, which may be anywhere
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def plan_figure(job: Job, title: str):
