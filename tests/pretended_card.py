@@ -109,16 +109,23 @@ class Stream:
 
 
 class Event:
+    """It is reached only when the host has waited for it or for something later."""
+
     def __init__(self, card: "PretendedCard"):
         self.card = card
 
     def record(self, stream=None):
-        self.at = time.perf_counter()
+        self.card.recorded += 1
+        self.number, self.at = self.card.recorded, time.perf_counter()
 
     def synchronize(self):
+        reached = max(self.number, self.card.reached)
         self.card.wait("event")
+        self.card.reached = reached
 
     def elapsed_time(self, other: "Event") -> float:
+        if max(self.number, other.number) > self.card.reached:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
         return 1000 * (other.at - self.at)
 
 
@@ -133,6 +140,7 @@ class PretendedCard(TorchDispatchMode):
         self.phases: list[tuple[str, int, int, int]] = []  # name; bytes at the start, the most within, at the end
         self.waits: collections.Counter[tuple[str, str, str]] = collections.Counter()  # by phase, kind and line
         self.current = ["outside"]
+        self.recorded = self.reached = 0  # events
 
     # what is counted
 
@@ -154,6 +162,7 @@ class PretendedCard(TorchDispatchMode):
             frame = frame.f_back
         file = "/".join(frame.f_code.co_filename.split("/")[-2:])
         self.waits[self.current[-1], kind, f"{file} {frame.f_code.co_name}"] += 1
+        self.reached = self.recorded
 
     # what runs
 

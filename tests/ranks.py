@@ -5,10 +5,12 @@ PYTHONPATH=. python tests/ranks.py FOLDER      (which holds tiny checkpoints i2v
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import socket
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -105,9 +107,13 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     pipeline.model = counted = Counted(model)
     pipeline.generate(*inputs, **arguments)
     magcache.apply_magcache(model, forecasts())
-    pipeline.model = forecast = Counted(model)
+    pipeline.model, pipeline.keeps_models = (forecast := Counted(model)), False
+    text = [weakref.ref(weight) for weight in pipeline.text_encoder.model.parameters()]
+    gc.disable()
     pipeline.generate(*inputs, **arguments)
+    gc.enable()
     return {
+        "text encoder is left": any(weight() is not None for weight in text),
         "uncached": latents[0],
         "cached": latents[1],
         "reuse": tuple(reused for _, reused in told),
@@ -259,11 +265,11 @@ def main(folder: Path) -> None:
     for name in wan.__all__:
         getattr(wan, name)  # imports it
     importlib.import_module("wan.distributed.fsdp")
+    torch.multiprocessing.start_processes(share_videos, (4, folder), 4, start_method="fork")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    for function, world, *arguments in ((share_videos, 4, folder), (calibrate, 2, folder, port)):
-        torch.multiprocessing.start_processes(function, (world, *arguments), world, start_method="fork")
+    torch.multiprocessing.start_processes(calibrate, (2, folder, port), 2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What all Wan pipelines share: loading, text encoding, the denoise loop with guidance, decoding."""
 
+import gc
 import itertools
 import math
 import os
@@ -150,6 +151,9 @@ class WanPipeline:
             features = [[u.to(self.device) for u in self.text_encoder(text, device)] for text in texts]
         if not self.keeps_models:
             self.text_encoder = None
+            if self.t5_fsdp:  # which refers to it in circles
+                gc.collect()
+                torch.cuda.empty_cache()
         return features[0], features[-1]
 
     def latent_shape(self, size: tuple[int, int], frame_num: int) -> tuple[int, int, int, int]:

@@ -2,7 +2,8 @@
 
 Works from the outside, by hooks on what this repo's pipelines and upstream's have in common: `model`, `text_encoder`,
 `vae`, and a `tqdm` of their own over the steps, which this one stands in for. On a GPU the times are those of events in
-its queue, so that it is waited for once a step only, by the bar, and once by the look for NaN.
+its queue, so that it is waited for once a step only, by the bar, and once by the look for NaN; and once for every
+latent frame that is decoded.
 """
 
 import contextlib
@@ -34,6 +35,14 @@ def moment() -> "float | torch.cuda.Event":
     return event
 
 
+def reached() -> "float | torch.cuda.Event":
+    """Marks now, and waits until the GPU is there."""
+    now = moment()
+    if not isinstance(now, float):
+        now.synchronize()
+    return now
+
+
 def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
     """Returns the seconds between two moments, both of which the GPU has reached."""
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
@@ -41,11 +50,11 @@ def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.
 
 class Watch:
     """What happened in one generation. Every moment counts to one phase: text: text encoder. inputs: encoding of images
-    and videos, the transformer's way to the GPU. computed, reused: calls of the transformer. sampler: the rest of the
-    steps. decode: VAE, and what comes after it. `reused` holds for every call so far whether it was, `calls` (whether
-    it was reused, seconds) of those that are timed: all of the steps before. `latent` is a copy of what was decoded, on
-    the CPU, `video` what it was decoded to, [3, F, H, W] in [-1, 1]; None where this process decodes nothing.
-    `latent_psnr`: of the latent against the uncached one, if compared."""
+    and videos, the transformer's way to the GPU and back. computed, reused: calls of the transformer. sampler: the rest
+    of the steps. decode: VAE, and what comes after it. `reused` holds for every call so far whether it was, `calls`
+    (whether it was reused, seconds) of those that are timed: all of the steps before. `latent` is a copy of what was
+    decoded, on the CPU, `video` what it was decoded to, [3, F, H, W] in [-1, 1]; None where this process decodes
+    nothing. `latent_psnr`: of the latent against the uncached one, if compared."""
 
     def __init__(self, schedule: Schedule, show: bool, decoding: float | None = None):
         """decoding: the expected seconds of decoding, None if unknown."""
@@ -61,10 +70,7 @@ class Watch:
 
     def lap(self, phase: str) -> None:
         """Counts the time since the last lap to this phase."""
-        now = moment()
-        if not isinstance(now, float):
-            now.synchronize()
-        for noted, end in [*self.noted, (phase, now)]:
+        for noted, end in [*self.noted, (phase, reached())]:
             passed, self.clock = seconds_between(self.clock, end), end
             self.seconds[noted] = self.seconds.get(noted, 0.0) + passed
             if noted in ("computed", "reused"):
@@ -85,9 +91,15 @@ class Watch:
             if timestep is not None:
                 yield timestep
 
+    def calling(self, module: torch.nn.Module, args: tuple) -> None:
+        """Is called before the transformer, which may just have been moved."""
+        self.check(args[0])
+        if not self.noted:
+            self.noted.append(("inputs", moment()))
+
     def check(self, latents: list[torch.Tensor]) -> None:
-        """Is called before the transformer and before the decoder. Raises NotFinite if a step since the last check has
-        left NaN or infinity in the latents, which no later one mends."""
+        """Raises NotFinite if a step since the last check has left NaN or infinity in the latents, which no later one
+        mends."""
         done, within = divmod(len(self.reused), self.schedule.calls_per_step)
         if not done or within:
             return
@@ -108,7 +120,7 @@ class Watch:
         def run(latents, *args, **kwargs):
             self.check(latents)
             self.latent = latents[0].to("cpu", copy=True)
-            self.lap("sampler")
+            self.lap("inputs")
             with contextlib.ExitStack() as stack:
                 if self.show:
                     say = self.decoded(latents[0].shape[1])
@@ -122,11 +134,11 @@ class Watch:
 
     def decoded(self, frames: int) -> Callable:
         """Returns a function that says how many of the latent frames are decoded, one more with every call."""
-        start, numbers = moment(), itertools.count()
+        start, numbers = reached(), itertools.count()
 
         def say(*_) -> None:
             done = next(numbers)
-            spent = seconds_between(start, moment())
+            spent = seconds_between(start, reached())
             left = f", about {tqdm.format_interval(round(spent / done * (frames - done)))} left" if done else ""
             self.say(f"decode {done}/{frames} latent frames{left}", done == 0)
 
@@ -205,7 +217,7 @@ def watched(pipeline, schedule: Schedule, show: bool = True, decoding: float | N
     watch = Watch(schedule, show, decoding)
     with contextlib.ExitStack() as stack:
         for model in backend().transformers(pipeline):
-            stack.callback(model.register_forward_pre_hook(lambda _, args: watch.check(args[0])).remove)
+            stack.callback(model.register_forward_pre_hook(watch.calling).remove)
         # without these the time only counts elsewhere
         encoder, vae = getattr(getattr(pipeline, "text_encoder", None), "model", None), getattr(pipeline, "vae", None)
         if isinstance(encoder, torch.nn.Module):

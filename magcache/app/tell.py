@@ -96,9 +96,10 @@ def tell_calls(job: Job, watches: list) -> None:
     reused = " and ".join(f"{count} of {steps} {name}" for count, name in zip(counts, branches, strict=True))
     bound = f"bound {job.schedule.speedup_bound:.2f}x, {job.made_by}"
     print(f"MagCache  {len(times[False])} of {len(calls)} calls computed, reused {reused} ({bound})")
-    typical = statistics.fmean(times[False])
-    reused = f", reused {1000 * statistics.fmean(times[True]):.2g} ms a call" if times[True] else ""
-    speedup = len(calls) * typical / sum(times[False] + times[True])
+    typical = statistics.median(times[False])  # the first one may warm up or compile
+    reused = f", reused {1000 * statistics.median(times[True]):.2g} ms a call" if times[True] else ""
+    spent = sum(times[False])
+    speedup = (spent + len(times[True]) * typical) / (spent + sum(times[True]))
     print(f"          computed {1000 * typical:.1f} ms a call{reused}: {speedup:.2f}x faster than computing every call")
 
 

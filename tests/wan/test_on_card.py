@@ -155,6 +155,9 @@ WAYS = {
     "by blocks": ({"offload_blocks": True}, {}, None, {
         "encode_text": (128, 14_492_032, 98_432), "denoise": (101_504, 442_788, 104_576),
     }),
+    "residuals by blocks": ({"offload_blocks": True}, {}, "residual", {  # the last call reuses
+        "encode_text": (128, 14_492_032, 98_432), "denoise": (101_504, 442_788, 104_576),
+    }),
     "text on the host": ({"t5_cpu": True}, {}, None, {
         "encode_text": (128, 12_224, 12_224), "denoise": (15_296, 428_252, 18_368),
         "decode": (15_296, 932_576, 107_456),
@@ -236,6 +239,34 @@ def test_waits_in_a_step(folders, phases, speedup):
             looks = schedule.computed // 2 - 1
             assert kinds == ({"event": steps + 1, "is_nonzero": looks} if shown else {})
         phases.clear()
+
+
+def test_moves_are_not_counted_as_calls(folders, monkeypatch):
+    """By a clock that a move puts forward by 100 seconds, and a call by one."""
+    clock = [0.0]
+    monkeypatch.setattr(progress, "moment", lambda: clock[0])
+    made, schedule = make(folders, "t2v"), magcache.plan_speedup(STEPS, 2)
+
+    def passed(seconds, result=None):
+        clock[0] += seconds
+        return result
+
+    made.model.to = lambda device, to=made.model.to: passed(100, to(device))
+    made.model.register_forward_hook(lambda *_: passed(1))
+    with progress.watched(made, schedule) as watch:
+        magcache.apply_magcache(made.model, schedule, on_call=watch.called)
+        generate(made)
+    spent = {"computed": schedule.computed, "inputs": 200}  # to the device and back
+    assert watch.seconds == dict.fromkeys(progress.PHASES, 0) | spent
+
+
+def test_a_failed_decoding_leaves_nothing_of_its_frames(folders):
+    made = make(folders, "t2v")
+    hook = made.vae.model.decoder.mid_block.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.vae.decode([torch.zeros(16, 2, 4, 4)])
+    hook.remove()
+    assert not any(isinstance(kept, torch.Tensor) for kept in made.vae.model._feat_map)
 
 
 def test_a_timestep_on_the_card_is_waited_for_once_a_call():

@@ -1,6 +1,8 @@
 """The video VAEs of Wan2.1 and Wan2.2's 5B: diffusers' AutoencoderKLWan with weights in the official layout."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -79,17 +81,26 @@ class WanVAE:
             for values in (config.latents_mean, config.latents_std)
         )
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Computes without autocast, and drops the features of neighbouring frames, gigabytes, after a failure, too."""
+        try:
+            with torch.autocast(torch.device(self.device).type, enabled=False):
+                yield
+        finally:
+            self.model.clear_cache()
+
     @torch.no_grad()
     def encode(self, videos: list[torch.Tensor]) -> list[torch.Tensor]:
         """videos: [3, F, H, W] in [-1, 1]. Returns float32 [z_dim, 1 + (F - 1) // 4, H / 8, W / 8] each, or
         / 16; frames beyond 1 + 4 n are dropped."""
-        with torch.autocast(torch.device(self.device).type, enabled=False):
+        with self.working():
             means = (self.model.encode(video[None].to(self.dtype)).latent_dist.mode() for video in videos)
             return [((mean - self.mean) * (1 / self.std)).float()[0] for mean in means]
 
     @torch.no_grad()
     def decode(self, zs: list[torch.Tensor]) -> list[torch.Tensor]:
         """zs: latents [z_dim, f, h, w]. Returns float32 [3, 4 f - 3, 8 h, 8 w] in [-1, 1] each, or 16 h, 16 w."""
-        with torch.autocast(torch.device(self.device).type, enabled=False):
+        with self.working():
             latents = (z[None].to(self.dtype) / (1 / self.std) + self.mean for z in zs)
             return [self.model.decode(z, return_dict=False)[0].float().clamp(-1, 1)[0] for z in latents]

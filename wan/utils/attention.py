@@ -80,7 +80,8 @@ def attend_exchanged(
 
 
 def send_back(model: torch.nn.Module) -> None:
-    """Offloads what a failed call has left on the device, of a model with group offloading."""
+    """Offloads what is left on the device of a model with group offloading: by a call that failed, or the first block,
+    which is fetched ahead, by one that called no block."""
     for module in model.modules():
         hooks = getattr(module, "_diffusers_hook", None)
         if hook := hooks and hooks.get_hook("group_offloading"):

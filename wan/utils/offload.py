@@ -20,12 +20,10 @@ def on_device(model: torch.nn.Module, device: torch.device | None, then: str | N
         if device is not None:
             model.to(device)
         yield
-    except BaseException:
+    finally:
         if device is None:
             send_back(model)
-        raise
-    finally:
-        if device is not None and then is not None:
+        elif then is not None:
             model.to(then)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
