@@ -21,6 +21,7 @@ from magcache.app.checkpoint import architecture_of
 from magcache.app.tasks import TASKS
 from wan import image2video, pipeline, vace
 from wan.configs import WAN_CONFIGS
+from wan.utils import samplers
 from wan.utils.offload import packed
 
 CLIP_HEADS = read_json("pipelines/common/hparams.json")["clip"]["vision_heads"]
@@ -107,14 +108,8 @@ def check_bytes(card, vae, expected):
 @pytest.fixture
 def exact_steps(monkeypatch):
     """Without autocast in the sampler's steps, one einsum of which CUDA's rounds to bfloat16 and the CPU's does not."""
-    make_sampler = pipeline.make_sampler
-
-    def exact(*args):
-        sampler = make_sampler(*args)
-        sampler.step = torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(sampler.step))
-        return sampler
-
-    monkeypatch.setattr(pipeline, "make_sampler", exact)
+    step = torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(samplers.UniPC.step))
+    monkeypatch.setattr(samplers.UniPC, "step", step)
 
 
 def on_host(tree):
