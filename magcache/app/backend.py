@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from magcache.app import checkpoint
 from magcache.app.errors import Refused, first_line, refusing
-from magcache.app.job import Inputs, Job, Machine, Sampling
+from magcache.app.job import PATHS, Inputs, Job, Machine, Sampling
 from magcache.app.lora import merging
 from magcache.app.processes import Group, Processes, gathered
 from magcache.app.tasks import TASKS, Task
@@ -183,12 +183,13 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
 
 def start_processes(job: Job) -> Group:
     """Connects the processes of torchrun, and divides them into groups. Every process decides on its own what to reuse,
-    so flags and plan must be the same everywhere."""
+    so flags and plan must be the same everywhere; the folders of files may differ from machine to machine."""
     processes = Processes.from_environment()
     with refusing(ValueError):
         processes.connect()
     everyone = processes.patient_group(processes.world)
     compared = {f"--{name}": value for name, value in job.flags.items()} | {"the plan": job.schedule}
+    compared |= {f"--{name}": Path(job.flags[name] or "").name for name in PATHS}
     compared["the prompts of --prompt_file"] = job.prompt_file and job.lines
     compared["the files of --lora"] = [lora.sha256 for lora in job.machine.lora]
     first, *others = gathered(compared, everyone)

@@ -11,7 +11,7 @@ from magcache.app.architecture import CLIP_TOKENS, LATENT, LATENT_5B, PATCH, Arc
 from magcache.app.backend import backend
 from magcache.app.checkpoint import architecture_of
 from magcache.app.job import Job
-from magcache.schedule import Schedule
+from magcache.schedule import CALLS_PER_STEP, Schedule
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 TEXT_ENCODER = 5.68e9  # parameters of umt5-xxl's encoder
@@ -140,6 +140,8 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     cached = 0.0
     if job.cache and not job.cache.offload:
         cached = cached_bytes(job.schedule, sizes, tokens, shards)
+    if job.calibration:  # the last residual of each branch
+        cached = CALLS_PER_STEP * tokens * sizes.dim / shards * BYTES["float32"]
     text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0

@@ -94,6 +94,7 @@ class Inputs:
         return [path.strip() for path in (self.src_ref_images or "").split(",") if path.strip()]
 
 
+PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask")  # flags that name one each
 OF_RULE = ("magcache_thresh", "magcache_K", "retention_ratio")  # flags of MagCache as published
 OF_EXTENSION = ("use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang")
 OF_OUR_WAN = ("dit_dtype", "offload_blocks", "compile", "attn_backend", "vae_tiling")  # flags that upstream's lacks

@@ -72,13 +72,17 @@ def check_machine(machine: Machine) -> None:
     import torch
     from diffusers.utils import constants
 
-    mixed = machine.dit_fsdp and machine.dit_dtype not in (None, "float32")  # with the float32 biases of a block
-    if mixed and torch.__version__ < "2.9":
-        flags = f"--dit_fsdp with --dit_dtype {machine.dit_dtype}"
-        raise Refused(f"{flags} needs torch 2.9 or newer; this is {torch.__version__}")
+    cuda, dtype = torch.cuda.is_available(), machine.dit_dtype
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    mixed = machine.dit_fsdp and dtype not in (None, "float32")  # with the float32 biases of a block
+    # of which the compiler makes a kernel that these cards do not run (pytorch issue 167082)
+    casts = machine.compile and dtype == "float8_e4m3fn" and cuda and torch.cuda.get_device_capability(device) < (8, 9)
+    for unsupported, flag, needed in ((mixed, "--dit_fsdp", "2.9"), (casts, "--compile", "2.13")):
+        if unsupported and torch.__version__ < needed:
+            newer = f"needs torch {needed} or newer here; this is {torch.__version__}"
+            raise Refused(f"{flag} with --dit_dtype {dtype} {newer}")
     constants.DIFFUSERS_ATTN_BACKEND = "native"  # with an unknown one what follows could not be imported
     from wan.utils.attention import choose_attention
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     with refusing(ValueError):
         choose_attention(machine.attn_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"), device)

@@ -52,16 +52,17 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """Reads torchrun's variables; a single process without them. Raises ValueError if they are incomplete."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
-        if missing := [name for name in (*names, "MASTER_ADDR") if name not in os.environ]:
+        variables = {"LOCAL_RANK": "0"} | os.environ  # not set where every process has a machine of its own
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        if missing := [name for name in (*names, "MASTER_ADDR") if name not in variables]:
             raise ValueError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
         for name in names:
-            if not re.fullmatch("[0-9]{1,5}", os.environ[name]):
-                wrong = f"{name}={os.environ[name][:40]} is not a whole number"
+            if not re.fullmatch("[0-9]{1,5}", variables[name]):
+                wrong = f"{name}={variables[name][:40]} is not a whole number"
                 raise ValueError(f"{wrong}: start the processes with torchrun")
-        return cls(*(int(os.environ[name]) for name in names[:3]))
+        return cls(*(int(variables[name]) for name in names[:3]))
 
     def check_gpus(self) -> None:
         """Raises ValueError if this machine has GPUs but fewer than processes."""

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import magcache
 from magcache.app.flags import make_parser
-from magcache.app.job import OF_EXTENSION, OF_RULE, Job
+from magcache.app.job import OF_EXTENSION, OF_RULE, PATHS, Job
 from magcache.app.prompts import Request
 from magcache.app.step_map import reuse_by_branch
 from magcache.app.trials.quality import expectation
 from magcache.files import read_json, written_whole
 
 MADE_BY = "magcache_generate.py"
-PATHS = ("ckpt_dir", "image", "first_frame", "last_frame", "src_video", "src_mask")  # flags that name one each
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "imageio-ffmpeg", "scikit-image", "flash-attn", "xfuser")
 VARIABLES = ("DIFFUSERS_ATTN_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 NOT_OF_ONE_VIDEO = ("prompt_file", "overwrite", "magcache_calibration", "magcache_plan", "compare")

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from magcache.app import prompts
+from magcache.app.backend import backend
 from magcache.app.choose_schedule import settings_of
 from magcache.app.errors import Refused, refusing
 from magcache.app.job import OF_EXTENSION, OF_OUR_WAN, Job
@@ -146,6 +147,8 @@ def default_path(job: Job, prompt: str) -> Path:
     sampling, machine, cache = job.sampling, job.machine, job.cache
     size = sampling.size.replace("*", "x") if sys.platform == "win32" else sampling.size
     parts = [sampling.task, size, str(machine.ulysses_size), str(machine.ring_size), prompts.slug(prompt)]
+    if "ring_size" in backend().lacks:
+        del parts[3]
     parts += [datetime.now().strftime("%Y%m%d_%H%M%S"), secrets.token_hex(3)]
     if cache:
         rule = cache.rule

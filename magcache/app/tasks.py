@@ -6,7 +6,7 @@ from pathlib import Path
 from magcache import Settings
 from magcache.app.architecture import CLIP_TOKENS, IMAGE, LATENT_5B, Architecture
 
-VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov"), (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_ENDINGS, IMAGE_ENDINGS = (".mp4", ".mkv", ".mov", ".avi"), (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from PIL import Image
 
 import magcache
 import wan
+from magcache.app import requests
 from magcache.app.flags import make_parser
 from magcache.app.inputs import read_inputs
 from magcache.app.media import to_frames, write_video
+from magcache.app.processes import Processes
 from magcache.app.requests import default_path, make_requests, named_path
+from magcache.app.stock_wan import StockWan22
 from magcache.app.tasks import TASKS
 from wan.configs import WAN_CONFIGS
 from wan.utils.samplers import make_sampler
@@ -89,7 +92,15 @@ def test_what_the_lines_of_a_prompt_file_have_of_their_own(tmp_path):
         assert [getattr(request, flag) for request in make_requests(job)] == ["own", "all"]
 
 
-def test_file_names():
+def test_processes_without_a_local_rank(monkeypatch):
+    """As where each has a machine of its own, and no torchrun."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert Processes.from_environment() == Processes(1, 2, 0)
+
+
+def test_file_names(monkeypatch):
     flags = ("--ckpt_dir", "x", "--use_magcache", "--magcache_K", "4", "--size", "832*480")
     name = str(default_path(job_of(*flags), "a/b"))
     assert re.fullmatch(r"magcache_t2v-14B_E012_K4_R02_832\*480_1_1_a_b_\d{8}_\d{6}_[0-9a-f]{6}\.mp4", name)
@@ -97,6 +108,8 @@ def test_file_names():
     name = str(default_path(job, "one fox"))
     assert re.fullmatch(r"t2i-14B_1024\*1024_1_1_one_fox_\d{8}_\d{6}_[0-9a-f]{6}\.png", name)
     assert named_path(job, "film") == Path("film.png")
+    monkeypatch.setattr(requests, "backend", lambda: StockWan22)  # whose names have no ring size
+    assert str(default_path(job, "one fox")).startswith("t2i-14B_1024*1024_1_one_fox_")
 
 
 CACHE = ("--use_magcache", "--magcache_thresh", 0.3, "--magcache_K", 3)

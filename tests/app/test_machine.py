@@ -1,7 +1,9 @@
 """Flags that make a model fit its card, from the command line, and what is said of the memory that a run cost."""
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from commands import SCRIPT, TINY, job_of, python
 from full_size import make_model
 from peak import Peak
+from pretended_card import PretendedCard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from examples.card import Subject
@@ -162,14 +165,31 @@ def test_the_needs_of_sharded_weights(monkeypatch):
     assert job_of("--ckpt_dir", "x", "--task", "t2v-14B").machine.group_size == 1
 
 
-def test_weights_of_two_dtypes_are_not_sharded_by_an_old_torch(monkeypatch):
+def test_what_an_old_torch_cannot_do_is_refused(monkeypatch):
+    """Sharding weights of two dtypes; compiling a cast of float8 for a card as old as an A800."""
     job = job_of("--ckpt_dir", "x", "--task", "t2v-14B")
-    machine = dataclasses.replace(job.machine, dit_fsdp=True, dit_dtype="bfloat16")
-    check_machine(machine)
+    sharded = dataclasses.replace(job.machine, dit_fsdp=True, dit_dtype="bfloat16")
+    compiled = dataclasses.replace(job.machine, compile=True, dit_dtype="float8_e4m3fn")
+    check_machine(sharded)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
     with pytest.raises(Refused, match=r"--dit_fsdp with --dit_dtype bfloat16 needs torch 2\.9 or newer"):
-        check_machine(machine)
-    check_machine(dataclasses.replace(machine, dit_dtype=None))
+        check_machine(sharded)
+    check_machine(dataclasses.replace(sharded, dit_dtype=None))
+    check_machine(compiled)
+    for capability in ((9, 0), (8, 0)):
+        with PretendedCard(), monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+            refused = pytest.raises(Refused, match=r"--compile with --dit_dtype float8_e4m3fn needs torch 2\.13")
+            with refused if capability < (8, 9) else contextlib.nullcontext():
+                check_machine(compiled)
+
+
+def test_a_calibration_keeps_two_residuals():
+    job, _ = planned()
+    plain = dataclasses.replace(job, cache=None)
+    measured = dataclasses.replace(plain, calibration=Path("table.json"))
+    more = cost.needs_of(measured, (81, 720, 1280)).cached - cost.needs_of(plain, (81, 720, 1280)).cached
+    assert more == 2 * 4 * 5120 * 21 * 45 * 80  # branches, bytes, width, tokens
 
 
 def test_more_processes_than_cards(monkeypatch):

@@ -318,6 +318,7 @@ def test_processes_that_were_started_differently(checkout):
     shapes = (("A", (2, 40)), ("B", (40, 2)))
     for rank in ("0", "1"):
         (checkout / rank).mkdir()
+        (checkout / rank / "t2v").symlink_to(checkout / "t2v")  # another folder of the same name
         halves = {f"blocks.0.self_attn.q.lora_{half}.weight": torch.full(shape, float(rank)) for half, shape in shapes}
         save_file(halves, checkout / rank / "a.safetensors")
     with socket.socket() as free:
@@ -325,17 +326,17 @@ def test_processes_that_were_started_differently(checkout):
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "../magcache_generate.py", *map(str, TEXT), "--size", "832*480", *CACHE]
-    command += ["--ckpt_dir", str(checkout / "t2v"), "--lora", "a.safetensors"]
+    command += ["--lora", "a.safetensors"]
     processes = [
         subprocess.Popen(
-            [*command, "--retention_ratio", ratio],
+            [*command, "--retention_ratio", ratio, "--ckpt_dir", str(checkout / place / "t2v")],
             cwd=checkout / rank,
             env=shared | {"RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, ratio in (("0", "0.2"), ("1", "0.4"))
+        for rank, ratio, place in (("0", "0.2", "."), ("1", "0.4", "1"))
     ]
     for process in processes:
         _, err = process.communicate(timeout=120)
