@@ -78,6 +78,9 @@ class Counted:
     def to(self, device):
         pass
 
+    def modules(self):
+        return self.model.modules()
+
 
 def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, **flags) -> dict:
     """Returns latents, the schedule as it ran, collectives of cached calls and ratios, all after a failed run."""

@@ -178,7 +178,10 @@ def check_checkpoint(sampling: Sampling, machine: Machine, config: "EasyDict") -
     size = (model["dim"], model["num_layers"])
     alike = [other for other in TASKS.values() if (other.architecture.dim, other.architecture.num_layers) == size]
     if alike and task not in alike:
-        print(f"note: by its size, the model in {folder} is that of {alike[0].name}, not of {task.name}")
+        mistaken = f"by its size, the model in {folder} is that of {alike[0].name}, not of {task.name}"
+        if alike[0].is_demo:
+            raise Refused(mistaken)
+        print(f"note: {mistaken}")
 
 
 def start_processes(job: Job) -> Group:

@@ -101,6 +101,8 @@ FLAGS = {
     "no such folder": ([*ONE, "--ckpt_dir", "nowhere"], "nowhere is not a folder"),
     "a model of another task": (lambda folder: flags_of("t2v", original("i2v")),
                                 "holds a model of type i2v, but task t2v-1.3B needs t2v"),
+    "a demo model for a real one": (["--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", DEMO, "--prompt", "a"],
+                                    "Wan2.1-T2V-tiny is that of t2v-tiny, not of t2v-1.3B"),
     "a result of another kind": ([*ONE, "--save_file", "film.png"], "must end in one of .mp4"),
     "a result that is a folder": ([*ONE, "--save_file", "out/"], "is a folder"),
     "a result of no name": ([*ONE, "--save_file", "/"], "is a folder"),
