@@ -20,6 +20,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import diffusers
@@ -62,8 +63,8 @@ class Subject:
         stride = WAN_CONFIGS[task].vae_stride
         self.latent_shape = (shape.out_dim, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
 
-    def model(self, dtype: torch.dtype) -> WanModel:
-        """Makes the model on the device, with random weights that are the same for every dtype."""
+    def model(self, dtype: torch.dtype, place: torch.device | str | None = None) -> WanModel:
+        """Makes the model with random weights that are the same for every dtype. place: None for the device."""
         config, shape = WAN_CONFIGS[self.task], self.shape
         names = ("text_len", "dim", "ffn_dim", "freq_dim", "num_layers", "text_dim")
         sizes = {name: getattr(shape, name) for name in names} | {"num_heads": config.num_heads}
@@ -79,7 +80,8 @@ class Subject:
             values = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.02 * values
             kept = set(name.split(".")) & set(model._keep_in_fp32_modules)
             owner, _, own_name = name.rpartition(".")
-            value = torch.nn.Parameter(values.to(torch.float32 if kept else dtype), requires_grad=False)
+            values = values.to(torch.float32 if kept else dtype).to(place or DEVICE)
+            value = torch.nn.Parameter(values, requires_grad=False)
             setattr(model.get_submodule(owner), own_name, value)
         return model.eval()
 
@@ -154,7 +156,12 @@ def matmul_rate(dtype: torch.dtype, product: int) -> float:
     side = int(min(8192 if DEVICE.type == "cuda" else 2048, max(256, product ** (1 / 3))))
     a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
     count = 1 + product // (2 * side**3)
-    return count * 2 * side**3 / seconds(lambda: [torch.matmul(a, b) for _ in range(count)])
+
+    def multiply() -> None:
+        for _ in range(count):
+            torch.matmul(a, b)
+
+    return count * 2 * side**3 / seconds(multiply)
 
 
 def measure_forward(subject: Subject, rounds: int) -> list[dict]:
@@ -167,8 +174,10 @@ def measure_forward(subject: Subject, rounds: int) -> list[dict]:
         for name in sorted(calls, reverse=number % 2 == 1):
             if name == "ours":
                 around.append(matmul_rate(dtype, subject.flops() // 10))
+                forget_peak()
             rows[name].append(seconds(calls[name], **arguments))
             if name == "ours":
+                held = memory()
                 around.append(matmul_rate(dtype, subject.flops() // 10))
         rates.append(statistics.harmonic_mean(around))
     rates, rows = rates[1:], {name: times[1:] for name, times in rows.items()}  # the first round warms up
@@ -179,6 +188,7 @@ def measure_forward(subject: Subject, rounds: int) -> list[dict]:
             "seconds": statistics.median(rows["ours"]),
             "share_of_matmul": statistics.median(shares),
             "matmul_flops": statistics.median(rates),
+            **held,
         }
     ]
     if peer:
@@ -230,23 +240,23 @@ def measure_loop(subject: Subject, steps: int) -> list[dict]:
 
 
 def measure_dtypes(subject: Subject, rounds: int) -> list[dict]:
-    rows, reference, arguments = [], None, subject.arguments()
-    for dtype in DTYPES:
-        clear()
+    arguments, first = subject.arguments(), []
+
+    def measure(dtype: torch.dtype) -> dict:
         with computing(torch.bfloat16):
             model = subject.model(dtype)
             out = model(**arguments)[0]
-            reference = out if reference is None else reference
             times = [seconds(model, **arguments) for _ in range(rounds)]
+        first.append(out)
         size = sum(parameter.nbytes for parameter in model.parameters())
-        row = {"what": f"weights in {dtype}".replace("torch.", ""), "seconds": statistics.median(times)}
-        rows.append(row | {"weight_bytes": size, "error": error(out, reference)} | memory())
-        del model
-    return rows
+        row = {"seconds": statistics.median(times), "weight_bytes": size, "error": error(out, first[0])}
+        return row | memory()
+
+    return [tried(f"weights in {dtype}".replace("torch.", ""), measure, dtype) for dtype in DTYPES]
 
 
 def measure_offload(subject: Subject, rounds: int) -> list[dict]:
-    model, arguments = subject.model(HELD).cpu(), subject.arguments()
+    model, arguments = subject.model(HELD, "cpu"), subject.arguments()
     clear()
     offload_transformer(model, DEVICE)
     times = [seconds(model, **arguments) for _ in range(rounds + 1)][1:]
@@ -269,27 +279,39 @@ def measure_attention(subject: Subject, rounds: int) -> list[dict]:
     heads = WAN_CONFIGS[subject.task].num_heads
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     q = torch.randn(1, subject.tokens, heads, subject.shape.dim // heads, device=DEVICE, dtype=dtype)
-    rows = []
-    for name in attention_backends(DEVICE):
-        if name in TOO_LARGE:
-            continue
+
+    def measure(name: str) -> dict:
         backend = AttentionBackendName(name)
         times = [seconds(dispatch_attention_fn, q, q, q, backend=backend) for _ in range(rounds + 1)][1:]
-        rows.append({"what": f"attention by {name}", "seconds": statistics.median(times)})
-    return rows
+        return {"seconds": statistics.median(times)}
+
+    names = [name for name in attention_backends(DEVICE) if name not in TOO_LARGE]
+    return [tried(f"attention by {name}", measure, name) for name in names]
 
 
 def measure_vae(subject: Subject) -> list[dict]:
     large = {"base_dim": 160, "decoder_base_dim": 256} | CHANNELS_48 if subject.shape.out_dim == LATENT_5B else {}
     with DEVICE:
         vae = diffusers.AutoencoderKLWan(**large).eval().requires_grad_(False)
-    latent, rows = torch.randn(1, *subject.latent_shape, device=DEVICE), []
-    for name in ("VAE decodes", "VAE decodes in tiles"):
-        clear()
+    latent = torch.randn(1, *subject.latent_shape, device=DEVICE)
+
+    def measure() -> dict:
         with torch.autocast(DEVICE.type, enabled=False):  # as the pipelines decode
-            rows.append({"what": name, "seconds": seconds(vae.decode, latent)} | memory())
-        vae.enable_tiling()
-    return rows
+            return {"seconds": seconds(vae.decode, latent)} | memory()
+
+    whole = tried("VAE decodes", measure)
+    vae.clear_cache()
+    vae.enable_tiling()
+    return [whole, tried("VAE decodes in tiles", measure)]
+
+
+def tried(what: str, measure: Callable[..., dict], *arguments) -> dict:
+    """Returns a row of the table: what was measured, or why it could not be; the rest goes on."""
+    clear()
+    try:
+        return {"what": what} | measure(*arguments)
+    except Exception as fault:
+        return {"what": f"{what}: failed", "error": first_line(fault)}
 
 
 def clear() -> None:
@@ -297,6 +319,11 @@ def clear() -> None:
     torch.compiler.reset()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+    forget_peak()
+
+
+def forget_peak() -> None:
+    if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -345,9 +372,9 @@ def main(arguments: list[str] | None = None) -> dict:
         try:
             with computing():
                 rows = measure(subject, *settings)
-        except torch.OutOfMemoryError as fault:
-            rows = [{"what": f"{part}: out of memory", "error": first_line(fault)}]
-        if part not in ("dtypes", "offload", "vae"):
+        except Exception as fault:  # the other parts do not need this one
+            rows = [{"what": f"{part}: failed", "error": first_line(fault)}]
+        if part in ("loop", "compile", "attention"):
             rows[0] |= memory()
         for row in rows:
             what, *rest = (shown(key, value) for key, value in row.items())

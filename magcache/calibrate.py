@@ -36,7 +36,7 @@ class Calibration(Runner):
 
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         out = run_blocks(blocks, x, *args, **kwargs)
-        residual = (out - x).float()
+        residual = (out - x.to(out.device)).float()
         positions = torch.arange(residual.shape[1])
         if self.group is not None:  # too low for parts of unequal length, but those hold no padding
             positions += torch.distributed.get_rank(self.group) * len(positions)

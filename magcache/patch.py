@@ -107,7 +107,7 @@ class ResidualCache(Cache):
         wanted = self.make_room(call)
         out = run_blocks(blocks, x, *args, **kwargs)
         if wanted:
-            residual = out.detach() - x.detach()
+            residual = out.detach() - x.detach().to(out.device)  # the last of several, for diffusers' device_map
             self.compute_dtype = residual.dtype
             self.branch(call).insert(0, self.stored(residual))
         return out

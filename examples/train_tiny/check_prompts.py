@@ -10,6 +10,7 @@ import math
 import random
 import statistics
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -125,9 +126,10 @@ def see(video: torch.Tensor) -> Caption:
 
 
 def load_demo(task: str, folder: Path | None = None):
-    """Loads the pipeline of a demo model, by default the one in the repository."""
+    """Loads the pipeline of a demo model, by default the one in the repository, on the CPU: all figures are of one."""
     name, own = DEMOS[task]
-    return getattr(wan, name)(WAN_CONFIGS[task], str(folder or own))
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return getattr(wan, name)(WAN_CONFIGS[task], str(folder or own))
 
 
 def generate(pipeline, caption: Caption, seed: int, **sampling) -> torch.Tensor:

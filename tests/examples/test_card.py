@@ -10,6 +10,7 @@ from pretended_card import PretendedCard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from examples import card
+from examples.train_tiny.check_prompts import load_demo
 from wan.modules.model import WanModel
 
 
@@ -57,6 +58,47 @@ def test_the_kit_runs_on_a_card(monkeypatch, capsys):
         assert line in out
     assert "no time for" not in out
     assert convolutions == {torch.float32}  # of the VAE
+
+
+def small_card(monkeypatch, *parts):
+    """The rows of these parts, of a small model, by name."""
+    monkeypatch.setattr(card, "DEVICE", torch.device("cuda:0"))
+    monkeypatch.setattr(card, "HELD", torch.bfloat16)
+    flags = ["--task", "t2v-tiny", "--size", "64*64", "--frame_num", "5", "--layers", "2", "--rounds", "1"]
+    return {row["what"]: row for row in card.main([*flags, "--only", *parts])["rows"]}
+
+
+def test_what_a_card_has_no_room_for_costs_nothing_else(monkeypatch):
+    """A part that fails leaves the others, and so do a dtype and an undivided decoding."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("out of memory\nmore")
+
+    with PretendedCard():
+        model = card.Subject.model
+        monkeypatch.setattr(
+            card.Subject,
+            "model",
+            lambda self, dtype, *place: full() if dtype == torch.float32 else model(self, dtype, *place),
+        )
+        monkeypatch.setattr(card, "measure_loop", full)
+        rows = small_card(monkeypatch, "loop", "dtypes", "offload")
+    assert [rows[f"{name}: failed"]["error"] for name in ("loop", "weights in float32")] == ["out of memory"] * 2
+    assert {"weights in bfloat16", "weights in float8_e4m3fn", "one block at a time"} <= rows.keys()
+
+
+def test_the_peak_of_a_call_is_its_own(monkeypatch):
+    """Not that of the products that the machine's rate is measured by, nor of diffusers' model."""
+    with PretendedCard() as pretended:
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(pretended, "most", pretended.held))
+        monkeypatch.setattr(card, "matmul_rate", lambda *args: torch.zeros(10**8, device="cuda:0").numel())
+        row = small_card(monkeypatch, "forward")["computed call"]
+    assert row["peak_bytes"] < 10**8
+
+
+def test_demo_models_are_measured_on_the_cpu():
+    with PretendedCard():
+        assert load_demo("t2v-tiny").device.type == "cpu"
 
 
 @pytest.mark.parametrize("task", ["t2v-14B", "ti2v-5B"])

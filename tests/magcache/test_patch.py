@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from pretended_card import PretendedCard
 from tiny_models import MODELS, STEPS, TARGETS, ByHand, by_hand, count_block_calls, denoise, make_model, make_schedule
 from torch.distributed import fsdp
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -472,3 +473,31 @@ def test_under_autocast():
     assert set(dtypes) == {torch.float32}
     assert cached.dtype == torch.float32
     assert not torch.equal(cached, plain)
+
+
+class Spread(torch.nn.Module):
+    """Blocks of which the last is on a card, as diffusers' device_map spreads them; the head takes both."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.blocks[1].forward = lambda x: (x * 0.5).to("cuda:0")
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x)
+        return 2 * x.cpu()
+
+
+def test_blocks_on_several_devices():
+    calls = [(torch.randn(1, 3, 4), torch.tensor(t)) for t in (900, 500)]
+    with PretendedCard(), torch.no_grad():
+        model, found = Spread(), []
+        plain = model(*calls[0])
+        magcache.apply_magcache(model, magcache.Schedule((None, (1.0,)), calls_per_step=1))
+        found = [model(*call) for call in calls]
+        calibration = magcache.apply_calibration(model, 1)
+        assert torch.equal(model(*calls[0]), plain)
+        assert calibration.ratios == []
+    assert torch.equal(found[0], plain)
+    torch.testing.assert_close(found[1], plain + 2 * (calls[1][0] - calls[0][0]))
