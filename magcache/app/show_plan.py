@@ -30,7 +30,7 @@ def show_plan(args: Namespace) -> None:
             print(f"note: task {task} does not run at {size}, only at {', '.join(sizes)}")
     schedule = job.schedule
     bound = f"at most {schedule.speedup_bound:.2f}x"
-    headline = f"{schedule.computed} of {len(schedule.weights)} transformer calls computed, {bound}"
+    headline = f"{schedule.computed} of {len(schedule.weights)} DiT calls computed, {bound}"
     chosen = f"{job.made_by}, {job.cache}"
     video = f"{task}, {shape_in_words(pixels)}, {schedule.steps} steps"
     if picture:  # before anything is printed, which may end it
@@ -71,8 +71,8 @@ def run_lines(job: Job, video: str, pixels: tuple[int, int, int]) -> list[str]:
         *map_lines(job),
         "",
         f"calls     {schedule.computed} computed, {sum(schedule.reuse)} reused, {len(schedule.weights)} in all; "
-        f"bound on the speed-up {schedule.speedup_bound:.2f}x",
-        f"FLOPs     {100 * (1 - cached / full):.1f} % of the transformer's saved: {cached:.3g} of {full:.3g} are left",
+        f"bound on the speed-up of the DiT {schedule.speedup_bound:.2f}x",
+        f"FLOPs     {100 * (1 - cached / full):.1f} % of the DiT's saved: {cached:.3g} of {full:.3g} are left",
         f"memory    {memory(job, cached_bytes(schedule, sizes, tokens, job.machine.shards))}",
         *([f"needs     about {needs_of(job, pixels)}"] if not job.sampling.spec.is_demo else []),
     ]

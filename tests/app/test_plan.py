@@ -40,7 +40,7 @@ PUBLISHED = [
 def test_published_settings(plan, task, folder, size, steps, thresh, K, computed):
     flags = ("--task", task, "--ckpt_dir", folder, "--size", size, "--magcache_thresh", thresh, "--magcache_K", K)
     lines, bound = plan(*flags), 2 * steps / computed
-    assert lines[0] == f"{computed} of {2 * steps} transformer calls computed, at most {bound:.2f}x"
+    assert lines[0] == f"{computed} of {2 * steps} DiT calls computed, at most {bound:.2f}x"
     maps = [line.split()[1] for line in lines if line.startswith(("cond", "uncond"))]
     assert [len(row) for row in maps] == [steps, steps]
     assert "".join(maps).count("#") == computed
@@ -49,10 +49,10 @@ def test_published_settings(plan, task, folder, size, steps, thresh, K, computed
 def test_the_plan_of_a_speedup(plan):
     """Which needs no table."""
     lines = plan("--task", "flf2v-14B", "--magcache_speedup", 2.5)
-    assert lines[0] == "40 of 100 transformer calls computed, at most 2.50x"
+    assert lines[0] == "40 of 100 DiT calls computed, at most 2.50x"
     assert not any(line.startswith(("origin", "error")) for line in lines)
     assert "memory    77.4 MB on the GPU for 4 cached outputs" in lines
-    assert "FLOPs     60.0 % of the transformer's saved" in "\n".join(lines)
+    assert "FLOPs     60.0 % of the DiT's saved" in "\n".join(lines)
 
 
 def test_documentation_has_the_plans_of_the_published_settings():
@@ -69,7 +69,7 @@ PLAN = ("--task", "t2v-1.3B", "--size", "832*480", "--ckpt_dir", "nowhere", "--m
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(("--help",), "usage: "), (PLAN, "42 of 100 transformer calls computed, at most 2.38x\n")]
+    ("flags", "said"), [(("--help",), "usage: "), (PLAN, "42 of 100 DiT calls computed, at most 2.38x\n")]
 )
 def test_help_and_plans_need_no_torch(flags, said, tmp_path):
     """No wan package either: in an upstream checkout importing it would take seconds."""
@@ -89,7 +89,7 @@ def test_every_task_size_length_and_step_count(task, plan, tmp_path):
     for size, frames, steps in itertools.product(all_sizes(), lengths, (1, 7, 120)):
         flags = ("--task", task, "--size", size, "--frame_num", frames, "--sample_steps", steps, *ratios)
         lines = plan(*flags, "--ckpt_dir", tmp_path / "none", "--prompt", "a", "--ulysses_size", 2)
-        assert re.fullmatch(rf"\d+ of {2 * steps} transformer calls computed, at most [\d.]+x", lines[0])
+        assert re.fullmatch(rf"\d+ of {2 * steps} DiT calls computed, at most [\d.]+x", lines[0])
         width, height = map(int, size.split("*"))
         tokens = ((frames - 1) // 4 + 1) * (width // spec.token_pixels) * (height // spec.token_pixels)
         assert any(line.endswith(f"; {tokens} tokens a call") for line in lines[2:4])

@@ -146,9 +146,7 @@ def table(tmp_path):
 
 def test_the_plan_of_a_quality(demo_plan, table):
     lines = demo_plan("--magcache_quality", 40, "--mag_ratios", table)
-    assert (
-        lines[0] == "28 of 100 transformer calls computed, at most 3.57x"
-    )  # on the way from 49 dB at 2.5x to 29 dB at 5x
+    assert lines[0] == "28 of 100 DiT calls computed, at most 3.57x"  # on the way from 49 dB at 2.5x to 29 dB at 5x
     assert lines[1].endswith("speed-up 3.57143, the fastest for 40 dB")
     quality = "40.4 dB or more in nine of ten videos (a guess from 4), 0% below 30 dB (another video), 43.9 dB pooled "
     quality += "(of the mean squared error of all)"
