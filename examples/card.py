@@ -311,7 +311,11 @@ def tried(what: str, measure: Callable[..., dict], *arguments) -> dict:
     try:
         return {"what": what} | measure(*arguments)
     except Exception as fault:
-        return {"what": f"{what}: failed", "error": first_line(fault)}
+        return failed(what, fault)
+
+
+def failed(what: str, fault: Exception) -> dict:
+    return {"what": f"{what}: failed", "error": first_line(fault)}
 
 
 def clear() -> None:
@@ -373,7 +377,7 @@ def main(arguments: list[str] | None = None) -> dict:
             with computing():
                 rows = measure(subject, *settings)
         except Exception as fault:  # the other parts do not need this one
-            rows = [{"what": f"{part}: failed", "error": first_line(fault)}]
+            rows = [failed(part, fault)]
         if part in ("loop", "compile", "attention"):
             rows[0] |= memory()
         for row in rows:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from magcache.patch import Runner, attach, blocks_hidden, find_dit, run_blocks
+from magcache.patch import Runner, attach, blocks_hidden, find_dit, residual_of, run_blocks
 from magcache.schedule import CALLS_PER_STEP, Schedule
 
 
@@ -36,7 +36,7 @@ class Calibration(Runner):
 
     def step(self, call: int, blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         out = run_blocks(blocks, x, *args, **kwargs)
-        residual = (out - x.to(out.device)).float()
+        residual = residual_of(out, x).float()
         positions = torch.arange(residual.shape[1])
         if self.group is not None:  # too low for parts of unequal length, but those hold no padding
             positions += torch.distributed.get_rank(self.group) * len(positions)

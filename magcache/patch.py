@@ -107,7 +107,7 @@ class ResidualCache(Cache):
         wanted = self.make_room(call)
         out = run_blocks(blocks, x, *args, **kwargs)
         if wanted:
-            residual = out.detach() - x.detach().to(out.device)  # the last of several, for diffusers' device_map
+            residual = residual_of(out, x)
             self.compute_dtype = residual.dtype
             self.branch(call).insert(0, self.stored(residual))
         return out
@@ -262,6 +262,11 @@ def run_blocks(blocks: torch.nn.Module, x: torch.Tensor, *args, **kwargs) -> tor
     if out.shape != x.shape:  # diffusers' context parallelism splits the tokens inside the first block
         raise RuntimeError(f"no residual of blocks that turn {[*x.shape]} into {[*out.shape]}: {FORECAST_INSTEAD}")
     return out
+
+
+def residual_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Returns out - x, on the device of the last block, if diffusers' device_map has spread them."""
+    return out.detach() - x.detach().to(out.device)
 
 
 def find_dit(model: torch.nn.Module) -> torch.nn.Module:

@@ -110,7 +110,8 @@ def pipeline_run(folder: Path, kind: str, size, frame_num: int, rank: int = 0, *
     pipeline.model = counted = Counted(model)
     pipeline.generate(*inputs, **arguments)
     magcache.apply_magcache(model, forecasts())
-    pipeline.model, pipeline.keeps_models = (forecast := Counted(model)), False
+    pipeline.model = forecast = Counted(model)
+    pipeline.keeps_models = False
     text = [weakref.ref(weight) for weight in pipeline.text_encoder.model.parameters()]
     gc.disable()
     pipeline.generate(*inputs, **arguments)

@@ -10,7 +10,6 @@ import math
 import random
 import statistics
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from examples.train_tiny.shapes import (
     signed_distance,
 )
 from magcache.app.media import to_uint8
+from magcache.patch import shadowed
 from wan.configs import WAN_CONFIGS
 
 HERE = Path(__file__).parent
@@ -128,7 +128,7 @@ def see(video: torch.Tensor) -> Caption:
 def load_demo(task: str, folder: Path | None = None):
     """Loads the pipeline of a demo model, by default the one in the repository, on the CPU: all figures are of one."""
     name, own = DEMOS[task]
-    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+    with shadowed(torch.cuda, {"is_available": lambda: False}):
         return getattr(wan, name)(WAN_CONFIGS[task], str(folder or own))
 
 

@@ -73,10 +73,15 @@ def run_flops(schedule: Schedule, sizes: Architecture, tokens: int) -> tuple[int
 
 
 def cached_bytes(schedule: Schedule, sizes: Architecture, tokens: int, shards: int = 1) -> float:
-    """Returns the memory of the cached residuals or outputs of all branches, in float32, as Wan computes them. shards:
-    processes that share the tokens of a residual; outputs are whole."""
-    numbers = tokens * {"residual": sizes.dim / shards, "output": prod(PATCH) * sizes.out_dim}[schedule.target]
-    return schedule.calls_per_step * schedule.history * numbers * BYTES["float32"]
+    """Returns the memory of the cached residuals or outputs of all branches, see `kept_bytes`."""
+    return kept_bytes(schedule.target, schedule.calls_per_step * schedule.history, sizes, tokens, shards)
+
+
+def kept_bytes(target: str, count: int, sizes: Architecture, tokens: int, shards: int) -> float:
+    """Returns the memory of so many residuals or outputs, in float32, as Wan computes them. shards: processes that
+    share the tokens of a residual; outputs are whole."""
+    numbers = tokens * {"residual": sizes.dim / shards, "output": prod(PATCH) * sizes.out_dim}[target]
+    return count * numbers * BYTES["float32"]
 
 
 def call_bytes(
@@ -141,7 +146,7 @@ def needs_of(job: Job, pixels: tuple[int, int, int], cuda: bool = True) -> Needs
     if job.cache and not job.cache.offload:
         cached = cached_bytes(job.schedule, sizes, tokens, shards)
     if job.calibration:  # the last residual of each branch
-        cached = CALLS_PER_STEP * tokens * sizes.dim / shards * BYTES["float32"]
+        cached = kept_bytes("residual", CALLS_PER_STEP, sizes, tokens, shards)
     text = 2 * TEXT_ENCODER / (machine.group_size if machine.t5_fsdp else 1)
     if (machine.t5_cpu or machine.offload_blocks) and not machine.t5_fsdp:
         text = 0.0

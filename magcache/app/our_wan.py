@@ -73,7 +73,7 @@ def check_machine(machine: Machine) -> None:
     from diffusers.utils import constants
 
     cuda, dtype = torch.cuda.is_available(), machine.dit_dtype
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    device = f"cuda:{Processes.from_environment().local_rank}" if cuda else "cpu"
     mixed = machine.dit_fsdp and dtype not in (None, "float32")  # with the float32 biases of a block
     # of which the compiler makes a kernel that these cards do not run (pytorch issue 167082)
     casts = machine.compile and dtype == "float8_e4m3fn" and cuda and torch.cuda.get_device_capability(device) < (8, 9)

@@ -52,14 +52,8 @@ def draw_calibration(table: dict, path: str | os.PathLike, published: RatioTable
         if published:
             theirs = split_branches(published.ratios)[branch][1:]
             stretched = [1 + i * (steps - 2) / max(1, len(theirs) - 1) for i in range(len(theirs))]
-            ratio.plot(
-                stretched,
-                theirs,
-                linestyle="--",
-                color=color,
-                alpha=0.6,
-                label=f"{label}, {published.name} ({published.steps} steps)",
-            )
+            whose = f"{label}, {published.name} ({published.steps} steps)"
+            ratio.plot(stretched, theirs, linestyle="--", color=color, alpha=0.6, label=whose)
     ratio.axhline(1, color="gray", linewidth=0.5)
     ratio.set_ylabel("magnitude ratio")
     spread.set_ylabel("standard deviation")

@@ -146,9 +146,8 @@ def default_path(job: Job, prompt: str) -> Path:
     """Names a result by upstream's pattern, in characters that are safe anywhere, and with what makes it unique."""
     sampling, machine, cache = job.sampling, job.machine, job.cache
     size = sampling.size.replace("*", "x") if sys.platform == "win32" else sampling.size
-    parts = [sampling.task, size, str(machine.ulysses_size), str(machine.ring_size), prompts.slug(prompt)]
-    if "ring_size" in backend().lacks:
-        del parts[3]
+    degrees = [flag for flag in ("ulysses_size", "ring_size") if flag not in backend().lacks]
+    parts = [sampling.task, size, *(str(getattr(machine, flag)) for flag in degrees), prompts.slug(prompt)]
     parts += [datetime.now().strftime("%Y%m%d_%H%M%S"), secrets.token_hex(3)]
     if cache:
         rule = cache.rule

@@ -69,7 +69,7 @@ def small_card(monkeypatch, *parts):
 
 
 def test_what_a_card_has_no_room_for_costs_nothing_else(monkeypatch):
-    """A part that fails leaves the others, and so do a dtype and an undivided decoding."""
+    """A part that fails leaves the others, and so does a dtype."""
 
     def full(*args):
         raise torch.OutOfMemoryError("out of memory\nmore")
